@@ -1,0 +1,7 @@
+"""`python -m dpo_ds`, which the deepspeed launcher, torchrun and srun start."""
+
+import sys
+
+from dpo_ds.cli import main
+
+sys.exit(main())

@@ -1,0 +1,116 @@
+"""`dpo-ds COMMAND [--config run.yaml] [--section.key value ...]`, the same under every launcher.
+
+Parsing imports neither torch nor deepspeed. A user's mistake is one line from rank 0 and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from dpo_ds import __version__, config
+from dpo_ds.errors import ConfigError, UserError
+
+EXIT_DONE, EXIT_USER = 0, 2
+SUMMARY = {
+    "sft": "supervised fine-tuning on chosen completions",
+    "train": "preference optimisation on pairs (DPO)",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line that names the nearest key, as all of ours are."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str):
+        raise ConfigError(message)
+
+
+def parser_for(command: str) -> argparse.ArgumentParser:
+    """The parser of one command; its flags are the config's keys."""
+    settings = config.COMMANDS[command]
+    parser = _Parser(
+        prog=f"dpo-ds {command}",
+        description=settings.__doc__,
+        epilog="Command line beats YAML beats defaults; a flag given twice: the last wins.",
+    )
+    parser.add_argument("--config", metavar="RUN.YAML", help="a YAML file whose sections nest as the dots below")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config as YAML and stop")
+    for key, field in config.keys(settings).items():
+        default = "required" if field.is_required() else f"default {_shown(field.get_default(call_default_factory=True))}"
+        parser.add_argument(
+            f"--{key}",
+            metavar=key.rsplit(".", 1)[-1].upper(),
+            default=argparse.SUPPRESS,
+            help=f"{field.description} ({default})".replace("%", "%%"),
+            **({"nargs": "?", "const": "true"} if config.is_bool(field) else {}),
+        )
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
+    """Command, its config, notes for the user, and whether only the config is to be printed.
+
+    Raises:
+        ConfigError: an unknown command, key or value.
+    """
+    argv = [arg for arg in argv if not arg.startswith(("--local_rank=", "--local-rank="))]  # the launcher's
+    if not argv or argv[0] in ("-h", "--help"):
+        _print_overview()
+        raise SystemExit(EXIT_DONE if argv else EXIT_USER)
+    if argv[0] in ("-V", "--version"):
+        print(f"dpo-ds {__version__}")
+        raise SystemExit(EXIT_DONE)
+    command = argv[0]
+    if command not in config.COMMANDS:
+        raise ConfigError(f"unknown command {command!r}; {config.did_you_mean(command, config.COMMANDS)}")
+    parser = parser_for(command)
+    given, unknown = parser.parse_known_args(argv[1:])
+    for arg in unknown:
+        key = arg.split("=", 1)[0].lstrip("-")
+        known = config.keys(config.COMMANDS[command])
+        if arg.startswith("--"):
+            raise ConfigError(f"unknown key --{key}; {config.did_you_mean(key, known)}")
+        raise ConfigError(f"unexpected argument {arg!r}; settings are given as --section.key value")
+    overrides = vars(given)
+    yaml_path, print_config = overrides.pop("config"), overrides.pop("print_config")
+    run, notes = config.load(command, yaml_path, overrides)
+    return command, run, notes, print_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the script and of `python -m dpo_ds`; returns the exit code."""
+    talks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    try:
+        command, run, notes, print_config = parse(sys.argv[1:] if argv is None else argv)
+        if print_config:
+            if talks:
+                print(yaml.safe_dump(config.to_plain(run), sort_keys=False), end="")
+            return EXIT_DONE
+        if talks:
+            for note in notes:
+                print(f"dpo-ds: {note}", file=sys.stderr)
+        from dpo_ds import run as commands  # torch comes in here, after parsing
+
+        return commands.start(command, run)
+    except UserError as mistake:
+        if talks:
+            print(f"dpo-ds: error: {mistake}", file=sys.stderr, flush=True)
+        return EXIT_USER
+
+
+def _print_overview() -> None:
+    print("usage: dpo-ds COMMAND [--config run.yaml] [--section.key value ...]\n\ncommands:")
+    for command, summary in SUMMARY.items():
+        print(f"  {command:<12}{summary}")
+    print("\n`dpo-ds COMMAND --help` lists the keys of a command.")
+
+
+def _shown(default) -> str:
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

@@ -1,0 +1,274 @@
+"""The run config: every key a user can set, its default, type and range; YAML and command line become one of these.
+
+It imports no torch, so that `dpo-ds train --help` answers at once. README's table is this file read aloud.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dpo_ds.errors import ConfigError
+
+LOSSES = ("dpo",)  # dpo_ds.losses.LOSSES by name; kept equal by a test, because that module imports torch
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    path: str = Field(description="Hugging Face folder or Hub id")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    from_config: bool = Field(False, description="random weights from the folder's config.json, for tests")
+    attn: str = Field("auto", description="transformers' attention implementation of the padded layout")
+    trust_remote_code: bool = Field(False, description="run model code that comes with the folder")
+
+
+class DataSection(Section):
+    train: str | list[str | dict[str, Any]] = Field(description="path, Hub id, or list of them with weights")
+    eval: str | list[str | dict[str, Any]] | None = Field(None, description="the same, for evaluation")
+    format: str = Field("auto", description="auto, explicit, implicit, hh, sharegpt or alpaca")
+    columns: dict[str, str] = Field(default_factory=dict, description="renames: {chosen: better, rejected: worse}")
+    max_length: int = Field(2048, gt=1, description="tokens of prompt plus one completion")
+    max_prompt_length: int = Field(1024, gt=0, description="tokens of the prompt")
+    limit: int | None = Field(None, gt=0, description="train on the first n rows read, before dropping")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts them and lists them in the census")
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _weights(cls, source):
+        items = source if isinstance(source, list) else [source]
+        if not items:
+            raise ValueError("an empty list; name at least one path or Hub id")
+        for item in items:
+            if not isinstance(item, dict):
+                continue
+            weight = item.get("weight", 1)
+            if set(item) - {"path", "weight"} or not isinstance(item.get("path"), str):
+                raise ValueError(f"{item} is not a source; write {{path: ..., weight: 1.0}}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ValueError(f"weight {weight!r} of {item['path']} must be a number above 0")
+        return source
+
+    @model_validator(mode="after")
+    def _room_for_completions(self):
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"data.max_prompt_length {self.max_prompt_length} must be below data.max_length {self.max_length}, "
+                "or no token of a completion is left"
+            )
+        return self
+
+
+class LossSection(Section):
+    name: str = Field("dpo", description=", ".join(LOSSES))
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO)")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name):
+        if name not in LOSSES:
+            raise ValueError(f"unknown loss {name!r}; {did_you_mean(name, LOSSES)}")
+        return name
+
+
+class ReferenceSection(Section):
+    kind: Literal["live"] = Field("live", description="live: a second, inference-only ZeRO-3 engine")
+    path: str | None = Field(None, description="the reference model; model.path if not given")
+
+
+class TrainSection(Section):
+    layout: Literal["padded"] = Field("padded", description="padded: chosen and rejected in one forward")
+    global_batch_size: int = Field(64, gt=0, description="pairs (sft: rows) an update, over all ranks")
+    micro_batch_tokens: int = Field(8192, gt=0, description="tokens a rank holds in one forward, padding included")
+    epochs: float = Field(1, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, gt=0, description="given: it alone decides, epochs repeat as needed")
+    learning_rate: float = Field(5e-7, ge=0, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0")
+    weight_decay: float = Field(0.0, ge=0, description="on matrices, not on biases and norms")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm; 0: off")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
+    seed: int = Field(0, ge=0, description="of the order of the data")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
+    activation_checkpointing: bool = Field(False, description="recompute each layer in backward")
+
+    @field_validator("adam_betas")
+    @classmethod
+    def _betas(cls, betas):
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{list(betas)}: both must be in [0, 1)")
+        return betas
+
+
+class DeepSpeedSection(Section):
+    config: str = Field(description="a DeepSpeed JSON file; absent and auto keys are filled from this config")
+    reference_config: str | None = Field(None, description="the reference's JSON file; derived from config if not given")
+
+
+class CheckpointSection(Section):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
+    keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
+    resume: str = Field("auto", description="auto: the newest complete one, else start; never; or a checkpoint folder")
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning on chosen completions: from a pre-trained model to the reference policy."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainSection = TrainSection()
+    deepspeed: DeepSpeedSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    output_dir: str = Field(description="everything the run writes goes there")
+
+
+class TrainConfig(SftConfig):
+    """Preference optimisation of a policy on pairs, against a frozen reference."""
+
+    loss: LossSection = LossSection()
+    reference: ReferenceSection = ReferenceSection()
+
+
+COMMANDS: dict[str, type[Section]] = {"sft": SftConfig, "train": TrainConfig}
+_ELSEWHERE = {name for config in COMMANDS.values() for name in config.model_fields}
+RECORDED = "environment"  # config.yaml's record of versions and machine; not a key, ignored when the file is used again
+
+
+def keys(config: type[Section], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> pydantic field, in the order of declaration: what flags and README are made from."""
+    found = {}
+    for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def is_bool(field) -> bool:
+    return field.annotation is bool
+
+
+def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tuple[Section, list[str]]:
+    """The validated config, and lines that tell the user what of the YAML file this command does not use.
+
+    Args:
+        overrides: dotted key -> text as given on the command line; wins over YAML, which wins over defaults.
+    Raises:
+        ConfigError: one line that names the key, the value, the rule and the nearest key.
+    """
+    config = COMMANDS[command]
+    values, notes = ({}, []) if yaml_path is None else _read_yaml(command, config, Path(yaml_path))
+    known = keys(config)
+    for key, text in overrides.items():
+        if key not in known:
+            raise ConfigError(f"unknown key --{key}; {did_you_mean(key, known)}")
+        *sections, leaf = key.split(".")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = _from_text(text, known[key].annotation, key)
+    try:
+        return config.model_validate(values), notes
+    except ValidationError as error:
+        raise ConfigError(_first_line(error, known, overrides, yaml_path)) from None
+
+
+def did_you_mean(word: str, choices: typing.Iterable[str]) -> str:
+    """`did you mean 'x'?`, else the whole list; a key's last part alone counts too."""
+    choices = list(choices)
+    by_leaf = {choice.rsplit(".", 1)[-1]: choice for choice in reversed(choices)}
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    close = close or [by_leaf[leaf] for leaf in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf, n=1)]
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(choices)}"
+
+
+def to_plain(config: Section) -> dict:
+    """Nested dict of plain YAML types, every key resolved."""
+    return config.model_dump(mode="json")
+
+
+def flatten(values: dict, prefix: str = "", depth: int = 2) -> dict[str, Any]:
+    """{"data": {"limit": 3}} -> {"data.limit": 3}; dicts that are values (data.columns) stay whole."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and depth > 1:
+            flat |= flatten(value, f"{prefix}{name}.", depth - 1)
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _read_yaml(command: str, config: type[Section], path: Path) -> tuple[dict, list[str]]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise ConfigError(f"--config {path}{place}: not YAML ({problem})") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: holds a {type(values).__name__}, expected sections such as 'model:'")
+    values.pop(RECORDED, None)
+    unused = sorted(set(values) & (_ELSEWHERE - set(config.model_fields)))
+    for name in unused:
+        del values[name]
+    for key in _unknown(values, config):
+        raise ConfigError(f"{path}: unknown key {key!r}; {did_you_mean(key, keys(config))}")
+    return values, [f"{path}: {command} does not use {', '.join(unused)}"] if unused else []
+
+
+def _unknown(values: dict, config: type[Section], prefix: str = "") -> typing.Iterator[str]:
+    for name, value in values.items():
+        field = config.model_fields.get(name)
+        if field is None:
+            yield f"{prefix}{name}"
+        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _unknown(value, field.annotation, f"{prefix}{name}.")
+
+
+def _from_text(text: str, annotation: Any, key: str) -> Any:
+    """Command-line text as a value: null, lists and dicts are YAML, all else is left to pydantic's own conversion."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    if text == "null" and union and type(None) in typing.get_args(annotation):
+        return None
+    if annotation is not str and text[:1] in ("[", "{"):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--{key} {text}: not a YAML list or mapping") from None
+    return text
+
+
+def _first_line(error: ValidationError, known: dict, overrides: dict, yaml_path: str | None) -> str:
+    """pydantic's first finding as one line: where it was given, the key, the value, the rule."""
+    finding = error.errors()[0]
+    location = [str(part) for part in finding["loc"]]
+    dotted = ".".join(location)
+    key = next((known_key for known_key in known if f"{dotted}.".startswith(f"{known_key}.")), dotted)
+    rule = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if finding["type"] == "missing":
+        needs = [k for k in known if k == key or k.startswith(f"{key}.")]
+        required = [k for k in needs if known[k].is_required()]
+        return f"{', '.join(required or [key])} is required; give it as --{(required or [key])[0]} or in --config"
+    if finding["type"] == "value_error":
+        return rule if rule.startswith(key) or "." not in key else f"{key}: {rule}"
+    where = f"--{key}" if key in overrides else f"{yaml_path}: {key}"
+    return f"{where}: {finding['input']!r} should be {rule}"

@@ -1,0 +1,367 @@
+"""Raw rows -> conversations: a prompt and what each side goes on with, as text or as message lists.
+
+Text is used verbatim; message lists go through a chat template later. A new format is one `fits`, one `read` and its entry in
+`FORMATS`. Rows of a supervised data set (`sides` without "rejected") need no rejected completion.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from ..errors import ConfigError, DataError
+
+Messages = list[dict[str, Any]]  # {"role", "content"} and, on some, "tool_calls", "name", ...
+
+HH_ANSWER = "\n\nAssistant:"
+REMEDY = "drop such rows with --data.on_bad_row skip"
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}  # ShareGPT's names
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Location(NamedTuple):
+    """A row: `row` counts from 1 and is the line number in JSON lines."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+class BadRow(DataError):
+    """A mistake in one row, which `--data.on_bad_row skip` may drop. `reason` is the heading it is counted under."""
+
+    def __init__(self, reason: str, problem: str):
+        super().__init__(problem)
+        self.reason = reason
+
+    def at(self, location: Location) -> DataError:
+        return DataError(f"{location}: {self} ({REMEDY})")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Text (all str) or chat (all message lists). `rejected` is None in supervised data.
+
+    prompts_differ: the sides part before the last answer, so the completions hold more than that answer.
+    """
+
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages | None = None
+    tools: list | None = None
+    prompts_differ: bool = False
+
+
+class Row:
+    """A raw row under our names: `columns` maps ours to theirs. Reading a field checks that it is there and of the right type."""
+
+    def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str]):
+        self.values = values
+        self.columns = columns
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values or self.columns.get(name) in self.values
+
+    def get(self, name: str) -> Any:
+        """The value, or None where it is absent or null."""
+        theirs = self.columns.get(name, name)
+        return self.values.get(theirs if theirs in self.values else name)
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.get(name)
+        if value is not None:
+            return value
+        theirs = self.columns.get(name)
+        renamed = f" (data.columns takes it from {theirs!r})" if theirs else ""
+        if name in self:
+            raise BadRow(f"{name} is null", f"{name!r}{renamed} is null; it must hold text or messages")
+        there = ", ".join(map(repr, self.values)) or "nothing"
+        raise BadRow(f"no {name}", f"lacks {name!r}{renamed}; it has {there} (rename columns with data.columns)")
+
+    def text(self, name: str) -> str:
+        return _text(name, self[name])
+
+    def optional_text(self, name: str) -> str:
+        return "" if self.get(name) is None else self.text(name)
+
+    def messages(self, name: str) -> Messages:
+        if not isinstance(self[name], list):
+            raise _wrong_type(name, self[name], "a list of messages {role, content}")
+        return [_message(f"{name}[{i}]", item) for i, item in enumerate(self[name])]
+
+    def tools(self) -> list | None:
+        """Tool descriptions: a list, or JSON text of one."""
+        tools = self.get("tools")
+        if isinstance(tools, str) and tools.strip():
+            tools = _json("tools", tools)
+        if not tools:
+            return None
+        if not isinstance(tools, list):
+            raise _wrong_type("tools", tools, "a list of tools, or JSON text of one")
+        return _without_nulls(tools)
+
+
+@dataclass(frozen=True)
+class Format:
+    fits: Callable[[Row], bool]
+    read: Callable[[Row, bool], Conversation]  # the bool: is a rejected side wanted?
+
+
+def explicit(row: Row, pair: bool) -> Conversation:
+    """prompt, chosen, rejected: three strings, or three message lists (and tools)."""
+    if isinstance(row["prompt"], str):
+        return Conversation(row.text("prompt"), row.text("chosen"), row.text("rejected") if pair else None)
+    rejected = row.messages("rejected") if pair else None
+    return Conversation(row.messages("prompt"), row.messages("chosen"), rejected, row.tools())
+
+
+def implicit(row: Row, pair: bool) -> Conversation:
+    """Whole conversations in chosen and rejected: the messages they begin with together are the prompt.
+
+    Without a rejected side the prompt ends before chosen's last assistant turn.
+    """
+    chosen = row.messages("chosen")
+    if not pair and row.get("rejected") is None:
+        _require_answer("chosen", chosen)
+        split = max(i for i, message in enumerate(chosen) if message["role"] == "assistant")
+        return Conversation(chosen[:split], chosen[split:], tools=row.tools())
+    rejected = row.messages("rejected")
+    split = 0
+    while split < min(len(chosen), len(rejected)) - 1 and chosen[split] == rejected[split]:
+        split += 1
+    prompt, chosen, rejected = chosen[:split], chosen[split:], rejected[split:]
+    differ = any(message["role"] == "user" for message in chosen + rejected)
+    return Conversation(prompt, chosen, rejected if pair else None, row.tools(), differ)
+
+
+def hh(row: Row, pair: bool) -> Conversation:
+    """Transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." (Bai et al. 2022, arXiv 2204.05862), used verbatim.
+
+    The prompt is the longest common beginning that ends in "\\n\\nAssistant:"; without a rejected side it ends at chosen's last
+    "\\n\\nAssistant:".
+    """
+    chosen = _transcript("chosen", row.text("chosen"))
+    if not pair and row.get("rejected") is None:
+        split = chosen.rfind(HH_ANSWER) + len(HH_ANSWER)
+        return Conversation(chosen[:split], chosen[split:])
+    rejected = row.text("rejected")
+    if pair:
+        _transcript("rejected", rejected)
+    split = os.path.commonprefix([chosen, rejected]).rfind(HH_ANSWER)
+    if split < 0:
+        raise BadRow("no common prompt", f"'chosen' and 'rejected' share no beginning that ends in {HH_ANSWER!r}")
+    differ = max(chosen.rfind(HH_ANSWER), rejected.rfind(HH_ANSWER)) > split
+    split += len(HH_ANSWER)
+    return Conversation(chosen[:split], chosen[split:], rejected[split:] if pair else None, prompts_differ=differ)
+
+
+def sharegpt(row: Row, pair: bool) -> Conversation:
+    """conversations [{from, value}], chosen and rejected {from, value}; system and tools on some.
+
+    Supervised rows may lack chosen: then every assistant turn is trained on.
+    """
+    turns = row.messages("conversations")
+    system = row.optional_text("system")
+    if system:
+        if turns and turns[0]["role"] == "system":
+            raise BadRow("two system turns", "'system' is given and 'conversations' begins with another system turn")
+        turns.insert(0, {"role": "system", "content": system})
+    if not pair and row.get("chosen") is None:
+        prompt, chosen = _split_at_first_answer("conversations", turns)
+        return Conversation(prompt, chosen, tools=row.tools())
+    chosen = [_message("chosen", row["chosen"])]
+    return Conversation(turns, chosen, [_message("rejected", row["rejected"])] if pair else None, row.tools())
+
+
+def alpaca(row: Row, pair: bool) -> Conversation:
+    """instruction, chosen, rejected; input, system, history [[user, assistant], ...] on some.
+
+    The user says instruction, newline, input.
+    """
+    prompt = [{"role": "system", "content": row.text("system")}] if row.optional_text("system") else []
+    history = row.get("history") or []
+    for i, turn in enumerate(history if isinstance(history, list) else [history]):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise _wrong_type(f"history[{i}]", turn, "a list [user, assistant]")
+        user, assistant = (_text(f"history[{i}][{j}]", text) for j, text in enumerate(turn))
+        prompt += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    extra = row.optional_text("input")
+    prompt.append({"role": "user", "content": row.text("instruction") + ("\n" + extra if extra else "")})
+    return Conversation(prompt, _answer(row, "chosen"), _answer(row, "rejected") if pair else None, row.tools())
+
+
+def completion(row: Row, pair: bool) -> Conversation:
+    """Supervised: prompt and completion, two strings or two message lists."""
+    if isinstance(row["prompt"], str):
+        return Conversation(row.text("prompt"), row.text("completion"))
+    return Conversation(row.messages("prompt"), row.messages("completion"), tools=row.tools())
+
+
+def messages(row: Row, pair: bool) -> Conversation:
+    """Supervised: one conversation; every assistant turn is trained on, what precedes the first is the prompt."""
+    prompt, chosen = _split_at_first_answer("messages", row.messages("messages"))
+    return Conversation(prompt, chosen, tools=row.tools())
+
+
+def _is_explicit(row: Row) -> bool:
+    if "prompt" not in row or "completion" in row:
+        return False
+    return not (isinstance(row.get("chosen"), list) and not _has_prompt_messages(row))
+
+
+def _has_prompt_messages(row: Row) -> bool:
+    """Is the prompt a message list that chosen does not repeat? (Some sets keep the prompt beside whole conversations.)"""
+    prompt = row.get("prompt")
+    return isinstance(prompt, list) and not (prompt and row.get("chosen")[: len(prompt)] == prompt)
+
+
+# In the order of detection: the first that fits a row's fields reads it.
+FORMATS: dict[str, Format] = {
+    "sharegpt": Format(lambda row: "conversations" in row, sharegpt),
+    "alpaca": Format(lambda row: "instruction" in row, alpaca),
+    "explicit": Format(_is_explicit, explicit),
+    "implicit": Format(lambda row: isinstance(row.get("chosen"), list), implicit),
+    "hh": Format(lambda row: isinstance(row.get("chosen"), str) and HH_ANSWER in row.get("chosen"), hh),
+}
+SUPERVISED = {
+    "completion": Format(lambda row: "prompt" in row and "completion" in row, completion),
+    "messages": Format(lambda row: "messages" in row, messages),
+}
+
+
+def formats(sides: tuple[str, ...]) -> dict[str, Format]:
+    return FORMATS if "rejected" in sides else FORMATS | SUPERVISED
+
+
+def check_name(name: str, sides: tuple[str, ...]) -> None:
+    """ConfigError for a data.format that is neither "auto" nor known; it names the nearest."""
+    known = ["auto", *formats(sides)]
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"data.format is {name!r}: {hint}Known: {', '.join(known)}")
+
+
+def detect(row: Row, sides: tuple[str, ...]) -> str:
+    """The name of the format that a row's fields show, or a BadRow that lists what is there."""
+    for name, candidate in formats(sides).items():
+        if candidate.fits(row):
+            return name
+    if "chosen" in row or "rejected" in row:
+        row.text("chosen")  # absent, null or a number is the clearer mistake
+    there, known = ", ".join(map(repr, row.values)) or "(none)", ", ".join(formats(sides))
+    problem = f"its fields {there} fit no known format ({known}); rename them with data.columns"
+    raise BadRow("no known format", problem)
+
+
+def read(row: Row, name: str, sides: tuple[str, ...]) -> Conversation:
+    """The conversation of a row in the format `name`; BadRow where a field, a completion or the pair is not usable."""
+    pair = "rejected" in sides
+    conversation = formats(sides)[name].read(row, pair)
+    for side in sides:
+        _require_answer(side, getattr(conversation, side))
+    if pair and conversation.chosen == conversation.rejected:
+        raise BadRow(
+            "chosen equals rejected",
+            f"'chosen' equals 'rejected' ({shorten(conversation.chosen)}); a pair needs two different completions",
+        )
+    return conversation
+
+
+def shorten(value: Any, width: int = 60) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def _require_answer(side: str, answer: str | Messages) -> None:
+    if isinstance(answer, list):
+        turns = [message for message in answer if message["role"] == "assistant"]
+        if not turns:
+            roles = ", ".join(message["role"] for message in answer) or "no message"
+            raise BadRow("no assistant turn", f"{side!r} has no assistant turn ({roles}); nothing could be trained on")
+        empty = not turns[-1]["content"].strip() and not turns[-1].get("tool_calls")
+    else:
+        empty = not answer.strip()
+    if empty:
+        raise BadRow(f"empty {side}", f"{side!r} is empty ({shorten(answer)}); a completion needs text")
+
+
+def _transcript(side: str, text: str) -> str:
+    start, marker, answer = text.rpartition(HH_ANSWER)
+    if not marker:
+        raise BadRow("no assistant turn", f"{side!r} has no {HH_ANSWER!r} ({shorten(text)}); an HH transcript needs one")
+    if not answer.strip():
+        problem = f"{side!r} is empty after its last {HH_ANSWER!r} (it ends in {text[-40:]!r}); a completion needs text"
+        raise BadRow(f"empty {side}", problem)
+    return text
+
+
+def _split_at_first_answer(name: str, turns: Messages) -> tuple[Messages, Messages]:
+    _require_answer(name, turns)
+    split = next(i for i, message in enumerate(turns) if message["role"] == "assistant")
+    return turns[:split], turns[split:]
+
+
+def _answer(row: Row, side: str) -> Messages:
+    return [{"role": "assistant", "content": row.text(side)}]
+
+
+def _message(name: str, value: Any) -> dict[str, Any]:
+    """{"role", "content"} or ShareGPT's {"from", "value"}; other keys that are not null stay (tool_calls, name, ...)."""
+    if not isinstance(value, dict):
+        raise _wrong_type(name, value, "a message {role, content} or {from, value}")
+    message = _without_nulls(value)
+    keys = ("from", "value") if "from" in message else ("role", "content")
+    if keys[0] not in message:
+        raise BadRow("message without a role", f"{name} has no role ({shorten(value)}); a message needs role and content")
+    their_role, content = message.pop(keys[0]), message.pop(keys[1], None)
+    role = ROLES.get(their_role, their_role) if isinstance(their_role, str) else None
+    if role not in KNOWN_ROLES:
+        known = ", ".join([*KNOWN_ROLES, *ROLES])
+        raise BadRow("unknown role", f"{name} has the unknown role {shorten(their_role)}; known: {known}")
+    if content is None and not message.get("tool_calls"):
+        raise BadRow("message without content", f"{name} has no content, or null ({shorten(value)})")
+    content = "" if content is None else _text(f"{name}.{keys[1]}", content)
+    if their_role == "function_call":
+        calls = _json(name, content)
+        calls = calls if isinstance(calls, list) else [calls]
+        if not all(isinstance(call, dict) for call in calls):
+            raise _wrong_type(name, content, "JSON of a call {name, arguments}, or a list of them")
+        message["tool_calls"], content = [{"type": "function", "function": call} for call in calls], ""
+    return {"role": role, "content": content, **message}
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong_type(name, value, "text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            problem = f"{name!r} holds half a surrogate pair, {value[error.start]!r}, at character {error.start}"
+            raise BadRow("not Unicode", problem) from None
+    return value
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRow("broken JSON in a field", f"{name!r} must be JSON but is {shorten(text)} ({error})") from None
+
+
+def _wrong_type(name: str, value: Any, wanted: str) -> BadRow:
+    return BadRow("wrong type", f"{name!r} is {type(value).__name__} {shorten(value)}; it must be {wanted}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every struct of a column all keys, null where a row had none; a template would render those."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,237 @@
+"""Where rows come from: JSON, JSON lines, Parquet, folders of them, `datasets` folders and the Hugging Face Hub.
+
+`read_rows` streams (location, row): memory does not grow with the file. A row that cannot be read, in a file that can, comes as
+the BadRow that the caller may raise or skip; a file that cannot be read raises DataError.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import DataError
+from .formats import BadRow, Location, shorten
+from .json_stream import JsonArray
+
+Rows = Iterator[tuple[Location, dict[str, Any] | BadRow]]
+
+KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SPLITS = {"train": ("train",), "eval": ("test", "validation", "valid", "val", "eval", "dev")}  # in the order of preference
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+PARQUET_BATCH = 1024  # rows
+
+
+@dataclass(frozen=True)
+class Files:
+    """One data file, or the data files of a folder that belong to the split; `left_out` are the others."""
+
+    paths: tuple[Path, ...]
+    left_out: tuple[Path, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [str(path) for path in self.paths]
+
+    def identity(self) -> list:
+        """What the cache takes for the content: resolved path, size, modification time."""
+        return [_identity(path) for path in self.paths]
+
+    def rows(self) -> Rows:
+        for path in self.paths:
+            yield from _file_rows(path)
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """One split of a `datasets` data set, memory-mapped by that library."""
+
+    name: str
+    data: Any = field(repr=False)
+    key: list = field(repr=False)
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name]
+
+    def identity(self) -> list:
+        return [self.name, *self.key]
+
+    def rows(self) -> Rows:
+        for number, row in enumerate(self.data, 1):
+            yield Location(self.name, number), row
+
+
+def open_source(path: str, split: str = "train") -> Files | HuggingFace:
+    """Finds what `path` names; reads no rows. DataError where there is nothing to read."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+            return _saved(local, split)
+        return _folder(local, split)
+    if local.exists():
+        if _kind(local) is None:
+            raise DataError(f"{path}: not a file that can be read as data; known: {', '.join(KINDS)}")
+        return Files((local,))
+    if HUB_ID.fullmatch(path) and _kind(local) is None and not local.parent.exists():
+        return _hub(path, split)
+    raise DataError(_missing(path, local))
+
+
+def read_rows(path: str, split: str = "train") -> Rows:
+    return open_source(path, split).rows()
+
+
+def _file_rows(path: Path) -> Rows:
+    kind = _kind(path)
+    if kind == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    last = 0
+    try:
+        with gzip.open(path, "rb") if kind.endswith(".gz") else path.open("rb") as stream:
+            is_array = kind.startswith(".json") and not kind.startswith(".jsonl") and _begins_array(stream)
+            for number, row in JsonArray(stream, path).elements() if is_array else _lines(stream):
+                last = number
+                yield Location(str(path), number), row
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: broken or cut-short gzip file after row {last} ({error}); copy or download it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _begins_array(stream: BinaryIO) -> bool:
+    begins = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    stream.seek(0)
+    return begins
+
+
+def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, dict | BadRow]]:
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if line.strip():
+            yield number, _line(line)
+
+
+def _line(line: bytes) -> dict | BadRow:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", f"not UTF-8 at byte {error.start} of the line (0x{line[error.start]:02x}); save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        problem = f"the line is not JSON at column {error.pos + 1}: {error.msg} ({shorten(error.doc[:60])})"
+        return BadRow("not JSON", problem)
+    return row if isinstance(row, dict) else not_an_object(row)
+
+
+def not_an_object(row: Any) -> BadRow:
+    return BadRow("not an object", f"the row is not an object with named fields but {type(row).__name__} {shorten(row)}")
+
+
+def _parquet_rows(path: Path) -> Rows:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Location(str(path), number), row
+    except (pa.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"{path}: broken Parquet file after row {number} ({first}); copy or download it again") from error
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.lower()
+    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if name.endswith(kind)), None)
+
+
+def _folder(folder: Path, split: str) -> Files:
+    """All data files below `folder`; where names tell splits apart (train-00.parquet, test.jsonl), those of ours."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and _kind(p) and not _hidden(p.relative_to(folder)))
+    if not found:
+        raise DataError(f"{folder}: the folder holds no data file; known: {', '.join(KINDS)}")
+    by_split: dict[str, list[Path]] = {}
+    for path in found:
+        words = re.split(r"[^a-z]+", path.name.lower())
+        for name in (name for names in SPLITS.values() for name in names if name in words):
+            by_split.setdefault(name, []).append(path)
+            break
+    if not by_split:
+        return Files(tuple(found))
+    chosen = by_split[_pick(str(folder), list(by_split), split)]
+    return Files(tuple(chosen), tuple(path for path in found if path not in chosen))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _pick(where: str, there: list[str], split: str) -> str:
+    """The split to read: ours by the names of `SPLITS`, or the only one."""
+    for name in SPLITS[split]:
+        if name in there:
+            return name
+    if len(there) == 1:
+        return there[0]
+    wanted, has = " or ".join(SPLITS[split]), ", ".join(sorted(there))
+    raise DataError(f"{where}: has no {wanted} split but {has}; name one of its files, or for the Hub 'owner/name:split'")
+
+
+def _saved(folder: Path, split: str) -> HuggingFace:
+    import datasets  # takes seconds to import
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"{folder}: cannot be opened as a datasets folder ({_first_line(error)}); save it again") from error
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _of_split(str(folder), data, split, [_identity(path) for path in files])
+
+
+def _hub(path: str, split: str) -> HuggingFace:
+    import datasets
+
+    name, _, wanted = path.partition(":")
+    try:
+        data = datasets.load_dataset(name, split=wanted or None)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: there is no such file or folder, and it cannot be loaded from the Hugging Face Hub "
+            f"({_first_line(error)}); check the name, the network and access rights, or give a local path"
+        ) from error
+    return _of_split(path, data, split, [])
+
+
+def _of_split(name: str, data: Any, split: str, key: list) -> HuggingFace:
+    if not isinstance(data, dict):
+        return HuggingFace(name, data, key or [data._fingerprint])
+    ours = _pick(name, list(data), split)
+    left_out = tuple(f"{name}:{other}" for other in data if other != ours)
+    return HuggingFace(f"{name}:{ours}", data[ours], key or [data[ours]._fingerprint], left_out)
+
+
+def _identity(path: Path) -> list:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _missing(path: str, local: Path) -> str:
+    if not local.parent.is_dir():
+        return f"{path}: no such file: the folder {local.parent} does not exist"
+    near = get_close_matches(local.name, [p.name for p in local.parent.iterdir()], n=1)
+    return f"{path}: no such file or folder" + (f"; did you mean {local.parent / near[0]}?" if near else f" in {local.parent.resolve()}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

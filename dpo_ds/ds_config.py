@@ -1,0 +1,240 @@
+"""DeepSpeed's JSON: read, checked against the run config, its absent and "auto" keys filled. Imports no deepspeed.
+
+The files keep their usual form, so that those written for the Hugging Face trainer work unchanged. The engine itself always
+gets one pair a micro-batch and no accumulation: where a global batch ends is ours to say (trainer.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_ds.config import TrainSection, did_you_mean
+from dpo_ds.errors import ConfigError
+
+AUTO = "auto"
+# DeepSpeedZeroConfig's fields that stage 3 knows; kept equal by a test, because reading them there would import deepspeed.
+ZERO_KEYS = frozenset(
+    """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients cpu_offload
+    cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks ignore_unused_parameters
+    leaf_module legacy_stage1 load_from_fp32_weights log_trace_cache_warnings max_live_parameters max_reuse_distance
+    memory_efficient_linear module_granularity_threshold offload_optimizer offload_param override_module_apply
+    overlap_comm param_persistence_threshold parameter_alignment pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients
+    stage stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save
+    stage3_gather_16bit_weights_on_model_save stage3_max_live_parameters stage3_max_reuse_distance
+    stage3_module_granularity_threshold stage3_param_persistence_threshold stage3_prefetch_bucket_size
+    stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce
+    zenflow zero_hpz_partition_size zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights
+    model_persistence_threshold stage3_model_persistence_threshold save_muon_momentum_buffer_in_memory
+    gather_16bit_weights_on_model_save""".split()
+)
+SCHEDULE_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What "auto" depends on: ranks in the job, device type, and whether it computes bf16."""
+
+    ranks: int
+    device: str
+    has_bf16: bool
+
+
+def read(path: str, key: str = "deepspeed.config") -> dict:
+    """The JSON object in `path`.
+
+    Raises:
+        ConfigError: missing, not UTF-8, not JSON, or not an object.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--{key} {path}: no such file; ds_configs/ holds tested ones") from None
+    except OSError as error:
+        raise ConfigError(f"--{key} {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--{key} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--{key} {path}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--{key} {path}: holds a {type(values).__name__}, a DeepSpeed config is an object {{...}}")
+    return values
+
+
+def fill_policy(given: dict, path: str, run: TrainSection, machine: Machine, hidden_size: int) -> tuple[dict, list[str]]:
+    """What the policy's engine gets, and lines on what the JSON asks for that happens otherwise.
+
+    Raises:
+        ConfigError: a literal contradicts the run config (both named), or asks for what this trainer does not do.
+    """
+    config = copy.deepcopy(given)
+    notes = _check_common(config, path, machine)
+    _check_batch(config, path, run, machine)
+    _take_literal(config, path, "gradient_clipping", "train.max_grad_norm", run.max_grad_norm)
+    optimizer = _optimizer(config, path, run, machine)
+    notes += _check_scheduler(config, path, run)
+    zero = _fill_zero(config, hidden_size)
+    filled = config | _batch_of_one(machine) | {"zero_optimization": zero, "optimizer": optimizer}
+    if run.max_grad_norm > 0:
+        filled["gradient_clipping"] = run.max_grad_norm
+    if zero.get("offload_optimizer") and machine.device == "cpu":
+        filled["zero_force_ds_cpu_optimizer"] = False  # DeepSpeedCPUAdam would need a compiler
+    _fill_precision(filled, machine)
+    return _without_auto(filled), notes
+
+
+def fill_reference(given: dict, path: str, machine: Machine, hidden_size: int) -> tuple[dict, list[str]]:
+    """What the reference's engine gets: partitioned weights and nothing that belongs to training.
+
+    With `optimizer` left in, DeepSpeed would silently build a second full ZeRO-3 optimizer.
+    """
+    config = copy.deepcopy(given)
+    notes = _check_common(config, path, machine)
+    for training_only in ("optimizer", "scheduler", "gradient_clipping", "data_types"):
+        config.pop(training_only, None)
+    zero = _fill_zero(config, hidden_size)
+    for training_only in ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients"):
+        zero.pop(training_only, None)  # hpZ on two models in one process crashes
+    filled = config | _batch_of_one(machine) | {"zero_optimization": zero}
+    _fill_precision(filled, machine)
+    filled.pop("data_types", None)
+    return _without_auto(filled), notes
+
+
+def is_bf16(filled: dict) -> bool:
+    return bool(filled.get("bf16", {}).get("enabled", False))
+
+
+def _check_common(config: dict, path: str, machine: Machine) -> list[str]:
+    for section in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"):
+        if config.get(section) is not None and not isinstance(config[section], dict) and config[section] != AUTO:
+            raise ConfigError(f"{path}: {section} is {config[section]!r}, DeepSpeed expects an object {{...}}")
+        if config.get(section, AUTO) in (AUTO, None):
+            config.pop(section, None)
+    zero = config.get("zero_optimization", {})
+    for key in zero:
+        if key not in ZERO_KEYS:
+            raise ConfigError(f"{path}: unknown key 'zero_optimization.{key}'; {did_you_mean(key, sorted(ZERO_KEYS))}")
+    stage = zero.get("stage", AUTO)
+    if stage not in (AUTO, 3):
+        why = "its gradients are wrong under accumulation (DeepSpeed#7718)" if stage in (1, 2) else "it shards nothing"
+        raise ConfigError(f"{path}: zero_optimization.stage {stage!r} is refused, {why}; set it to 3 or leave it out")
+    if config.get("fp16", {}).get("enabled", AUTO) is True:
+        raise ConfigError(f"{path}: fp16 is refused, its range is too small for log-probs; use bf16 or fp32")
+    if config.get("bf16", {}).get("enabled", AUTO) not in (AUTO, True, False):
+        raise ConfigError(f"{path}: bf16.enabled is {config['bf16']['enabled']!r}, must be true, false or \"auto\"")
+    if config.get("amp", {}):
+        raise ConfigError(f"{path}: amp is refused; use bf16 or fp32")
+    config.pop("fp16", None)
+    slow = config.get("bf16", {}).get("enabled") is True and not machine.has_bf16
+    return [f"{path}: bf16 on a {machine.device} without bf16 arithmetic is about ten times slower than fp32"] * slow
+
+
+def _check_batch(config: dict, path: str, run: TrainSection, machine: Machine) -> None:
+    total, micro, accumulation = (
+        config.get(key, AUTO)
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    )
+    if total != AUTO and total != run.global_batch_size:
+        raise ConfigError(
+            f"{path}: train_batch_size {total} contradicts train.global_batch_size {run.global_batch_size}; "
+            'make them equal or write "auto"'
+        )
+    if AUTO not in (micro, accumulation) and micro * accumulation * machine.ranks != run.global_batch_size:
+        raise ConfigError(
+            f"{path}: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x "
+            f"{machine.ranks} ranks contradicts train.global_batch_size {run.global_batch_size}; write \"auto\""
+        )
+
+
+def _take_literal(node: dict, path: str, key: str, run_key: str, value: Any) -> None:
+    """Drops `key` when it says what the run config says or "auto"."""
+    given = node.pop(key.rsplit(".", 1)[-1], AUTO)
+    if given == AUTO:
+        return
+    equal = list(given) == list(value) if isinstance(given, list) else given == value
+    if not equal:
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(f'{path}: {key} {given} contradicts {run_key} {shown}; make them equal or write "auto"')
+
+
+def _optimizer(config: dict, path: str, run: TrainSection, machine: Machine) -> dict:
+    given = config.pop("optimizer", {})
+    kind = given.get("type", AUTO)
+    if kind not in (AUTO, "AdamW"):
+        raise ConfigError(f"{path}: optimizer.type {kind!r} is not supported; use \"AdamW\" or leave it out")
+    params = dict(given.get("params", {}))
+    ours = {"lr": "learning_rate", "betas": "adam_betas", "eps": "adam_eps", "weight_decay": "weight_decay"}
+    for key, name in ours.items():
+        _take_literal(params, path, f"optimizer.params.{key}", f"train.{name}", getattr(run, name))
+        params[key] = getattr(run, name)
+    params["betas"] = list(params["betas"])
+    if machine.device == "cpu":
+        params["torch_adam"] = True  # FusedAdam is built with a compiler at the first start
+    return {"type": "AdamW", "params": params}
+
+
+def _check_scheduler(config: dict, path: str, run: TrainSection) -> list[str]:
+    """The learning rate is set from train.schedule before every update; a scheduler in the JSON may only agree."""
+    given = config.pop("scheduler", None)
+    if given is None:
+        return []
+    params = dict(given.get("params", {}))
+    _take_literal(params, path, "scheduler.params.warmup_max_lr", "train.learning_rate", run.learning_rate)
+    _take_literal(params, path, "scheduler.params.warmup_num_steps", "train.warmup_steps", run.warmup_steps)
+    kind = given.get("type", AUTO)
+    if SCHEDULE_OF.get(kind) == run.schedule or kind == AUTO:
+        return []
+    return [f"{path}: scheduler {kind} is not used; the learning rate follows train.schedule {run.schedule}"]
+
+
+def _fill_zero(config: dict, hidden_size: int) -> dict:
+    zero = config.pop("zero_optimization", {}) | {"stage": 3}
+    sizes = {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, size in sizes.items():
+        if zero.get(key, AUTO) == AUTO:
+            zero[key] = size
+    return zero
+
+
+def _fill_precision(filled: dict, machine: Machine) -> None:
+    enabled = filled.get("bf16", {}).get("enabled", AUTO)
+    bf16 = machine.has_bf16 and machine.device != "cpu" if enabled == AUTO else enabled
+    filled["bf16"] = filled.get("bf16", {}) | {"enabled": bf16}
+    if bf16 and filled.get("data_types", {}).get("grad_accum_dtype", AUTO) == AUTO:
+        filled["data_types"] = {"grad_accum_dtype": "fp32"}  # else accumulation and reduction are bf16
+
+
+def _batch_of_one(machine: Machine) -> dict:
+    return {
+        "train_batch_size": machine.ranks,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},  # it synchronises every forward
+        "checkpoint": {"tag_validation": "Fail"},
+    }
+
+
+def _without_auto(node: Any) -> Any:
+    """DeepSpeed's own default stands for every "auto" that is nobody's to fill."""
+    if isinstance(node, dict):
+        return {key: _without_auto(value) for key, value in node.items() if value != AUTO}
+    return node
+
+
+def autos(node: dict, prefix: str = "") -> Iterator[str]:
+    """Dotted keys that are literally "auto", for tests and messages."""
+    for key, value in node.items():
+        if value == AUTO:
+            yield prefix + key
+        elif isinstance(value, dict):
+            yield from autos(value, f"{prefix}{key}.")

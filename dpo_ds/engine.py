@@ -1,0 +1,121 @@
+"""DeepSpeed behind two small classes; the only module that calls deepspeed.initialize."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from datetime import timedelta
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from pydantic import ValidationError
+from torch import Tensor
+
+from dpo_ds.batch import Batch, PairLogps
+from dpo_ds.errors import ConfigError
+from dpo_ds.launch import Launch, complete_environment
+from dpo_ds.model import LogProbModel
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def initialize_distributed(launch: Launch) -> torch.device:
+    """Joins the process group and returns this rank's device. All ranks enter."""
+    complete_environment(launch)
+    torch.set_num_threads(launch.threads)
+    if get_accelerator().device_name() == "cpu":
+        # Built with ninja and a compiler inside init_distributed otherwise; gloo gives the same bits.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        device = torch.device("cpu")
+    else:
+        get_accelerator().set_device(launch.local_rank)
+        device = torch.device(get_accelerator().device_name(launch.local_rank))
+    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False)
+    return device
+
+
+def quiet_deepspeed() -> None:
+    """Warnings and chatter off, unless DPO_DS_VERBOSE asks for them."""
+    if not os.environ.get("DPO_DS_VERBOSE"):
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def finish_distributed() -> None:
+    """Leaves the process group; without this a rank can abort at exit after a run that was fine."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Policy:
+    """The model being trained: log-probs forward, gradients backward, AdamW under ZeRO-3."""
+
+    def __init__(self, model: LogProbModel, ds_config: dict, device: torch.device):
+        groups = parameter_groups(model, ds_config["optimizer"]["params"]["weight_decay"])
+        self.engine = _initialize(model, ds_config, model_parameters=groups)
+        self.device = device
+
+    @property
+    def causal_lm(self):
+        return self.engine.module.causal_lm
+
+    def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
+        return self.engine(batch.to(self.device))
+
+    def logps(self, batch: Batch) -> PairLogps:
+        batch = batch.to(self.device)
+        return batch.pair_logps(self.engine(batch))
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Adds the gradient; `is_last` says that an update follows. Gradients are averaged over ranks."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """One clipped AdamW update; returns the gradient norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """No gradients, evaluation mode."""
+        self.engine.eval()
+        with torch.no_grad():
+            yield
+        self.engine.train()
+
+
+class FrozenModel:
+    """An inference-only ZeRO-3 engine: partitioned weights, no optimizer."""
+
+    def __init__(self, model: LogProbModel, ds_config: dict, device: torch.device):
+        model.requires_grad_(False)
+        self.engine = _initialize(model.eval(), ds_config)
+        self.device = device
+
+    @torch.no_grad()
+    def logps(self, batch: Batch) -> PairLogps:
+        batch = batch.to(self.device)
+        return batch.pair_logps(self.engine(batch))
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices only; biases and norms go without."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _initialize(model: LogProbModel, ds_config: dict, **kwargs):
+    try:
+        return deepspeed.initialize(model=model, config=ds_config, **kwargs)[0]
+    except (deepspeed.DeepSpeedConfigError, ValidationError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"DeepSpeed refuses its configuration: {' '.join(lines[:3])}") from error

@@ -1,0 +1,17 @@
+"""What a user can cause: each becomes one line on rank 0 and exit code 2."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave; the message names the file, the row, the value, the rule and the remedy."""
+
+
+class ConfigError(UserError):
+    """A key, value or combination in YAML, on the command line or in a DeepSpeed JSON file."""
+
+
+class DataError(UserError):
+    """A file or row of the user's data."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer folder that cannot be used."""

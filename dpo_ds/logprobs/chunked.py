@@ -1,0 +1,252 @@
+"""Token log-probs by chunks of the vocabulary: online log-sum-exp forward, logits made again in backward unless they are
+few; any device.
+
+`RecomputedLogps` and its backward are shared with triton.py: a kernel says how rows are folded and how a tile of the
+logits' gradient is made, everything else (which rows, which chunks, accumulation, rounding) is decided here, once.
+
+Legend: N rows, D hidden width, V vocabulary, C columns of one vocabulary chunk, B rows of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def token_statistics(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    scale: float,
+    softcap: float | None,
+    with_statistics: bool,
+) -> tuple[Tensor, ...]:
+    """(logps,) or (logps, entropy, hits, log_sum_p2), each [N]."""
+    kernel = ChunkedKernel(scale, softcap, TILES["cuda" if hidden_ND.is_cuda else "cpu"])
+    return RecomputedLogps.apply(hidden_ND, weight_VD, bias_V, targets_N, kernel, with_statistics)
+
+
+class Tiles(NamedTuple):
+    """Sizes of what is computed at once. None depends on N, so that a row's log-prob does not either."""
+
+    fold_rows: int  # rows of a forward block; the last block is filled up, so that every matmul has the same shape
+    gradient_rows: int  # rows of a backward block
+    logits_bytes: int  # budget of one backward tile of logits; with gradient_rows it gives the columns of a chunk
+    kept_bytes: int  # up to here all of exp(logits) is kept for backward, which is then spared a matmul and an exp
+
+    def columns(self, logit_bytes: int) -> int:
+        return max(self.logits_bytes // (self.gradient_rows * logit_bytes) // 64 * 64, 64)
+
+
+# CPU: a tile stays in the second-level cache. CUDA: tiles large enough for cuBLAS.
+TILES = {"cpu": Tiles(128, 256, 2 << 20, 256 << 20), "cuda": Tiles(4096, 4096, 512 << 20, 0)}
+
+
+class RecomputedLogps(torch.autograd.Function):
+    """Saves its inputs and one log-sum-exp per row. The weight is saved as the very Parameter: ZeRO-3 gathers it again
+    before backward by putting new data under it."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, kernel, with_statistics):
+        differentiable = any(ctx.needs_input_grad)
+        results, kept = kernel.fold(hidden_ND, weight_VD, bias_V, targets_N, with_statistics, differentiable)
+        logps_N, lse_N, *statistics = results
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, lse_N, *kept)
+        ctx.kernel = kernel
+        ctx.mark_non_differentiable(*statistics)
+        return logps_N, *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N, *_):
+        with torch.autocast(grad_N.device.type, enabled=False):
+            gradients = _gradients(ctx.kernel, ctx.needs_input_grad[:3], grad_N, *ctx.saved_tensors)
+        return *gradients, None, None, None
+
+
+def _gradients(kernel, needed, grad_N, hidden_ND, weight_VD, bias_V, targets_N, lse_N, *kept):
+    """Gradients of hidden, weight and bias, None where not needed, each rounded once to its tensor's dtype."""
+    needs_hidden, needs_weight, needs_bias = needed
+    rows = grad_N.nonzero().squeeze(1)  # a row without gradient adds nothing
+    everything = bool(kept) or len(rows) == len(grad_N)
+    hidden, targets, grad, lse = (x if everything else x[rows] for x in (hidden_ND, targets_N, grad_N, lse_N))
+    dtype, gemm = accumulator_dtype(hidden, weight_VD), matmul_dtype(hidden, weight_VD)
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs_hidden else None
+    d_weight = torch.zeros_like(weight_VD) if needs_weight else None
+    d_bias = torch.zeros_like(bias_V) if needs_bias else None
+    columns = kernel.tiles.columns(gemm.itemsize)
+    for index, chunk in enumerate(slices(len(weight_VD), columns)):
+        weight_CD = weight_VD[chunk].to(gemm)
+        bias_C = None if bias_V is None else bias_V[chunk].to(dtype)
+        once = needs_weight and d_weight.dtype == dtype  # then the gradient itself is the accumulator
+        d_weight_CD = d_weight[chunk] if once else weight_CD.new_zeros(weight_CD.shape, dtype=dtype)
+        d_bias_C = weight_CD.new_zeros(len(weight_CD), dtype=dtype)
+        for block in slices(len(hidden), kernel.tiles.gradient_rows):
+            hidden_BD = hidden[block].to(gemm)
+            rest = targets[block] - chunk.start, lse[block], grad[block]
+            if kept:
+                exp_NC, top_N = kept[2 * index : 2 * index + 2]
+                d_logits_BC = kernel.kept_logit_gradient(exp_NC[block], top_N[block], *rest)
+            else:
+                d_logits_BC = kernel.logit_gradient(hidden_BD, weight_CD, bias_C, *rest)
+            if needs_hidden:
+                _accumulate(d_hidden[block], d_logits_BC, weight_CD)
+            if needs_weight:
+                _accumulate(d_weight_CD, d_logits_BC.t(), hidden_BD)
+            if needs_bias:
+                d_bias_C += d_logits_BC.sum(0, dtype=dtype)
+        if needs_weight and not once:
+            d_weight[chunk] = d_weight_CD
+        if needs_bias:
+            d_bias[chunk] = d_bias_C
+    if needs_hidden:
+        d_hidden = d_hidden.to(hidden_ND.dtype)
+        if not everything:
+            d_hidden = torch.zeros_like(hidden_ND).index_copy_(0, rows, d_hidden)
+    return d_hidden, d_weight, d_bias
+
+
+@dataclass(frozen=True)
+class ChunkedKernel:
+    """Plain torch operators on tiles of float32 logits (float64 for float64 inputs)."""
+
+    scale: float
+    softcap: float | None
+    tiles: Tiles
+
+    def fold(self, hidden_ND, weight_VD, bias_V, targets_N, with_statistics, differentiable):
+        """([logps, log-sum-exp, then entropy, hits and log sum p^2 if asked for], each [N]; what backward may use).
+
+        The latter is empty, or holds for every chunk exp(y - top) [N, C] and top [N].
+        """
+        dtype, gemm = accumulator_dtype(hidden_ND, weight_VD), matmul_dtype(hidden_ND, weight_VD)
+        rows = self.tiles.fold_rows
+        blocks = list(slices(len(hidden_ND), rows))
+        if not blocks:
+            return [hidden_ND.new_empty(0, dtype=dtype) for _ in range(5 if with_statistics else 2)], []
+        # The gradient of a soft-cap needs the logits themselves.
+        keep = differentiable and self.softcap is None
+        keep = keep and len(hidden_ND) * len(weight_VD) * dtype.itemsize <= self.tiles.kept_bytes
+        kept = []
+        states = [_Fold(rows, dtype, hidden_ND.device) for _ in blocks]
+        for chunk in slices(len(weight_VD), self.tiles.columns(gemm.itemsize)):
+            weight_CD = weight_VD[chunk].to(gemm)
+            bias_C = None if bias_V is None else bias_V[chunk].to(dtype)
+            logits = weight_CD.new_empty((len(blocks) if keep else 1, rows, len(weight_CD)), dtype=dtype)
+            for index, (state, block) in enumerate(zip(states, blocks, strict=True)):
+                missing = rows - (block.stop - block.start)
+                hidden_BD = F.pad(hidden_ND[block].to(gemm), (0, 0, 0, missing))
+                targets_B = F.pad(targets_N[block] - chunk.start, (0, missing), value=-1)
+                logits_BC = self._logits(hidden_BD, weight_CD, bias_C, out=logits[index if keep else 0])
+                state.add(logits_BC, targets_B, with_statistics)
+            if keep:
+                kept += [logits.flatten(0, 1), torch.cat([state.top for state in states])]
+        results = zip(*(state.results(with_statistics) for state in states), strict=True)
+        return [torch.cat(result)[: len(hidden_ND)] for result in results], kept
+
+    def logit_gradient(self, hidden_BD, weight_CD, bias_C, targets_B, lse_B, grad_B) -> Tensor:
+        """Gradient of the matmul's result: grad (1[target] - exp(y - lse)) scale (1 - (y / softcap)^2), y the logit.
+
+        targets_B count from the chunk's first column and may lie outside it. [B, C] in the matmul's dtype.
+        """
+        logits_BC = self._logits(hidden_BD, weight_CD, bias_C)
+        slope_BC = None if self.softcap is None else 1 - (logits_BC / self.softcap) ** 2
+        d_logits_BC = logits_BC.sub_(lse_B[:, None]).exp_().mul_(-grad_B[:, None])
+        inside_B, targets_B = _inside(targets_B, len(weight_CD))
+        d_logits_BC.scatter_add_(1, targets_B[:, None], torch.where(inside_B, grad_B, 0)[:, None])
+        if slope_BC is not None:
+            d_logits_BC *= slope_BC
+        if self.scale != 1.0:
+            d_logits_BC *= self.scale
+        return d_logits_BC.to(weight_CD.dtype)
+
+    def kept_logit_gradient(self, exp_BC, top_B, targets_B, lse_B, grad_B) -> Tensor:
+        """`logit_gradient` from the exp(y - top) of the forward pass."""
+        d_logits_BC = exp_BC * (-self.scale * grad_B * (top_B - lse_B).exp())[:, None]
+        inside_B, targets_B = _inside(targets_B, exp_BC.shape[1])
+        return d_logits_BC.scatter_add_(1, targets_B[:, None], torch.where(inside_B, self.scale * grad_B, 0)[:, None])
+
+    def _logits(self, hidden_BD, weight_CD, bias_C, out=None) -> Tensor:
+        y = _float32_mm(hidden_BD, weight_CD.t(), out)
+        if bias_C is not None:
+            y += bias_C
+        if self.scale != 1.0:
+            y *= self.scale
+        if self.softcap is not None:
+            y.div_(self.softcap).tanh_().mul_(self.softcap)
+        return y
+
+
+class _Fold:
+    """What the chunks seen so far say of a block of rows; all sums are relative to exp(top). Operators see whole blocks
+    only: their last bit may depend on a tensor's shape."""
+
+    def __init__(self, rows, dtype, device):
+        self.top = torch.full((rows,), torch.finfo(dtype).min, dtype=dtype, device=device)
+        self.target = torch.zeros_like(self.top)
+        self.total, self.moment, self.square = (torch.zeros_like(self.top) for _ in range(3))
+
+    def add(self, logits_BC, targets_B, with_statistics):
+        """Overwrites logits_BC by exp(logits - top)."""
+        inside_B, targets_B = _inside(targets_B, logits_BC.shape[1])
+        self.target = torch.where(inside_B, logits_BC.gather(1, targets_B[:, None]).squeeze(1), self.target)
+        top = torch.maximum(self.top, logits_BC.amax(1))
+        moved = self.top - top
+        shrink = moved.exp()
+        logits_BC -= top[:, None]
+        gap_BC = logits_BC.clone() if with_statistics else None
+        exp_BC = logits_BC.exp_()
+        if with_statistics:
+            self.moment = shrink * (self.moment + moved * self.total) + gap_BC.mul_(exp_BC).sum(1)
+            self.square = shrink.square() * self.square + torch.mul(exp_BC, exp_BC, out=gap_BC).sum(1)
+        self.total = shrink * self.total + exp_BC.sum(1)
+        self.top = top
+
+    def results(self, with_statistics):
+        log_total = self.total.log()
+        logps, lse = self.target - self.top - log_total, self.top + log_total
+        if not with_statistics:
+            return logps, lse
+        entropy = log_total - self.moment / self.total
+        return logps, lse, entropy, (self.target == self.top).to(lse.dtype), self.square.log() - 2 * log_total
+
+
+def slices(size: int, length: int) -> Iterator[slice]:
+    return (slice(start, min(start + length, size)) for start in range(0, size, length))
+
+
+def accumulator_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """float32, or float64 where an input is."""
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What matmuls read: CUDA accumulates two 16-bit factors in float32, a CPU is given float32."""
+    native = hidden.is_cuda and hidden.dtype == weight.dtype
+    return hidden.dtype if native else accumulator_dtype(hidden, weight)
+
+
+def _inside(targets_B, columns):
+    """Which targets lie in the chunk, and all of them moved into it."""
+    return (targets_B >= 0) & (targets_B < columns), targets_B.clamp(0, columns - 1)
+
+
+def _float32_mm(a, b, out=None):
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _accumulate(total, a, b):
+    """total += a b without rounding in between."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

@@ -1,0 +1,137 @@
+"""A Hugging Face causal language model made ready to give log-probs: checked, loaded under ZeRO-3, dropout off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from dpo_ds.batch import Batch
+from dpo_ds.config import ModelSection
+from dpo_ds.errors import ModelError
+from dpo_ds.logprobs.head import install_head
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class LogProbModel(nn.Module):
+    """What DeepSpeed's engine wraps: a batch in, the log-probs of its target tokens out.
+
+    Only the rows that predict a completion token reach the head, which never forms their [N, V] logits.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel):
+        super().__init__()
+        install_head(causal_lm)
+        self.causal_lm = causal_lm
+
+    def forward(self, batch: Batch) -> Tensor:  # [N] float32
+        layout = {} if batch.segments is None else {"segments": batch.segments}
+        hidden = self.causal_lm.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **layout,
+        ).last_hidden_state
+        rows = hidden.flatten(0, 1)[batch.target_rows]
+        return self.causal_lm.get_output_embeddings()(rows, batch.targets)
+
+
+def check_model(section: ModelSection, path: str, key: str = "model.path"):
+    """The model's transformers config, after looking at what can be looked at without loading weights.
+
+    Raises:
+        ModelError: no such folder or Hub id, no readable config.json, not a causal language model, no weights.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        _check_folder(folder, path, key, needs_weights=not section.from_config)
+    elif folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ModelError(f"--{key} {path}: {what}; expected a Hugging Face folder with config.json, or a Hub id")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"--{key} {path}: no usable model config ({_first_sentence(error)})") from None
+    remote = section.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise ModelError(f"--{key} {path}: model_type {config.model_type!r} is no causal language model")
+    return config
+
+
+def load_tokenizer(section: ModelSection, config, path: str, key: str = "model.path"):
+    """The folder's tokenizer, which must have an end-of-sequence token and fit the model's vocabulary."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"--{key} {path}: no usable tokenizer ({_first_sentence(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"--{key} {path}: the tokenizer has no EOS token, so a completion could never end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    vocabulary = config.get_text_config().vocab_size
+    if tokenizer.eos_token_id >= vocabulary or len(tokenizer) > max(vocabulary, tokenizer.vocab_size):
+        raise ModelError(f"--{key} {path}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {vocabulary}")
+    return tokenizer
+
+
+def load_causal_lm(section: ModelSection, path: str, ds_config: dict, attn: str) -> PreTrainedModel:
+    """The model with its parameters partitioned over the ranks as they are made (deepspeed.zero.Init), dropout off.
+
+    All ranks enter. `ds_config` decides the dtype; `attn` "auto" leaves transformers its choice.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    zero_init = HfDeepSpeedConfig(ds_config)  # transformers holds it weakly: without this name the model loads unsharded
+    bf16 = ds_config["bf16"]["enabled"]
+    options = {"trust_remote_code": section.trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
+    if attn != "auto":
+        options["attn_implementation"] = attn
+    config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    dropouts = switch_dropout_off(config)
+    try:
+        if section.from_config:
+            torch.manual_seed(0)  # rank 0's draw is broadcast; seeded, so that policy and reference are the same model
+            causal_lm = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            causal_lm = AutoModelForCausalLM.from_pretrained(path, config=config, revision=section.revision, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{path}: cannot be loaded ({_first_sentence(error)})") from None
+    del zero_init
+    causal_lm.dropouts = dropouts
+    return causal_lm
+
+
+def switch_dropout_off(config) -> dict[str, float]:
+    """Sets every dropout and jitter rate of a transformers config to 0; returns what they were, for the export."""
+    rates = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter"))
+    }
+    for name in rates:
+        setattr(config, name, 0.0)
+    return rates
+
+
+def _check_folder(folder: Path, path: str, key: str, needs_weights: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"--{key} {path}: no config.json in this folder, so it is no Hugging Face model")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"--{key} {path}/config.json: not JSON ({error})") from None
+    if needs_weights and not any((folder / name).is_file() for name in WEIGHTS):
+        raise ModelError(f"--{key} {path}: no weights ({WEIGHTS[0]} or its index); --model.from_config true starts at random")
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""The frozen reference π_ref: where its log-probs come from."""

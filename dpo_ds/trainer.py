@@ -1,0 +1,187 @@
+"""The training loop of `sft` and `train`: batches, log-probs, loss, backward, update; all ranks run it together."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_ds import metrics
+from dpo_ds.batch import CHOSEN_ONLY, PAIR, Batch
+from dpo_ds.checkpoint import CheckpointWriter
+from dpo_ds.config import TrainSection
+from dpo_ds.data.batching import Layout, Lengths, global_batches, plan, steps_per_epoch
+from dpo_ds.engine import Policy
+from dpo_ds.schedule import learning_rate
+from dpo_ds.tracking import Tracker
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the last checkpoint stays."""
+
+
+class Objective(Protocol):
+    """What is minimised: sums over a micro-batch, to be divided by the global batch's weight."""
+
+    sides: tuple[str, ...]
+    names: tuple[str, ...]  # of the sums, "loss" first
+
+    def weight(self, batch: Batch) -> int: ...
+    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """A preference loss against the reference; its mean is over the global batch's pairs."""
+
+    loss: object
+    reference: object
+    sides = PAIR
+    names = metrics.PREFERENCE
+
+    def weight(self, batch: Batch) -> int:
+        return batch.num_pairs
+
+    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+        reference = self.reference.logps(batch)
+        policy_logps = policy.logps(batch)
+        losses = self.loss(policy_logps, reference)
+        return losses.sum(), metrics.preference_sums(losses, policy_logps, reference, self.loss.beta)
+
+
+@dataclass(frozen=True)
+class SupervisedObjective:
+    """Maximum likelihood of the chosen completions; its mean is over the global batch's trained tokens."""
+
+    sides = CHOSEN_ONLY
+    names = ("loss",)
+
+    def weight(self, batch: Batch) -> int:
+        return len(batch.targets)
+
+    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+        negative_log_likelihood = -policy.token_logps(batch).sum()
+        return negative_log_likelihood, negative_log_likelihood.detach().double()[None]
+
+
+class Trainer:
+    """Runs updates first_step..total_steps; `evaluation_data` may be None."""
+
+    def __init__(
+        self, policy, objective, data, evaluation_data, layout: Layout, run: TrainSection, writer: CheckpointWriter,
+        tracker: Tracker | None,
+    ):  # fmt: skip
+        self.policy, self.objective, self.layout, self.run = policy, objective, layout, run
+        self.data, self.evaluation_data = data, evaluation_data
+        self.writer, self.tracker = writer, tracker
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.total_steps = total_steps(data.sources, run)
+        self.last_evaluation: dict = {}
+
+    def train(self, first_step: int, checkpoint_every: int) -> None:
+        """Updates from `first_step` on, with evaluations and checkpoints between and after them."""
+        per_epoch = steps_per_epoch(self.data.sources, self.run.global_batch_size)
+        batches = global_batches(self.data.sources, self.run.seed, self.run.global_batch_size, first_step)
+        step_ended = time.perf_counter()
+        for step, rows in batches:
+            if step > self.total_steps:
+                break
+            micro_batches = self._micro_batches(self.data, rows)
+            weight = self._global(sum(map(self.objective.weight, micro_batches)))
+            sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
+            losses = []
+            for micro_batch in micro_batches:
+                loss, micro_sums = self.objective(self.policy, micro_batch)
+                self.policy.backward(loss * self.world_size / weight, is_last=micro_batch is micro_batches[-1])
+                sums += micro_sums
+                losses.append((loss, micro_batch))
+            rate = learning_rate(
+                step, self.run.learning_rate, self.run.schedule, self.run.warmup_steps, self.total_steps
+            )
+            grad_norm = self.policy.step(rate)
+            means = metrics.reduce_sum(sums) / weight
+            self._check_finite(step, means, grad_norm, losses)
+            tokens = self._global(sum(batch.num_tokens for batch in micro_batches))
+            peak = metrics.reduce_max(metrics.peak_memory_bytes(self.policy.device), self.policy.device)
+            seconds, step_ended = time.perf_counter() - step_ended, time.perf_counter()
+            if self.tracker:
+                self.tracker.step(
+                    {
+                        "step": step,
+                        **dict(zip(self.objective.names, means.tolist(), strict=True)),
+                        "grad_norm": grad_norm,
+                        "learning_rate": rate,
+                        "epoch": step / per_epoch,
+                        "pairs": len(rows),
+                        "tokens": tokens,
+                        "tokens_per_second": tokens / seconds,
+                        "pairs_per_second": len(rows) / seconds,
+                        "step_seconds": seconds,
+                        "peak_memory_bytes": int(peak),
+                    }
+                )
+            self._evaluate_and_save(step, per_epoch, checkpoint_every)
+
+    def evaluate(self) -> dict[str, float]:
+        """Exact means over all of the evaluation data, each pair once, keys prefixed eval_. All ranks enter."""
+        sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
+        weight = 0
+        size = self.run.global_batch_size
+        with self.policy.evaluating():
+            for start in range(0, len(self.evaluation_data), size):
+                rows = np.arange(start, min(start + size, len(self.evaluation_data)))
+                for micro_batch in self._micro_batches(self.evaluation_data, rows):
+                    sums += self.objective(self.policy, micro_batch)[1]
+                    weight += self.objective.weight(micro_batch)
+        means = metrics.reduce_sum(sums) / self._global(weight)
+        return {f"eval_{name}": mean for name, mean in zip(self.objective.names, means.tolist(), strict=True)}
+
+    def _evaluate_and_save(self, step: int, per_epoch: int, checkpoint_every: int) -> None:
+        is_last = step == self.total_steps
+        if self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every)):
+            started = time.perf_counter()
+            self.last_evaluation = self.evaluate()
+            if self.tracker:
+                seconds = {"eval_seconds": time.perf_counter() - started, "eval_pairs": len(self.evaluation_data)}
+                self.tracker.evaluation({"step": step, "epoch": step / per_epoch, **self.last_evaluation, **seconds})
+        if is_last or _is_due(step, checkpoint_every):
+            self.writer.save(self.policy.engine, step)
+
+    def _micro_batches(self, data, rows: np.ndarray) -> list[Batch]:
+        """This rank's share of the global batch; as many on every rank, some perhaps empty."""
+        lengths = Lengths(data.prompt_lengths[rows], data.chosen_lengths[rows], data.rejected_lengths[rows])
+        share = plan(lengths, self.layout, self.world_size)[self.rank]
+        return [self.layout.collate([data[int(rows[position])] for position in members]) for members in share]
+
+    def _global(self, count: int) -> int:
+        return int(metrics.reduce_sum(torch.tensor(count, device=self.policy.device)).item())
+
+    def _check_finite(self, step: int, means: Tensor, grad_norm: float, losses: Sequence[tuple[Tensor, Batch]]) -> None:
+        """Stops every rank at a loss or gradient that is not finite, naming the step and the pairs."""
+        if means.isfinite().all() and math.isfinite(grad_norm):
+            return
+        mine = [self.data.location(row) for loss, batch in losses if not loss.isfinite() for row in batch.pair_indices]
+        gathered: list = [None] * self.world_size
+        dist.all_gather_object(gathered, mine)
+        pairs = [pair for rank_pairs in gathered for pair in rank_pairs]
+        where = f"; among these pairs: {', '.join(pairs[:16])}{' ...' if len(pairs) > 16 else ''}" if pairs else ""
+        raise TrainingError(f"step {step}: loss {means[0].item()} and gradient norm {grad_norm} must be finite{where}")
+
+
+def total_steps(sources: Sequence[tuple[int, int, float]], run: TrainSection) -> int:
+    """train.max_steps alone if given, else train.epochs passes."""
+    if run.max_steps is not None:
+        return run.max_steps
+    return max(1, math.ceil(run.epochs * steps_per_epoch(sources, run.global_batch_size)))
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

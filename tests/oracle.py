@@ -1,0 +1,48 @@
+"""What a run should give, computed the plain way: one process, full logits, autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM
+
+
+@dataclass
+class Oracle:
+    loss: float
+    norm: float
+    gradients: dict[str, torch.Tensor]
+
+
+def sequence_logp(model, prompt, completion, mask) -> torch.Tensor:
+    """The sum of the trained tokens' log-probs, one unpadded sequence, from the model's own logits."""
+    ids = torch.from_numpy(np.concatenate([prompt, completion]))[None]
+    logits = model(input_ids=ids).logits[0].float()
+    total = logits.new_zeros(())
+    for i, (token, wanted) in enumerate(zip(completion, mask, strict=True)):
+        if wanted:
+            total = total + logits[len(prompt) + i - 1].log_softmax(-1)[token]
+    return total
+
+
+def dpo_by_autograd(policy_path, reference_path, pairs, beta, label_smoothing=0.0, attn="auto") -> Oracle:
+    """Mean DPO loss over `pairs` and its gradient by name."""
+    options = {} if attn == "auto" else {"attn_implementation": attn}
+    policy = AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.float32, **options).eval()
+    reference = AutoModelForCausalLM.from_pretrained(reference_path, dtype=torch.float32, **options).eval()
+    losses = []
+    for pair in pairs:
+        chosen = (pair.prompt, pair.chosen, pair.chosen_mask)
+        rejected = (pair.prompt, pair.rejected, pair.rejected_mask)
+        with torch.no_grad():
+            anchor = sequence_logp(reference, *chosen) - sequence_logp(reference, *rejected)
+        logit = beta * (sequence_logp(policy, *chosen) - sequence_logp(policy, *rejected) - anchor)
+        losses.append(-(1 - label_smoothing) * logsigmoid(logit) - label_smoothing * logsigmoid(-logit))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+    return Oracle(loss.item(), norm, gradients)

@@ -1,0 +1,98 @@
+"""Two ranks under ZeRO-3 against single-process autograd: usage gradients.py OUT FAMILY... (one launch for all families).
+
+Every family: the DPO gradient of a global batch, spread over ranks and micro-batches with an empty one among them, then
+one update. Rank 0 writes what it saw to OUT as JSON; the test asserts on it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dpo_ds import launch
+from dpo_ds.config import TrainSection
+from dpo_ds.ds_config import Machine, fill_policy, fill_reference
+from dpo_ds.engine import FrozenModel, Policy, finish_distributed, initialize_distributed, quiet_deepspeed
+from dpo_ds.export import gathered_state_dict
+from dpo_ds.losses import DPO
+from dpo_ds.metrics import preference_sums
+from dpo_ds.model import LogProbModel, load_causal_lm
+from tests.oracle import dpo_by_autograd
+from tests.tiny import random_pairs, save_tiny, tiny_config
+
+
+class Section:
+    revision, from_config, trust_remote_code = None, False, False
+
+
+def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str) -> dict:
+    from deepspeed.utils import safe_get_full_grad
+
+    from dpo_ds.batch import packed_batch, padded_batch
+
+    config = tiny_config(family)
+    paths = [str(folder / f"{family}-{layout}-{name}") for name in ("policy", "reference")]
+    if rank == 0:
+        save_tiny(paths[0], config, seed=1)
+        save_tiny(paths[1], config, seed=2)
+    dist.barrier()
+    given = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    machine = Machine(ranks, "cpu", False)
+    run = TrainSection(learning_rate=1e-2, max_grad_norm=0, global_batch_size=8)
+    policy_config, _ = fill_policy(given, "test", run, machine, 32)
+    reference_config, _ = fill_reference(given, "test", machine, 32)
+    attn = "eager" if family == "gemma2" else "auto"
+    policy = Policy(LogProbModel(load_causal_lm(Section, paths[0], policy_config, attn)), policy_config, device)
+    reference = FrozenModel(LogProbModel(load_causal_lm(Section, paths[1], reference_config, attn)), reference_config, device)
+
+    pairs = random_pairs(7)
+    shares = [[pairs[:3], pairs[3:4]], [pairs[4:], []]]  # rank 1's second micro-batch is empty
+    collate = packed_batch if layout == "packed" else padded_batch
+    loss_fn, sums = DPO(beta=0.5, label_smoothing=0.1), 0
+    before = gathered_state_dict(policy.causal_lm)
+    for index, micro in enumerate(shares[rank] if ranks == 2 else [pairs]):
+        batch = collate(micro)
+        policy_logps, reference_logps = policy.logps(batch), reference.logps(batch)
+        losses = loss_fn(policy_logps, reference_logps)
+        sums = sums + preference_sums(losses, policy_logps, reference_logps, loss_fn.beta)
+        policy.backward(losses.sum() * ranks / len(pairs), is_last=index == 1)
+    dist.all_reduce(sums)
+    names = dict(policy.causal_lm.named_parameters())
+    gradients = {name: safe_get_full_grad(parameter) for name, parameter in names.items()}
+    norm = policy.step(1e-2)
+    after = gathered_state_dict(policy.causal_lm)
+    if rank != 0:
+        return {}
+    oracle = dpo_by_autograd(paths[0], paths[1], pairs, beta=0.5, label_smoothing=0.1, attn=attn)
+    scale = max(g.norm().item() for g in oracle.gradients.values())
+    errors = {
+        name: ((gradients[name] - g).norm() / max(g.norm().item(), 1e-3 * scale)).item()
+        for name, g in oracle.gradients.items()
+    }
+    still = [name for name in names if torch.equal(before[name], after[name])]
+    return {
+        "gradient_error": max(errors.values()),
+        "worst": max(errors, key=errors.get),
+        "loss": [sums[0].item() / len(pairs), oracle.loss],
+        "norm": [norm, oracle.norm],
+        "still": still,
+        "parameters": len(names),
+    }
+
+
+def main(out: str, layout: str, *families: str) -> None:
+    place = launch.from_environment()
+    quiet_deepspeed()
+    device = initialize_distributed(place)
+    results = {
+        family: check(family, Path(out).parent, place.rank, place.world_size, device, layout) for family in families
+    }
+    if place.is_first:
+        Path(out).write_text(json.dumps(results))
+    finish_distributed()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
