@@ -5,7 +5,7 @@ attention: queries prompt ++ chosen against the same keys, and queries rejected 
 keys outnumber queries the triangle is aligned bottom-right: a key's place in its block is its position in the sequence.
 The segments reach every layer as a keyword argument of the model call: `model(..., segments=batch.segments)`.
 
-Whether a model really takes this attention is checked, never assumed: `use_packed_attention`, then `packed_refusal`.
+Whether a model really takes this attention is checked, never assumed: `packed_refusal`.
 
 Letters: T tokens of the pack, H query heads, G key heads, D head width.
 """
@@ -26,7 +26,7 @@ from torch.nn.attention import varlen as torch_varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from dpo_ds.batch import CHOSEN_ONLY, Batch, PreferencePair, Segment, packed_batch, padded_batch
+from dpo_ds.batch import CHOSEN_ONLY, PAIR, Batch, PreferencePair, Segment, packed_batch, padded_batch
 
 PACKED_ATTENTION = "dpo_ds_packed"
 HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})  # passed on by models, read by no attention
@@ -213,7 +213,7 @@ _probe: AttentionProbe | None = None
 
 @contextmanager
 def probe_attention() -> Iterator[AttentionProbe]:
-    """While open, calls are recorded, and what is unsupported is noted, not raised: an exception in the middle of a
+    """While open, calls are recorded and what is unsupported is noted, not raised: an exception in the middle of a
     forward would leave ZeRO-3 with gathered parameters. Not for nesting."""
     global _probe
     _probe = AttentionProbe()
@@ -248,7 +248,7 @@ def packed_attention_forward(
     sliding_window counts positions of the sequence, the query's own included. Raises UnsupportedAttention.
     """
     if segments is None:
-        _refuse("called without segments (other calls, generate too, need another attention implementation)")
+        _refuse("its attention gets no segments (calls other than on a packed batch need another implementation)")
         segments = (Segment(0, query.shape[2], 0, 0),)
     if attention_mask is not None:
         _refuse("the model builds an attention mask of its own")
@@ -281,55 +281,59 @@ AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
 
 
 def use_packed_attention(causal_lm: PreTrainedModel) -> str | None:
-    """Switches a loaded model, sub-models included, to packed attention. None, or one line why its class cannot: then it
+    """Switches a model and its sub-models to packed attention, unchecked. None, or one line why its class cannot: then it
     keeps the implementation it had. No parameter is read: before or after ZeRO-3 takes the model, as you like."""
     before = causal_lm.config._attn_implementation
-    reason = None
+    refusal = None
     try:
         causal_lm.set_attn_implementation(PACKED_ATTENTION)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
+        refusal = _first_line(error)
     stuck = {type(m).__name__ for m in causal_lm.modules() if isinstance(m, PreTrainedModel) and not _is_packed(m)}
-    if stuck and not reason:
-        reason = f"{', '.join(sorted(stuck))} does not use transformers' attention interface"
-    if reason:
+    if stuck and not refusal:
+        refusal = f"{', '.join(sorted(stuck))} does not use transformers' attention interface"
+    if refusal:
         causal_lm.set_attn_implementation(before)
-    return reason
-
-
-def _is_packed(model: PreTrainedModel) -> bool:
-    return model.config._attn_implementation == PACKED_ATTENTION
+    return refusal
 
 
 def packed_refusal(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], Tensor]) -> str | None:
-    """The canary: None when `causal_lm`, switched by `use_packed_attention`, is right when packed, else why not.
+    """Switches `causal_lm` to packed attention if it is right in the packed layout (None), else says why not in one line
+    and leaves the model with the attention it came with.
 
-    forward_logps(batch) -> token log-probs [N] runs the (wrapped) model. It is called on a packed batch, which must call
-    our attention once a layer, and on four unpadded rows with the model's own eager attention, which must agree.
-    Collective under ZeRO-3: all ranks enter, with the same batches. A refused model is left with eager attention.
+    forward_logps(batch) -> token log-probs [N] runs the (wrapped) model: on a packed batch, which must call our
+    attention once a layer, and on four unpadded rows with the model's own eager attention, which must agree.
+    Collective under ZeRO-3: all ranks enter, with the same batches, and come to the same answer.
     """
+    padded = causal_lm.config._attn_implementation
+    assert padded != PACKED_ATTENTION, "the model comes with the attention of its padded layout"
+    refusal = use_packed_attention(causal_lm) or _canary(causal_lm, forward_logps)
+    causal_lm.set_attn_implementation(padded if refusal else PACKED_ATTENTION)
+    return refusal
+
+
+@torch.no_grad()
+def _canary(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], Tensor]) -> str | None:
     text = causal_lm.config.get_text_config()
     pairs = _canary_pairs(text.vocab_size)
-    with torch.no_grad(), probe_attention() as probe:
+    with probe_attention() as probe:
         try:
             packed = forward_logps(packed_batch(pairs))
-        except (TypeError, ValueError, KeyError, IndexError, NotImplementedError, RuntimeError) as error:
-            probe.refusals.append(f"its forward fails on a packed batch: {str(error).splitlines()[0]}")
-    causal_lm.set_attn_implementation("eager")
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:  # the model's own code, on unwonted input
+            return f"its forward fails on a packed batch: {_first_line(error)}"
     if probe.refusals:
         return probe.refusals[0]
     if len(probe.backends) != text.num_hidden_layers:
         return f"{len(probe.backends)} of its {text.num_hidden_layers} layers call the registered attention"
     if not probe.masked <= probe.windowed:
         return f"it limits attention to {max(probe.masked)} tokens by a mask alone"
-    sides = [_as_chosen(pair, side) for pair in pairs for side in ("chosen", "rejected")]
-    with torch.no_grad():
-        alone = torch.cat([forward_logps(padded_batch([side], CHOSEN_ONLY)) for side in sides])
+    causal_lm.set_attn_implementation("eager")
+    sides = [_as_chosen(pair, side) for pair in pairs for side in PAIR]
+    alone = torch.cat([forward_logps(padded_batch([side], CHOSEN_ONLY)) for side in sides])
     error = (packed.float() - alone.float()).abs().mean().item()
     tolerance = CANARY_TOLERANCE[next(p.dtype for p in causal_lm.parameters() if p.is_floating_point())]
     if not error <= tolerance:  # also when it is not a number
         return f"packed log-probs differ from unpacked ones by {error:.1e} nats a token, more than {tolerance:.0e}"
-    causal_lm.set_attn_implementation(PACKED_ATTENTION)
     return None
 
 
@@ -344,3 +348,11 @@ def _canary_pairs(vocab_size: int) -> list[PreferencePair]:
 def _as_chosen(pair: PreferencePair, side: str) -> PreferencePair:
     ids = pair.completion(side)
     return PreferencePair(pair.prompt, ids, ids, np.ones(len(ids), bool), np.ones(len(ids), bool))
+
+
+def _is_packed(model: PreTrainedModel) -> bool:
+    return model.config._attn_implementation == PACKED_ATTENTION
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -50,6 +50,13 @@ def finish_distributed() -> None:
         dist.destroy_process_group()
 
 
+def from_rank_0(value):
+    """Rank 0's object on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 class Policy:
     """The model being trained: log-probs forward, gradients backward, AdamW under ZeRO-3."""
 

@@ -84,7 +84,7 @@ class Trainer:
         self.writer, self.tracker = writer, tracker
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.total_steps = total_steps(data.sources, run)
-        self.last_evaluation: dict = {}
+        self.last_metrics: dict = {}  # of the last step and evaluation, for the model card
 
     def train(self, first_step: int, checkpoint_every: int) -> None:
         """Updates from `first_step` on, with evaluations and checkpoints between and after them."""
@@ -112,11 +112,12 @@ class Trainer:
             tokens = self._global(sum(batch.num_tokens for batch in micro_batches))
             peak = metrics.reduce_max(metrics.peak_memory_bytes(self.policy.device), self.policy.device)
             seconds, step_ended = time.perf_counter() - step_ended, time.perf_counter()
+            self.last_metrics = dict(zip(self.objective.names, means.tolist(), strict=True))
             if self.tracker:
                 self.tracker.step(
                     {
                         "step": step,
-                        **dict(zip(self.objective.names, means.tolist(), strict=True)),
+                        **self.last_metrics,
                         "grad_norm": grad_norm,
                         "learning_rate": rate,
                         "epoch": step / per_epoch,
@@ -148,10 +149,11 @@ class Trainer:
         is_last = step == self.total_steps
         if self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every)):
             started = time.perf_counter()
-            self.last_evaluation = self.evaluate()
+            evaluation = self.evaluate()
+            self.last_metrics |= evaluation
             if self.tracker:
-                seconds = {"eval_seconds": time.perf_counter() - started, "eval_pairs": len(self.evaluation_data)}
-                self.tracker.evaluation({"step": step, "epoch": step / per_epoch, **self.last_evaluation, **seconds})
+                size = {"eval_pairs": len(self.evaluation_data), "eval_seconds": time.perf_counter() - started}
+                self.tracker.evaluation({"step": step, "epoch": step / per_epoch, **evaluation, **size})
         if is_last or _is_due(step, checkpoint_every):
             self.writer.save(self.policy.engine, step)
 

@@ -61,14 +61,19 @@ def epoch_order(sources: Sequence[tuple[int, int, float]], seed: int, epoch: int
     for start, stop, weight in sources:
         rows = np.arange(start, stop)
         taken += [rows] * int(weight)
-        partial = round((weight - int(weight)) * len(rows))
-        taken.append(generator.permutation(rows)[:partial])
+        taken.append(generator.permutation(rows)[: _rest(weight, len(rows))])
     return generator.permutation(np.concatenate(taken))
 
 
 def steps_per_epoch(sources: Sequence[tuple[int, int, float]], global_batch_size: int) -> int:
     """The last, smaller batch counts: it is kept."""
-    return math.ceil(len(epoch_order(sources, 0, 0)) / global_batch_size)
+    pairs = sum((stop - start) * int(weight) + _rest(weight, stop - start) for start, stop, weight in sources)
+    return math.ceil(pairs / global_batch_size)
+
+
+def _rest(weight: float, rows: int) -> int:
+    """Rows of the pass that `weight` leaves unfinished."""
+    return round((weight - int(weight)) * rows)
 
 
 def global_batches(

@@ -1,7 +1,7 @@
 """Raw rows -> conversations: a prompt and what each side goes on with, as text or as message lists.
 
-Text is used verbatim; message lists go through a chat template later. A new format is one `fits`, one `read` and its entry in
-`FORMATS`. Rows of a supervised data set (`sides` without "rejected") need no rejected completion.
+Text is used verbatim; message lists go through a chat template later. A new format is one `fits`, one `read` and its
+entry in `FORMATS`. Rows of a supervised data set (`sides` without "rejected") need no rejected completion.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, DataError
+from dpo_ds.errors import ConfigError, DataError
 
 Messages = list[dict[str, Any]]  # {"role", "content"} and, on some, "tool_calls", "name", ...
 
@@ -59,7 +59,7 @@ class Conversation:
 
 
 class Row:
-    """A raw row under our names: `columns` maps ours to theirs. Reading a field checks that it is there and of the right type."""
+    """A raw row under our names: `columns` maps ours to theirs. Reading a field checks its presence and type."""
 
     def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str]):
         self.values = values
@@ -143,8 +143,8 @@ def implicit(row: Row, pair: bool) -> Conversation:
 def hh(row: Row, pair: bool) -> Conversation:
     """Transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." (Bai et al. 2022, arXiv 2204.05862), used verbatim.
 
-    The prompt is the longest common beginning that ends in "\\n\\nAssistant:"; without a rejected side it ends at chosen's last
-    "\\n\\nAssistant:".
+    The prompt is the longest common beginning that ends in "\\n\\nAssistant:"; without a rejected side it ends at
+    chosen's last "\\n\\nAssistant:".
     """
     chosen = _transcript("chosen", row.text("chosen"))
     if not pair and row.get("rejected") is None:
@@ -216,7 +216,7 @@ def _is_explicit(row: Row) -> bool:
 
 
 def _has_prompt_messages(row: Row) -> bool:
-    """Is the prompt a message list that chosen does not repeat? (Some sets keep the prompt beside whole conversations.)"""
+    """Is the prompt a message list that chosen does not repeat? Some sets keep it beside whole conversations."""
     prompt = row.get("prompt")
     return isinstance(prompt, list) and not (prompt and row.get("chosen")[: len(prompt)] == prompt)
 
@@ -295,7 +295,7 @@ def _require_answer(side: str, answer: str | Messages) -> None:
 def _transcript(side: str, text: str) -> str:
     start, marker, answer = text.rpartition(HH_ANSWER)
     if not marker:
-        raise BadRow("no assistant turn", f"{side!r} has no {HH_ANSWER!r} ({shorten(text)}); an HH transcript needs one")
+        raise BadRow("no assistant turn", f"{side!r} ({shorten(text)}) has no {HH_ANSWER!r}; an HH transcript needs it")
     if not answer.strip():
         problem = f"{side!r} is empty after its last {HH_ANSWER!r} (it ends in {text[-40:]!r}); a completion needs text"
         raise BadRow(f"empty {side}", problem)
@@ -313,13 +313,13 @@ def _answer(row: Row, side: str) -> Messages:
 
 
 def _message(name: str, value: Any) -> dict[str, Any]:
-    """{"role", "content"} or ShareGPT's {"from", "value"}; other keys that are not null stay (tool_calls, name, ...)."""
+    """{"role", "content"} or ShareGPT's {"from", "value"}; other keys stay where not null (tool_calls, name, ...)."""
     if not isinstance(value, dict):
         raise _wrong_type(name, value, "a message {role, content} or {from, value}")
     message = _without_nulls(value)
     keys = ("from", "value") if "from" in message else ("role", "content")
     if keys[0] not in message:
-        raise BadRow("message without a role", f"{name} has no role ({shorten(value)}); a message needs role and content")
+        raise BadRow("message without a role", f"{name} lacks a role ({shorten(value)}); a message needs role, content")
     their_role, content = message.pop(keys[0]), message.pop(keys[1], None)
     role = ROLES.get(their_role, their_role) if isinstance(their_role, str) else None
     if role not in KNOWN_ROLES:

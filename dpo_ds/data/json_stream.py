@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import DataError
+from dpo_ds.errors import DataError
 
 CHUNK = 1 << 20  # bytes
 CUT_OFF = 16  # characters: an error this near the end of what is read may be a token cut by it, such as "\u12"
@@ -16,7 +16,7 @@ DECODER = json.JSONDecoder()
 
 
 class JsonArray:
-    """The elements of the array in `stream` (UTF-8). Anything that is not an array of JSON values to its end raises DataError."""
+    """The elements of the array in `stream` (UTF-8); DataError where it is not one array of JSON values to its end."""
 
     def __init__(self, stream: BinaryIO, path: Path):
         self.stream = stream
@@ -66,10 +66,10 @@ class JsonArray:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                unfinished = error.msg.startswith("Unterminated") or error.pos >= len(self.text) - CUT_OFF
-                if unfinished and self._more():
+                in_string = error.msg.startswith("Unterminated")
+                if (in_string or error.pos >= len(self.text) - CUT_OFF) and self._more():
                     continue
-                if unfinished and error.pos >= len(self.text) or error.msg.startswith("Unterminated"):
+                if in_string or error.pos >= len(self.text):
                     raise self._cut_short() from error
                 raise self._error(error.msg, error.pos) from error
             if end < len(self.text) or not self._more():  # a number at the end may go on
@@ -78,16 +78,17 @@ class JsonArray:
 
     def _more(self) -> bool:
         """Reads on: at least as much again as is held, so that a long element is not scanned too often."""
-        consumed, held = self.text[: self.at], self.text[self.at :]
+        held = self.text[self.at :]
         chunk = self.stream.read(max(CHUNK, len(held)))
         try:
             pending = len(self.decoder.getstate()[0])
             new = self.decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             offset = self.bytes_read - pending + error.start
-            raise DataError(f"{self.path}: not UTF-8 at byte {offset} (0x{error.object[error.start]:02x}); save it as UTF-8") from error
+            found = f"0x{error.object[error.start]:02x}"
+            raise DataError(f"{self.path}: not UTF-8 at byte {offset} ({found}); save the file as UTF-8") from error
         self.bytes_read += len(chunk)
-        self.line, self.column = self._place(self.at) if consumed else (self.line, self.column)
+        self.line, self.column = self._place(self.at)
         self.text, self.at = held + new, 0
         return bool(chunk)
 
@@ -98,8 +99,10 @@ class JsonArray:
 
     def _error(self, problem: str, at: int) -> DataError:
         line, column = self._place(at)
-        return DataError(f"{self.path}:{line}: not JSON at column {column}: {problem}; a .json file is an array of objects or JSON lines")
+        rule = "a .json file is an array of objects, or JSON lines"
+        return DataError(f"{self.path}:{line}: not JSON at column {column}: {problem}; {rule}")
 
     def _cut_short(self) -> DataError:
         line, column = self._place(len(self.text))
-        return DataError(f"{self.path}:{line}: ends at column {column} in the middle of the array: it was cut short; copy it again")
+        problem = f"the file ends at column {column}, in the middle of the array"
+        return DataError(f"{self.path}:{line}: {problem}; copy it again in full")

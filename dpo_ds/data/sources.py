@@ -1,7 +1,7 @@
 """Where rows come from: JSON, JSON lines, Parquet, folders of them, `datasets` folders and the Hugging Face Hub.
 
-`read_rows` streams (location, row): memory does not grow with the file. A row that cannot be read, in a file that can, comes as
-the BadRow that the caller may raise or skip; a file that cannot be read raises DataError.
+`read_rows` streams (location, row): memory does not grow with the file. A row that cannot be read, in a file that can,
+comes as the BadRow that the caller may raise or skip; a file that cannot be read raises DataError.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import DataError
-from .formats import BadRow, Location, shorten
-from .json_stream import JsonArray
+from dpo_ds.data.formats import BadRow, Location, shorten
+from dpo_ds.data.json_stream import JsonArray
+from dpo_ds.errors import DataError
 
 Rows = Iterator[tuple[Location, dict[str, Any] | BadRow]]
 
 KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-SPLITS = {"train": ("train",), "eval": ("test", "validation", "valid", "val", "eval", "dev")}  # in the order of preference
+# The names of our splits elsewhere, best first. UNNAMED: files of a folder whose names tell no split.
+UNNAMED = ""
+SPLITS = {"train": ("train", UNNAMED), "eval": ("test", "validation", "valid", "val", "eval", "dev")}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 PARQUET_BATCH = 1024  # rows
 
@@ -65,7 +67,7 @@ class HuggingFace:
         return [self.name]
 
     def identity(self) -> list:
-        return [self.name, *self.key]
+        return self.key
 
     def rows(self) -> Rows:
         for number, row in enumerate(self.data, 1):
@@ -103,9 +105,10 @@ def _file_rows(path: Path) -> Rows:
             is_array = kind.startswith(".json") and not kind.startswith(".jsonl") and _begins_array(stream)
             for number, row in JsonArray(stream, path).elements() if is_array else _lines(stream):
                 last = number
-                yield Location(str(path), number), row
+                yield Location(str(path), number), row if isinstance(row, dict | BadRow) else _not_an_object(row)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: broken or cut-short gzip file after row {last} ({error}); copy or download it again") from error
+        problem = f"{path}: broken or cut-short gzip file after row {last} ({error})"
+        raise DataError(f"{problem}; copy or download it again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -116,26 +119,27 @@ def _begins_array(stream: BinaryIO) -> bool:
     return begins
 
 
-def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, dict | BadRow]]:
+def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, 1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
             yield number, _line(line)
 
 
-def _line(line: bytes) -> dict | BadRow:
+def _line(line: bytes) -> Any:
     try:
-        row = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BadRow("not UTF-8", f"not UTF-8 at byte {error.start} of the line (0x{line[error.start]:02x}); save the file as UTF-8")
+        found = f"0x{line[error.start]:02x}"
+        return BadRow("not UTF-8", f"not UTF-8 at byte {error.start} of the line ({found}); save the file as UTF-8")
     except json.JSONDecodeError as error:
         problem = f"the line is not JSON at column {error.pos + 1}: {error.msg} ({shorten(error.doc[:60])})"
         return BadRow("not JSON", problem)
-    return row if isinstance(row, dict) else not_an_object(row)
 
 
-def not_an_object(row: Any) -> BadRow:
-    return BadRow("not an object", f"the row is not an object with named fields but {type(row).__name__} {shorten(row)}")
+def _not_an_object(row: Any) -> BadRow:
+    problem = f"the row is {type(row).__name__} {shorten(row)}; it must be an object with named fields"
+    return BadRow("not an object", problem)
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -147,8 +151,8 @@ def _parquet_rows(path: Path) -> Rows:
                     number += 1
                     yield Location(str(path), number), row
     except (pa.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"{path}: broken Parquet file after row {number} ({first}); copy or download it again") from error
+        problem = f"{path}: broken Parquet file after row {number} ({_first_line(error)})"
+        raise DataError(f"{problem}; copy or download it again") from error
 
 
 def _kind(path: Path) -> str | None:
@@ -164,11 +168,8 @@ def _folder(folder: Path, split: str) -> Files:
     by_split: dict[str, list[Path]] = {}
     for path in found:
         words = re.split(r"[^a-z]+", path.name.lower())
-        for name in (name for names in SPLITS.values() for name in names if name in words):
-            by_split.setdefault(name, []).append(path)
-            break
-    if not by_split:
-        return Files(tuple(found))
+        name = next((name for names in SPLITS.values() for name in names if name and name in words), UNNAMED)
+        by_split.setdefault(name, []).append(path)
     chosen = by_split[_pick(str(folder), list(by_split), split)]
     return Files(tuple(chosen), tuple(path for path in found if path not in chosen))
 
@@ -184,8 +185,9 @@ def _pick(where: str, there: list[str], split: str) -> str:
             return name
     if len(there) == 1:
         return there[0]
-    wanted, has = " or ".join(SPLITS[split]), ", ".join(sorted(there))
-    raise DataError(f"{where}: has no {wanted} split but {has}; name one of its files, or for the Hub 'owner/name:split'")
+    wanted, has = " or ".join(filter(None, SPLITS[split])), ", ".join(name or "unnamed" for name in there)
+    remedy = "name one of its files, or on the Hub 'owner/name:split'"
+    raise DataError(f"{where}: has no {wanted} split but {has}; {remedy}")
 
 
 def _saved(folder: Path, split: str) -> HuggingFace:
@@ -194,7 +196,8 @@ def _saved(folder: Path, split: str) -> HuggingFace:
     try:
         data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise DataError(f"{folder}: cannot be opened as a datasets folder ({_first_line(error)}); save it again") from error
+        problem = f"{folder}: cannot be opened as a datasets folder ({_first_line(error)})"
+        raise DataError(f"{problem}; save it again with save_to_disk") from error
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return _of_split(str(folder), data, split, [_identity(path) for path in files])
 
@@ -215,10 +218,10 @@ def _hub(path: str, split: str) -> HuggingFace:
 
 def _of_split(name: str, data: Any, split: str, key: list) -> HuggingFace:
     if not isinstance(data, dict):
-        return HuggingFace(name, data, key or [data._fingerprint])
+        return HuggingFace(name, data, key or [name, data._fingerprint])
     ours = _pick(name, list(data), split)
     left_out = tuple(f"{name}:{other}" for other in data if other != ours)
-    return HuggingFace(f"{name}:{ours}", data[ours], key or [data[ours]._fingerprint], left_out)
+    return HuggingFace(f"{name}:{ours}", data[ours], [ours, *(key or [name, data[ours]._fingerprint])], left_out)
 
 
 def _identity(path: Path) -> list:
@@ -230,7 +233,8 @@ def _missing(path: str, local: Path) -> str:
     if not local.parent.is_dir():
         return f"{path}: no such file: the folder {local.parent} does not exist"
     near = get_close_matches(local.name, [p.name for p in local.parent.iterdir()], n=1)
-    return f"{path}: no such file or folder" + (f"; did you mean {local.parent / near[0]}?" if near else f" in {local.parent.resolve()}")
+    hint = f"; did you mean {local.parent / near[0]}?" if near else f" in {local.parent.resolve()}"
+    return f"{path}: no such file or folder{hint}"
 
 
 def _first_line(error: Exception) -> str:

@@ -46,7 +46,7 @@ class Tiles(NamedTuple):
 
 
 # CPU: a tile stays in the second-level cache. CUDA: tiles large enough for cuBLAS.
-TILES = {"cpu": Tiles(128, 256, 2 << 20, 256 << 20), "cuda": Tiles(4096, 4096, 512 << 20, 0)}
+TILES = {"cpu": Tiles(128, 512, 4 << 20, 256 << 20), "cuda": Tiles(4096, 4096, 512 << 20, 0)}
 
 
 class RecomputedLogps(torch.autograd.Function):

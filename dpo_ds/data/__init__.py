@@ -1,0 +1,7 @@
+"""Preference data: from files or the Hub to tokenised pairs on disk (`prepare`), and from those to batches (`batching`)."""
+
+from dpo_ds.data.census import format_census
+from dpo_ds.data.dataset import PairDataset
+from dpo_ds.data.prepare import prepare
+
+__all__ = ["PairDataset", "format_census", "prepare"]

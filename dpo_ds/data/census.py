@@ -1,0 +1,89 @@
+"""What became of the rows: counted while a data set is prepared, saved as data_census.json, shown as a few lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dpo_ds.data.formats import Location
+
+LISTED_BAD_ROWS = 300
+
+
+@dataclass
+class Census:
+    """Counts rows; rows_read = rows kept + rows dropped. Cuts are counted over the rows kept."""
+
+    rows_read: int = 0
+    rows_cut: int = 0
+    prompts_cut: int = 0
+    completions_cut: int = 0
+    prompts_differ: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad_rows: list[dict[str, str]] = field(default_factory=list)
+
+    def drop(self, location: Location, reason: str, problem: str) -> None:
+        self.dropped[reason] += 1
+        if len(self.bad_rows) < LISTED_BAD_ROWS:
+            self.bad_rows.append({"location": str(location), "reason": problem})
+
+    def keep(self, prompt_cut: bool, completions_cut: int, prompts_differ: bool) -> None:
+        self.rows_cut += prompt_cut or completions_cut > 0
+        self.prompts_cut += prompt_cut
+        self.completions_cut += completions_cut
+        self.prompts_differ += prompts_differ
+
+    def summary(self, lengths: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """JSON-serialisable; `lengths` are the token counts of the rows kept, by part."""
+        dropped = sum(self.dropped.values())
+        return {
+            "rows_read": self.rows_read,
+            "rows_kept": self.rows_read - dropped,
+            "rows_cut": self.rows_cut,
+            "prompts_cut": self.prompts_cut,
+            "completions_cut": self.completions_cut,
+            "rows_dropped": dropped,
+            "dropped": dict(self.dropped.most_common()),
+            "bad_rows": self.bad_rows,
+            "bad_rows_not_listed": dropped - len(self.bad_rows),
+            "prompts_differ": self.prompts_differ,
+            "tokens": {part: _percentiles(counts) for part, counts in lengths.items()},
+        }
+
+
+def _percentiles(counts: np.ndarray) -> dict[str, float]:
+    p50, p90, p99 = (float(p) for p in np.percentile(counts, [50, 90, 99]))
+    return {"p50": p50, "p90": p90, "p99": p99, "max": int(counts.max()), "mean": float(counts.mean())}
+
+
+def format_census(census: Mapping[str, Any]) -> str:
+    """A few aligned lines for the terminal."""
+    kept, read = census["rows_kept"], census["rows_read"]
+    lines = [
+        f"{read:>9,} rows read from {_files(census['files'])}, format {census['format']}",
+        f"{kept:>9,} kept" + (f" ({census['prompts_differ']:,} differ before the last turn)" if census["prompts_differ"] else ""),
+    ]
+    if census["rows_cut"]:
+        cuts = f"{_count(census['prompts_cut'], 'prompt')}, {_count(census['completions_cut'], 'completion')}"
+        lines.append(f"{census['rows_cut']:>9,} of these cut to the maximum length ({cuts})")
+    if census["rows_dropped"]:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in census["dropped"].items())
+        first = census["bad_rows"][0]["location"]
+        lines.append(f"{census['rows_dropped']:>9,} dropped: {reasons} (first: {first})")
+    columns = ("p50", "p90", "p99", "max", "mean")
+    lines.append(f"{'tokens':>9}  " + "".join(f"{column:>8}" for column in columns))
+    for part, numbers in census["tokens"].items():
+        lines.append(f"{part:>9}  " + "".join(f"{numbers[column]:>8,.0f}" for column in columns))
+    return "\n".join(lines)
+
+
+def _files(files: list[str]) -> str:
+    return files[0] if len(files) == 1 else f"{len(files)} files ({files[0]}, ...)"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,117 @@
+"""Message lists -> text, and where in that text the assistant speaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from dpo_ds.data.formats import BadRow, Messages, shorten
+
+# For a tokenizer without a template of its own. Role lines as in Tulu 2 (arXiv 2311.10702), EOS after each assistant turn:
+#   <|user|>\nHello\n<|assistant|>\nHi</s>\n
+# Tools come first as JSON, one a line, under <|tools|>; an assistant's calls follow its text as JSON, one a line.
+DEFAULT_CHAT_TEMPLATE = """\
+{%- if tools %}{{- '<|tools|>\\n' }}{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}{%- endif %}
+{%- for message in messages %}
+{{- '<|' + message.role + '|>\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '\\n' if message.content or not loop.first }}{{- call | tojson }}
+{%- endfor %}
+{%- if message.role == 'assistant' %}{{- eos_token }}{%- endif %}
+{{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
+
+SENTINEL = "@@the answer@@"  # stands for an assistant's text, to learn what the template puts around it
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt with one completion, which begins at character `prompt_end`.
+
+    trained: the character spans of the completion's assistant turns, each with its end-of-turn mark. ends_in_answer: the
+    last message is the assistant's.
+    """
+
+    text: str
+    prompt_end: int
+    trained: list[tuple[int, int]]
+    ends_in_answer: bool
+
+
+def template_of(tokenizer: Any, tools: list | None = None) -> str:
+    return tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE
+
+
+def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> Rendered:
+    """BadRow where the template refuses the conversation or leaves an assistant turn out.
+
+    White space after the last EOS that the template writes is left off.
+    """
+    chat = _Chat(tokenizer, tools)
+    messages = prompt + completion
+    try:
+        text = chat.text(messages)
+    except (TemplateError, TypeError) as error:
+        raise BadRow("refused by the chat template", f"the chat template refuses the conversation: {error}") from error
+    trained, end = [], 0
+    for i in range(len(prompt), len(messages)):
+        if messages[i]["role"] == "assistant":
+            start, end = chat.turn(text, messages, i, after=end)
+            trained.append((start, end))
+    if completion[0]["role"] == "assistant":
+        prompt_end = trained[0][0]
+    else:
+        before = chat.part(prompt)
+        prompt_end = len(before) if before is not None and text.startswith(before) else 0
+    if text.rstrip().endswith(tokenizer.eos_token):
+        text = text.rstrip()
+    return Rendered(text, prompt_end, trained, completion[-1]["role"] == "assistant")
+
+
+class _Chat:
+    def __init__(self, tokenizer: Any, tools: list | None):
+        self.tokenizer = tokenizer
+        self.tools = tools
+        self.template = template_of(tokenizer, tools)
+
+    def text(self, messages: Messages, generation_prompt: bool = False) -> str:
+        if not messages:
+            return ""
+        return self.tokenizer.apply_chat_template(
+            messages, self.tools, chat_template=self.template, add_generation_prompt=generation_prompt, tokenize=False
+        )
+
+    def part(self, messages: Messages, generation_prompt: bool = False) -> str | None:
+        """The text of a conversation that need not be whole; None where the template refuses such a part."""
+        try:
+            return self.text(messages, generation_prompt)
+        except (TemplateError, TypeError):
+            return None
+
+    def turn(self, text: str, messages: Messages, i: int, after: int) -> tuple[int, int]:
+        """The characters of assistant turn `i`, from where generation would begin to its end-of-turn mark.
+
+        Usually the text up to the turn, and with the turn, are beginnings of the whole. Some templates show earlier turns
+        otherwise (they drop <think> blocks): then the message's content is looked for behind its header.
+        """
+        head = self.part(messages[:i], generation_prompt=True)
+        head = head if head is not None and text.startswith(head) else None
+        tail = text if i == len(messages) - 1 else self.part(messages[: i + 1])
+        content = messages[i]["content"]
+        if head is not None and tail is not None and text.startswith(tail) and len(head) < len(tail):
+            end = max(len(tail.rstrip()), tail.rfind(content) + len(content) if content else 0)
+            return len(head), max(end, len(head))
+        around = self.part([*messages[:i], {"role": "assistant", "content": SENTINEL}]) or ""
+        before, _, mark = around.partition(SENTINEL)
+        start = len(head) if head is not None else max(after, len(before) if text.startswith(before) else 0)
+        mark = mark.rstrip()
+        for shown in (content, content.strip(), content.rpartition("</think>")[2].strip()):
+            found = text.find(shown, start) if shown else -1
+            if found >= 0:
+                end = found + len(shown)
+                end += len(mark) if text.startswith(mark, end) else 0
+                return start if head is not None else found, end
+        raise BadRow("turn not shown by the chat template", f"the chat template does not show the turn {shorten(content)}")

@@ -1,0 +1,96 @@
+"""Tokenised pairs on disk: one Arrow stream, memory-mapped, so that memory stays flat as data grows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_ds.batch import PreferencePair
+from dpo_ds.data.formats import Location
+
+PARTS = ("prompt", "chosen", "rejected")
+MASKS = ("chosen_mask", "rejected_mask")
+ARROW, CENSUS = "pairs.arrow", "census.json"
+SCHEMA = pa.schema(
+    [(part, pa.list_(pa.int32())) for part in PARTS]
+    + [(mask, pa.list_(pa.bool_())) for mask in MASKS]
+    + [(f"{part}_length", pa.int32()) for part in PARTS]
+    + [("file", pa.int32()), ("row", pa.int64())]
+)
+
+
+class PairWriter:
+    """Writes pairs in batches; `file` of a location is kept as an index into `files`."""
+
+    def __init__(self, folder: Path):
+        self.files: list[str] = []
+        self.rows = 0
+        self._sink = pa.OSFile(str(folder / ARROW), "wb")
+        self._stream = pa.ipc.new_stream(self._sink, SCHEMA)
+
+    def __enter__(self) -> PairWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stream.close()
+        self._sink.close()
+
+    def write(self, pairs: Sequence[PreferencePair], locations: Sequence[Location]) -> None:
+        columns: dict[str, Any] = {name: _lists([getattr(pair, name) for pair in pairs], pa.int32()) for name in PARTS}
+        columns |= {name: _lists([getattr(pair, name) for pair in pairs], pa.bool_()) for name in MASKS}
+        columns |= {f"{part}_length": [len(getattr(pair, part)) for pair in pairs] for part in PARTS}
+        columns["file"] = [self._file(location.file) for location in locations]
+        columns["row"] = [location.row for location in locations]
+        self._stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+        self.rows += len(pairs)
+
+    def _file(self, name: str) -> int:
+        if name not in self.files[-1:]:  # rows come file by file
+            self.files.append(name)
+        return len(self.files) - 1
+
+
+class PairDataset:
+    """A prepared data set, in the order of its source.
+
+    prompt_lengths, chosen_lengths, rejected_lengths: tokens, int32 [rows]. sources: (start, stop, weight), the rows of each
+    source given. census: see `Census`. digest: names the files, options and tokenizer it was made from, not the weights.
+    """
+
+    def __init__(self, folder: Path, weights: Iterable[float]):
+        self.census: dict[str, Any] = json.loads((folder / CENSUS).read_text())
+        self.digest = folder.name
+        self._files: list[str] = self.census.pop("location_files")
+        ends = self.census.pop("source_ends")
+        self.sources = [
+            (start, stop, weight) for start, stop, weight in zip([0, *ends[:-1]], ends, weights, strict=True)
+        ]
+        self._table = pa.ipc.open_stream(pa.memory_map(str(folder / ARROW))).read_all()
+        self._rows = [self._table.column(name) for name in (*PARTS, *MASKS)]
+        self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
+            self._table.column(f"{part}_length").to_numpy() for part in PARTS
+        )
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, i: int) -> PreferencePair:
+        values = [column[i].values.to_numpy(zero_copy_only=False) for column in self._rows]
+        prompt, chosen, rejected = (ids.astype(np.int64) for ids in values[: len(PARTS)])
+        chosen_mask, rejected_mask = (mask.astype(bool) for mask in values[len(PARTS) :])
+        return PreferencePair(prompt, chosen, rejected, chosen_mask, rejected_mask, index=int(i) % len(self))
+
+    def location(self, i: int) -> str:
+        """"file:row" of the raw row."""
+        return str(Location(self._files[self._table["file"][i].as_py()], self._table["row"][i].as_py()))
+
+
+def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), type=kind))

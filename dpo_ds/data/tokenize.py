@@ -1,0 +1,170 @@
+"""Conversations -> token ids: one text for prompt and completion, the boundary by characters, masks, cuts.
+
+Tokenising prompt and completion apart, or trusting the prompt's length in tokens, is off where a token spans the boundary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from dpo_ds.batch import PAIR, PreferencePair
+from dpo_ds.data.chat import DEFAULT_CHAT_TEMPLATE, Rendered, render
+from dpo_ds.data.formats import BadRow, Conversation
+from dpo_ds.errors import ConfigError, ModelError
+
+
+class Tokenized(NamedTuple):
+    """A pair, whether its prompt was cut, and how many of its completions were."""
+
+    pair: PreferencePair
+    prompt_cut: bool
+    completions_cut: int
+
+
+class _Side(NamedTuple):
+    """One side before cutting: token ids, how many of them are the prompt's, which are trained on. EOS is included."""
+
+    ids: np.ndarray
+    prompt: int
+    trained: np.ndarray
+
+
+class PairTokenizer:
+    """Tokenises conversations; lengths are in tokens, `sides` is ("chosen", "rejected") or ("chosen",).
+
+    Raises ModelError for a tokenizer without offsets or EOS, ConfigError where no token is left for the completion.
+    """
+
+    def __init__(
+        self, tokenizer: Any, max_length: int, max_prompt_length: int, sides: tuple[str, ...] = PAIR
+    ):
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        if not tokenizer.is_fast:
+            raise ModelError(f"{name}: a slow tokenizer gives no character offsets; use a model with a tokenizer.json")
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{name}: the tokenizer has no EOS token, so no completion could end; set eos_token")
+        if not 0 < max_prompt_length < max_length:
+            raise ConfigError(
+                f"data.max_prompt_length is {max_prompt_length} and data.max_length {max_length}: "
+                "the prompt must be shorter, or no token is left for the completion"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.sides = sides
+        self.eos = tokenizer.eos_token_id
+        self.bare = _bare(tokenizer)
+        self.prefix = _added_in_front(tokenizer, self.bare)
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[Tokenized | BadRow]:
+        """One result each, in order; BadRow where the chat template cannot show the conversation."""
+        rendered = [self._render(conversation) for conversation in conversations]
+        texts = [side.text for sides in rendered if not isinstance(sides, BadRow) for side in sides]
+        encodings = iter(self.bare.encode_batch(texts, add_special_tokens=False))
+        return [
+            sides if isinstance(sides, BadRow) else self._pair([self._side(next(encodings), side) for side in sides])
+            for sides in rendered
+        ]
+
+    def _render(self, conversation: Conversation) -> list[Rendered] | BadRow:
+        prompt = conversation.prompt
+        completions = [getattr(conversation, side) for side in self.sides]
+        if isinstance(prompt, str):
+            return [_verbatim(prompt, completion) for completion in completions]
+        try:
+            return [render(self.tokenizer, prompt, completion, conversation.tools) for completion in completions]
+        except BadRow as error:
+            return error
+
+    def _side(self, encoding: Encoding, rendered: Rendered) -> _Side:
+        """A token that straddles the end of the prompt is the completion's. BOS never comes twice, nor does EOS."""
+        ids = encoding.ids
+        starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        beyond = np.flatnonzero(ends > rendered.prompt_end)
+        prompt = int(beyond[0]) if len(beyond) else len(ids)
+        trained = np.zeros(len(ids), dtype=bool)
+        for start, end in rendered.trained:
+            trained |= (starts < end) & (ends > start)
+        trained[:prompt] = False
+        if ids[: len(self.prefix)] != self.prefix:
+            ids = self.prefix + ids
+            trained = np.concatenate([np.zeros(len(self.prefix), dtype=bool), trained])
+            prompt += len(self.prefix)
+        if not ids or ids[-1] != self.eos:
+            ids = [*ids, self.eos]
+            trained = np.append(trained, rendered.ends_in_answer)
+        return _Side(np.array(ids, dtype=np.int64), prompt, trained)
+
+    def _pair(self, sides: list[_Side]) -> Tokenized:
+        """The shared prompt is cut from its start, behind BOS; each completion from its end."""
+        shared = _common_prefix([side.ids[: side.prompt] for side in sides])
+        prompt = sides[0].ids[:shared]
+        head = self._bos(prompt)
+        prompt_cut = shared > self.max_prompt_length
+        if prompt_cut:
+            head = head[: self.max_prompt_length]
+            prompt = np.concatenate([head, prompt[shared - (self.max_prompt_length - len(head)) :]])
+        room = self.max_length - len(prompt)
+        completions = [side.ids[shared:][:room] for side in sides]
+        masks = [side.trained[shared:][:room] for side in sides]
+        cut = sum(len(side.ids) - shared > room for side in sides)
+        if len(sides) == 1:
+            completions.append(np.zeros(0, dtype=np.int64))
+            masks.append(np.zeros(0, dtype=bool))
+        return Tokenized(PreferencePair(prompt, *completions, *masks), prompt_cut, cut)
+
+    def _bos(self, prompt: np.ndarray) -> np.ndarray:
+        """What stays in front of a cut prompt: what the tokenizer adds, or a BOS that the chat template wrote."""
+        if self.prefix:
+            return prompt[: len(self.prefix)]
+        return prompt[:1] if len(prompt) and prompt[0] == self.tokenizer.bos_token_id else prompt[:0]
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """All of the tokenizer that token ids depend on, as text."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+    return json.dumps([_clone(tokenizer).to_str(), special, template], sort_keys=True)
+
+
+def _verbatim(prompt: str, completion: str) -> Rendered:
+    whole = len(prompt) + len(completion)
+    return Rendered(prompt + completion, len(prompt), [(len(prompt), whole)], ends_in_answer=True)
+
+
+def _clone(tokenizer: Any) -> Tokenizer:
+    """The backend with no cut or padding set, apart from the caller's."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _bare(tokenizer: Any) -> Tokenizer:
+    """Without the post-processor, which adds special tokens and may trim white space off the offsets."""
+    backend = _clone(tokenizer)
+    backend.post_processor = None
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def _added_in_front(tokenizer: Any, bare: Tokenizer) -> list[int]:
+    """The special tokens, most often BOS, that the tokenizer itself puts before a text; those it puts behind are ignored."""
+    probe = "a"
+    plain, whole = bare.encode(probe, add_special_tokens=False).ids, tokenizer(probe)["input_ids"]
+    at = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), None)
+    if at is None:
+        problem = f"the tokenizer and its tokenizer.json disagree on {probe!r}: {whole}, {plain}"
+        raise ModelError(f"{tokenizer.name_or_path}: {problem}; save the tokenizer again with save_pretrained")
+    return whole[:at]
+
+
+def _common_prefix(prompts: list[np.ndarray]) -> int:
+    length = min(map(len, prompts))
+    differs = np.flatnonzero(prompts[0][:length] != prompts[-1][:length])
+    return int(differs[0]) if len(differs) else length
