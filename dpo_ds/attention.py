@@ -281,8 +281,8 @@ AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
 
 
 def use_packed_attention(causal_lm: PreTrainedModel) -> str | None:
-    """Switches a model and its sub-models to packed attention, unchecked. None, or one line why its class cannot: then it
-    keeps the implementation it had. No parameter is read: before or after ZeRO-3 takes the model, as you like."""
+    """Switches a model with its sub-models to packed attention, unchecked. None, or why its class cannot; then it keeps
+    the implementation it had. No parameter is read: before or after ZeRO-3 takes the model, as you like."""
     before = causal_lm.config._attn_implementation
     refusal = None
     try:
@@ -298,8 +298,8 @@ def use_packed_attention(causal_lm: PreTrainedModel) -> str | None:
 
 
 def packed_refusal(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], Tensor]) -> str | None:
-    """Switches `causal_lm` to packed attention if it is right in the packed layout (None), else says why not in one line
-    and leaves the model with the attention it came with.
+    """Switches `causal_lm` to packed attention if that is right for it (None), else says why not in one line and leaves
+    the model with the attention it came with.
 
     forward_logps(batch) -> token log-probs [N] runs the (wrapped) model: on a packed batch, which must call our
     attention once a layer, and on four unpadded rows with the model's own eager attention, which must agree.

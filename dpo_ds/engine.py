@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from datetime import timedelta
 
 import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+import transformers
 from deepspeed.accelerator import get_accelerator
 from pydantic import ValidationError
 from torch import Tensor
@@ -38,10 +40,14 @@ def initialize_distributed(launch: Launch) -> torch.device:
     return device
 
 
-def quiet_deepspeed() -> None:
-    """Warnings and chatter off, unless DPO_DS_VERBOSE asks for them."""
-    if not os.environ.get("DPO_DS_VERBOSE"):
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+def quiet_libraries() -> None:
+    """Chatter, progress bars and deprecations of the libraries off, unless DPO_DS_VERBOSE asks for them."""
+    if os.environ.get("DPO_DS_VERBOSE"):
+        return
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls what torch renames
 
 
 def finish_distributed() -> None:

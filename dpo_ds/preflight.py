@@ -72,10 +72,11 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
         say(checkpoint.check_compatible(resume, run, place.world_size))
 
     splits = {"train": run.data.train} | ({} if run.data.eval is None else {"eval": run.data.eval})
+    options = {"train": run.data, "eval": run.data.model_copy(update={"limit": None})}  # limit is for training
     sides = PAIR if isinstance(run, TrainConfig) else CHOSEN_ONLY
     prepared = {
         split: data.prepare(
-            source, options=run.data, tokenizer=tokenizer, sides=sides, split=split, build=place.is_first_on_node
+            source, options=options[split], tokenizer=tokenizer, sides=sides, split=split, build=place.is_first_on_node
         )
         for split, source in splits.items()
     }

@@ -42,7 +42,7 @@ def start(command: str, run: Section) -> int:
             raise
         from dpo_ds import engine  # deepspeed comes in here, after every check
 
-        engine.quiet_deepspeed()
+        engine.quiet_libraries()
         device = engine.initialize_distributed(place)
         try:
             train(command, run, prepared, place, output_dir, device)

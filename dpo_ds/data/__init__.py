@@ -1,4 +1,4 @@
-"""Preference data: from files or the Hub to tokenised pairs on disk (`prepare`), and from those to batches (`batching`)."""
+"""Preference data: files or the Hub -> tokenised pairs on disk (`prepare`) -> batches (`batching`)."""
 
 from dpo_ds.data.census import format_census
 from dpo_ds.data.dataset import PairDataset

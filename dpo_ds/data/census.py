@@ -63,10 +63,9 @@ def _percentiles(counts: np.ndarray) -> dict[str, float]:
 def format_census(census: Mapping[str, Any]) -> str:
     """A few aligned lines for the terminal."""
     kept, read = census["rows_kept"], census["rows_read"]
-    lines = [
-        f"{read:>9,} rows read from {_files(census['files'])}, format {census['format']}",
-        f"{kept:>9,} kept" + (f" ({census['prompts_differ']:,} differ before the last turn)" if census["prompts_differ"] else ""),
-    ]
+    lines = [f"{read:>9,} rows read from {_files(census['files'])}, format {census['format']}", f"{kept:>9,} kept"]
+    if census["prompts_differ"]:
+        lines.append(f"{census['prompts_differ']:>9,} of these differ before the last turn")
     if census["rows_cut"]:
         cuts = f"{_count(census['prompts_cut'], 'prompt')}, {_count(census['completions_cut'], 'completion')}"
         lines.append(f"{census['rows_cut']:>9,} of these cut to the maximum length ({cuts})")

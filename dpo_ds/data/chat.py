@@ -9,7 +9,7 @@ from jinja2.exceptions import TemplateError
 
 from dpo_ds.data.formats import BadRow, Messages, shorten
 
-# For a tokenizer without a template of its own. Role lines as in Tulu 2 (arXiv 2311.10702), EOS after each assistant turn:
+# For a tokenizer without a template. Role lines as in Tulu 2 (arXiv 2311.10702), EOS after each assistant turn:
 #   <|user|>\nHello\n<|assistant|>\nHi</s>\n
 # Tools come first as JSON, one a line, under <|tools|>; an assistant's calls follow its text as JSON, one a line.
 DEFAULT_CHAT_TEMPLATE = """\
@@ -31,8 +31,8 @@ SENTINEL = "@@the answer@@"  # stands for an assistant's text, to learn what the
 class Rendered:
     """A prompt with one completion, which begins at character `prompt_end`.
 
-    trained: the character spans of the completion's assistant turns, each with its end-of-turn mark. ends_in_answer: the
-    last message is the assistant's.
+    trained: the character spans of the completion's assistant turns, each with its end-of-turn mark.
+    ends_in_answer: the last message is the assistant's.
     """
 
     text: str
@@ -94,8 +94,8 @@ class _Chat:
     def turn(self, text: str, messages: Messages, i: int, after: int) -> tuple[int, int]:
         """The characters of assistant turn `i`, from where generation would begin to its end-of-turn mark.
 
-        Usually the text up to the turn, and with the turn, are beginnings of the whole. Some templates show earlier turns
-        otherwise (they drop <think> blocks): then the message's content is looked for behind its header.
+        Usually the text up to the turn, and with the turn, are beginnings of the whole. Some templates show earlier
+        turns otherwise (they drop <think> blocks): then the message's content is looked for behind its header.
         """
         head = self.part(messages[:i], generation_prompt=True)
         head = head if head is not None and text.startswith(head) else None
@@ -114,4 +114,4 @@ class _Chat:
                 end = found + len(shown)
                 end += len(mark) if text.startswith(mark, end) else 0
                 return start if head is not None else found, end
-        raise BadRow("turn not shown by the chat template", f"the chat template does not show the turn {shorten(content)}")
+        raise BadRow("turn not shown by the chat template", f"the chat template leaves out the turn {shorten(content)}")

@@ -42,8 +42,7 @@ class PairWriter:
         self._sink.close()
 
     def write(self, pairs: Sequence[PreferencePair], locations: Sequence[Location]) -> None:
-        columns: dict[str, Any] = {name: _lists([getattr(pair, name) for pair in pairs], pa.int32()) for name in PARTS}
-        columns |= {name: _lists([getattr(pair, name) for pair in pairs], pa.bool_()) for name in MASKS}
+        columns: dict[str, Any] = {name: _lists([getattr(pair, name) for pair in pairs]) for name in (*PARTS, *MASKS)}
         columns |= {f"{part}_length": [len(getattr(pair, part)) for pair in pairs] for part in PARTS}
         columns["file"] = [self._file(location.file) for location in locations]
         columns["row"] = [location.row for location in locations]
@@ -59,8 +58,8 @@ class PairWriter:
 class PairDataset:
     """A prepared data set, in the order of its source.
 
-    prompt_lengths, chosen_lengths, rejected_lengths: tokens, int32 [rows]. sources: (start, stop, weight), the rows of each
-    source given. census: see `Census`. digest: names the files, options and tokenizer it was made from, not the weights.
+    prompt_lengths, chosen_lengths, rejected_lengths: tokens, int32 [rows]. sources: (start, stop, weight), the rows of
+    each source given. census: see `Census`. digest: of the files, options and tokenizer it was made from, no weights.
     """
 
     def __init__(self, folder: Path, weights: Iterable[float]):
@@ -68,9 +67,7 @@ class PairDataset:
         self.digest = folder.name
         self._files: list[str] = self.census.pop("location_files")
         ends = self.census.pop("source_ends")
-        self.sources = [
-            (start, stop, weight) for start, stop, weight in zip([0, *ends[:-1]], ends, weights, strict=True)
-        ]
+        self.sources = list(zip([0, *ends[:-1]], ends, weights, strict=True))
         self._table = pa.ipc.open_stream(pa.memory_map(str(folder / ARROW))).read_all()
         self._rows = [self._table.column(name) for name in (*PARTS, *MASKS)]
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
@@ -87,10 +84,20 @@ class PairDataset:
         return PreferencePair(prompt, chosen, rejected, chosen_mask, rejected_mask, index=int(i) % len(self))
 
     def location(self, i: int) -> str:
-        """"file:row" of the raw row."""
+        """ "file:row" of the raw row."""
         return str(Location(self._files[self._table["file"][i].as_py()], self._table["row"][i].as_py()))
 
 
-def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), type=kind))
+def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+    offsets = np.cumsum([0, *(len(array) for array in arrays)])
+    values = np.concatenate(arrays)
+    return pa.ListArray.from_arrays(_arrow(offsets), _arrow(values))
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    """int32, or bool as bits. From the bytes, because `pa.array` of a numpy array imports pandas, which takes a second."""
+    if values.dtype == bool:
+        kind, data = pa.bool_(), np.packbits(values, bitorder="little")
+    else:
+        kind, data = pa.int32(), values.astype(np.int32)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(data)])

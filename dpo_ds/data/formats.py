@@ -117,8 +117,8 @@ def explicit(row: Row, pair: bool) -> Conversation:
     """prompt, chosen, rejected: three strings, or three message lists (and tools)."""
     if isinstance(row["prompt"], str):
         return Conversation(row.text("prompt"), row.text("chosen"), row.text("rejected") if pair else None)
-    rejected = row.messages("rejected") if pair else None
-    return Conversation(row.messages("prompt"), row.messages("chosen"), rejected, row.tools())
+    prompt, chosen = row.messages("prompt"), row.messages("chosen")
+    return Conversation(prompt, chosen, row.messages("rejected") if pair else None, row.tools())
 
 
 def implicit(row: Row, pair: bool) -> Conversation:

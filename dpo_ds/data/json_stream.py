@@ -72,8 +72,9 @@ class JsonArray:
                 if in_string or error.pos >= len(self.text):
                     raise self._cut_short() from error
                 raise self._error(error.msg, error.pos) from error
+            length = end - self.at
             if end < len(self.text) or not self._more():  # a number at the end may go on
-                self.at = end
+                self.at += length
                 return value
 
     def _more(self) -> bool:

@@ -1,7 +1,7 @@
 """A data source -> tokenised pairs on disk, once: later runs, ranks and nodes find them by a digest.
 
-The rank with `build` tokenises under a file lock. The others watch for the finished folder, which appears by one rename; they
-enter no collective, so nothing times out while millions of rows are read.
+The rank with `build` tokenises under a file lock. The others watch for the finished folder, which appears by one
+rename; they enter no collective, so nothing times out while millions of rows are read.
 """
 
 from __future__ import annotations
@@ -58,15 +58,17 @@ def prepare(
     split: str = "train",
     build: bool = True,
 ) -> PairDataset:
-    """The tokenised pairs of `source`: a path or Hub id, or a list of them or of {"path", "weight"}. split: "train" or "eval".
+    """The tokenised pairs of `source`: a path or Hub id, or a list of them or of {"path", "weight"}.
 
-    Raises ConfigError, ModelError or DataError for what the user can mend; TimeoutError where `build` is false and nobody
-    finishes within WAIT_SECONDS.
+    split, "train" or "eval", picks among the splits of a folder or Hub data set. Raises ConfigError, ModelError or
+    DataError for what the user can mend; TimeoutError where `build` is false and nobody finishes within WAIT_SECONDS.
     """
     check_name(options.format, sides)
     if options.on_bad_row not in ("error", "skip"):
         raise ConfigError(f"data.on_bad_row is {options.on_bad_row!r}; it must be error or skip")
     tokenize = PairTokenizer(tokenizer, options.max_length, options.max_prompt_length, sides)
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"data.limit is {options.limit}; it must be at least 1, or null for all rows")
     paths, weights = _items(source)
     sources = [open_source(path, split) for path in paths]
     folder = cache_root() / _digest(sources, options, sides, tokenizer)
@@ -113,9 +115,11 @@ class _Reader:
                 except BadRow as error:
                     self.bad(location, error)
             yield batch
-        if self.census.rows_read == before and limit != 0:
+        if limit == 0:  # used up by the sources before
+            return
+        if self.census.rows_read == before:
             raise DataError(f"{self.paths[i]}: holds no row; a data set needs at least one")
-        if name not in self.formats and self.census.rows_read > before:
+        if name not in self.formats:
             self.formats.append(name)
 
     def bad(self, location: Location, error: BadRow) -> None:
@@ -191,7 +195,8 @@ def _items(source: str | Sequence[str | Mapping[str, Any]]) -> tuple[list[str], 
         item = {"path": item} if isinstance(item, str) else dict(item)
         path, weight = item.pop("path", None), item.pop("weight", 1.0)
         if item or not isinstance(path, str):
-            raise ConfigError(f"a data source is a path, or path and weight; unknown or lacking: {', '.join(item) or 'path'}")
+            wrong = f"{', '.join(item)} is unknown" if item else f"the path is {path!r}"
+            raise ConfigError(f"a data source is a path, or path and weight: {wrong}")
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
             raise ConfigError(f"the weight of data source {path} is {weight!r}; it must be a number above 0")
         paths.append(path)
@@ -211,5 +216,5 @@ def _wait_for(folder: Path) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not folder.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{folder} did not appear within {WAIT_SECONDS} s: the rank that tokenises is gone or elsewhere")
+            raise TimeoutError(f"{folder} did not appear within {WAIT_SECONDS} s: is the rank that tokenises gone?")
         time.sleep(POLL_SECONDS)

@@ -128,7 +128,7 @@ def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
 
 def _line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         found = f"0x{line[error.start]:02x}"
         return BadRow("not UTF-8", f"not UTF-8 at byte {error.start} of the line ({found}); save the file as UTF-8")

@@ -1,6 +1,6 @@
 """Conversations -> token ids: one text for prompt and completion, the boundary by characters, masks, cuts.
 
-Tokenising prompt and completion apart, or trusting the prompt's length in tokens, is off where a token spans the boundary.
+Tokenising prompt and completion apart, or slicing by the prompt's own length, is off where a token spans the boundary.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class PairTokenizer:
     Raises ModelError for a tokenizer without offsets or EOS, ConfigError where no token is left for the completion.
     """
 
-    def __init__(
-        self, tokenizer: Any, max_length: int, max_prompt_length: int, sides: tuple[str, ...] = PAIR
-    ):
+    def __init__(self, tokenizer: Any, max_length: int, max_prompt_length: int, sides: tuple[str, ...] = PAIR):
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise ModelError(f"{name}: a slow tokenizer gives no character offsets; use a model with a tokenizer.json")
@@ -154,7 +152,7 @@ def _bare(tokenizer: Any) -> Tokenizer:
 
 
 def _added_in_front(tokenizer: Any, bare: Tokenizer) -> list[int]:
-    """The special tokens, most often BOS, that the tokenizer itself puts before a text; those it puts behind are ignored."""
+    """The special tokens, most often BOS, that the tokenizer itself puts before a text; not those it puts behind."""
     probe = "a"
     plain, whole = bare.encode(probe, add_special_tokens=False).ids, tokenizer(probe)["input_ids"]
     at = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), None)

@@ -1,8 +1,8 @@
 """Product reviews written by a small grammar, and preference pairs in which chosen is better by a rule that is known.
 
 An instruction makes four demands: review this product, with this sentiment, mention this feature, and do not repeat
-yourself. The chosen review meets all four, the rejected one breaks exactly one of them. `score` checks the demands on any
-text, so what a model learned can be measured against the truth and not only against held-out pairs.
+yourself. The chosen review meets all four, the rejected one breaks exactly one of them. `score` checks the demands on
+any text, so what a model learned can be measured against the truth and not only against held-out pairs.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ HELD_OUT = frozenset(random.Random(0).sample(ALL_DEMANDS, len(ALL_DEMANDS) // 8)
 
 
 def met(prompt: str, completion: str) -> dict[str, bool]:
-    """Which of DEMANDS a completion meets: it names the product, all its moods are the one asked for (and there is one),
-    it mentions the feature, and it has sentences of which none comes twice."""
+    """Which of DEMANDS a completion meets: it names the product, its mood words are all of the sentiment asked for (and
+    there is one), it mentions the feature, and it has sentences of which none comes twice."""
     demand = Demand.parse(prompt)
     words = set(re.findall(r"\w+", completion.lower()))
     sentences = [sentence.strip() for sentence in completion.split(".") if sentence.strip()]

@@ -66,14 +66,14 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
 
 
-def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, hidden=64, layers=2, seed=0) -> LlamaForCausalLM:
     """A Llama of random weights that fits the tokenizer."""
     config = tiny_config("llama", len(tokenizer), hidden=hidden, layers=layers, **special_ids(tokenizer))
     return random_model(config, seed)
 
 
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """The config's causal language model with the family's own initialisation, float32; the caller's RNG is left alone."""
+    """The config's causal language model, float32, initialised as its family is; the caller's RNG is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

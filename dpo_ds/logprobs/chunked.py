@@ -1,5 +1,5 @@
-"""Token log-probs by chunks of the vocabulary: online log-sum-exp forward, logits made again in backward unless they are
-few; any device.
+"""Token log-probs by chunks of the vocabulary on any device: online log-sum-exp forward, logits made again in backward
+unless they are few.
 
 `RecomputedLogps` and its backward are shared with triton.py: a kernel says how rows are folded and how a tile of the
 logits' gradient is made, everything else (which rows, which chunks, accumulation, rounding) is decided here, once.
@@ -139,12 +139,15 @@ class ChunkedKernel:
         for chunk in slices(len(weight_VD), self.tiles.columns(gemm.itemsize)):
             weight_CD = weight_VD[chunk].to(gemm)
             bias_C = None if bias_V is None else bias_V[chunk].to(dtype)
-            logits = weight_CD.new_empty((len(blocks) if keep else 1, rows, len(weight_CD)), dtype=dtype)
-            for index, (state, block) in enumerate(zip(states, blocks, strict=True)):
+            logits = [None] * len(blocks)
+            if gemm == dtype:
+                distinct = len(blocks) if keep else 1
+                logits = weight_CD.new_empty((distinct, rows, len(weight_CD))).expand(len(blocks), -1, -1)
+            for state, block, out in zip(states, blocks, logits, strict=True):
                 missing = rows - (block.stop - block.start)
                 hidden_BD = F.pad(hidden_ND[block].to(gemm), (0, 0, 0, missing))
                 targets_B = F.pad(targets_N[block] - chunk.start, (0, missing), value=-1)
-                logits_BC = self._logits(hidden_BD, weight_CD, bias_C, out=logits[index if keep else 0])
+                logits_BC = self._logits(hidden_BD, weight_CD, bias_C, out)
                 state.add(logits_BC, targets_B, with_statistics)
             if keep:
                 kept += [logits.flatten(0, 1), torch.cat([state.top for state in states])]
@@ -241,7 +244,7 @@ def _inside(targets_B, columns):
 def _float32_mm(a, b, out=None):
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _accumulate(total, a, b):
@@ -249,4 +252,4 @@ def _accumulate(total, a, b):
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        total += torch.mm(a, b, out_dtype=total.dtype)  # addmm's out_dtype: pytorch/pytorch#154086, #167931

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dpo_ds.errors import ModelError
@@ -50,10 +49,18 @@ def install_head(causal_lm: nn.Module, backend: str = "auto") -> LogProbHead:
             raise ModelError(
                 f"{name}'s head is {kind}: an adapter on the head is not supported; take it out of the target modules"
             )
-        raise ModelError(f"{name}'s head is {kind}, not a plain torch.nn.Linear: its logits cannot be computed by chunks")
-    config = causal_lm.config.get_text_config()
+        raise ModelError(f"{name}'s head is {kind}, not a plain torch.nn.Linear: chunks of it cannot be computed")
     head.__class__ = LogProbHead
-    head.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    head.softcap = getattr(config, "final_logit_softcapping", None)
+    head.scale, head.softcap = _logit_transform(causal_lm.config.get_text_config())
     head.backend = backend
     return head
+
+
+def _logit_transform(config) -> tuple[float, float | None]:
+    """(scale, softcap) that the model's own forward applies to its head's output."""
+    scale = 1.0
+    for key in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere; Falcon-H1; Muse Glimmer
+        scale *= getattr(config, key, None) or 1.0
+    logits_scaling = getattr(config, "logits_scaling", None) or 1.0  # Granite divides by it, HyperCLOVA X multiplies
+    scale = scale * logits_scaling if config.model_type.startswith("hyperclovax") else scale / logits_scaling
+    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2

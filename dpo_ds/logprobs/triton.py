@@ -1,9 +1,9 @@
 """Fused CUDA kernels: no logits in memory forward, one 16-bit tile of their gradient backward.
 
-Forward: a program takes a tile of rows and one split of the vocabulary, keeps (top, sum) and the statistics in registers in
-float32 and writes one partial per row and split; a second kernel combines them in order. No atomics, and no size depends on
-N: results repeat bit for bit, whatever rows lie beside. Backward: RecomputedLogps' chunks, the logits' gradient from a
-kernel, the products from cuBLAS.
+Forward: a program takes a tile of rows and one split of the vocabulary, keeps (top, sum) and the statistics in
+registers in float32 and writes one partial per row and split; a second kernel combines them in order. No atomics, and
+no size depends on N: results repeat bit for bit, whatever rows lie beside. Backward: RecomputedLogps' chunks, the
+logits' gradient from a kernel, the products from cuBLAS.
 
 Legend: N rows, D hidden width, V vocabulary, S splits, C columns of one vocabulary chunk, B rows of one block.
 Runs on a CPU under TRITON_INTERPRET=1 (tests).
@@ -188,7 +188,7 @@ def _fold_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_DEPTH: tl.constexpr, INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """partials [2 or 4, S, N]: top, then sums of exp(y - top), exp(y - top) (y - top) and exp(y - top)^2 over the split."""
+    """partials [2 or 4, S, N]: top, then the split's sums of e = exp(y - top), e (y - top) and e^2."""
     tile, split = _tile_order(tl.cdiv(N, ROWS), splits, GROUP)
     rows = tile * ROWS + tl.arange(0, ROWS)
     within = rows < N

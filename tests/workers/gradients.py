@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dpo_ds import launch
 from dpo_ds.config import TrainSection
 from dpo_ds.ds_config import Machine, fill_policy, fill_reference
-from dpo_ds.engine import FrozenModel, Policy, finish_distributed, initialize_distributed, quiet_deepspeed
+from dpo_ds.engine import FrozenModel, Policy, finish_distributed, initialize_distributed, quiet_libraries
 from dpo_ds.export import gathered_state_dict
 from dpo_ds.losses import DPO
 from dpo_ds.metrics import preference_sums
@@ -84,7 +84,7 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
 
 def main(out: str, layout: str, *families: str) -> None:
     place = launch.from_environment()
-    quiet_deepspeed()
+    quiet_libraries()
     device = initialize_distributed(place)
     results = {
         family: check(family, Path(out).parent, place.rank, place.world_size, device, layout) for family in families

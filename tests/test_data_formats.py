@@ -1,0 +1,292 @@
+"""Raw rows to conversations: one example of each format worked out by hand, and one row for each mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpo_ds.batch import CHOSEN_ONLY, PAIR
+from dpo_ds.data.formats import BadRow, Conversation, Location, Row, check_name, detect, read
+from dpo_ds.errors import ConfigError
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+TOOL = {"name": "add", "parameters": {}}
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+HELLO = "\n\nHuman: Hello\n\nAssistant:"
+
+EXAMPLES = {
+    "explicit text": (
+        "explicit",
+        {"prompt": "2+2=", "chosen": "4", "rejected": "5", "score": 1},
+        Conversation("2+2=", "4", "5"),
+    ),
+    "explicit text, empty prompt": (
+        "explicit",
+        {"prompt": "", "chosen": "4", "rejected": "5"},
+        Conversation("", "4", "5"),
+    ),
+    "explicit messages": (
+        "explicit",
+        {"prompt": [SYSTEM, user("hi")], "chosen": [assistant("a")], "rejected": [assistant("b")], "tools": [TOOL]},
+        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")], [TOOL]),
+    ),
+    "explicit messages out of Arrow, with nulls": (
+        "explicit",
+        {
+            "prompt": [{**user("hi"), "tool_calls": None}],
+            "chosen": [{**assistant(None), "tool_calls": CALL}],
+            "rejected": [{**assistant("b"), "tool_calls": None}],
+            "tools": '[{"name": "add", "parameters": {}, "strict": null}]',
+        },
+        Conversation([user("hi")], [{**assistant(""), "tool_calls": CALL}], [assistant("b")], [TOOL]),
+    ),
+    "implicit": (
+        "implicit",
+        {"chosen": [SYSTEM, user("hi"), assistant("a")], "rejected": [SYSTEM, user("hi"), assistant("b")]},
+        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "implicit beside a prompt string": (
+        "implicit",
+        {"prompt": "hi", "chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]},
+        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "implicit beside the prompt's messages": (
+        "implicit",
+        {"prompt": [user("hi")], "chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]},
+        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "implicit, rejected is chosen's beginning": (
+        "implicit",
+        {"chosen": [user("hi"), assistant("a"), user("go on"), assistant("c")], "rejected": [user("hi"), assistant("a")]},
+        Conversation(
+            [user("hi")], [assistant("a"), user("go on"), assistant("c")], [assistant("a")], prompts_differ=True
+        ),
+    ),
+    "implicit, other user turns": (
+        "implicit",
+        {"chosen": [user("x"), assistant("a")], "rejected": [user("y"), assistant("a")]},
+        Conversation([], [user("x"), assistant("a")], [user("y"), assistant("a")], prompts_differ=True),
+    ),
+    "hh": (
+        "hh",
+        {"chosen": HELLO + " Hi there", "rejected": HELLO + " Hi you"},
+        Conversation(HELLO, " Hi there", " Hi you"),
+    ),
+    "hh, last turns of several": (
+        "hh",
+        {"chosen": HELLO + " Hi" + HELLO + " a", "rejected": HELLO + " Hi" + HELLO + " b"},
+        Conversation(HELLO + " Hi" + HELLO, " a", " b"),
+    ),
+    "hh, differing earlier": (
+        "hh",
+        {"chosen": HELLO + " Hi" + HELLO + " a", "rejected": HELLO + " Ha" + HELLO + " b"},
+        Conversation(HELLO, " Hi" + HELLO + " a", " Ha" + HELLO + " b", prompts_differ=True),
+    ),
+    "hh, one goes on": (
+        "hh",
+        {"chosen": HELLO + " Hi", "rejected": HELLO + " Hi" + HELLO + " b"},
+        Conversation(HELLO, " Hi", " Hi" + HELLO + " b", prompts_differ=True),
+    ),
+    "sharegpt": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "1+?"},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "2"},
+            ],
+            "system": "be brief",
+            "tools": '[{"name": "add", "parameters": {}}]',
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        Conversation(
+            [SYSTEM, user("1+?"), {**assistant(""), "tool_calls": CALL}, {"role": "tool", "content": "2"}],
+            [assistant("a")],
+            [assistant("b")],
+            [TOOL],
+        ),
+    ),
+    "alpaca": (
+        "alpaca",
+        {
+            "instruction": "add",
+            "input": "1 2",
+            "system": "be brief",
+            "history": [["hi", "ho"]],
+            "chosen": "3",
+            "rejected": "4",
+        },
+        Conversation([SYSTEM, user("hi"), assistant("ho"), user("add\n1 2")], [assistant("3")], [assistant("4")]),
+    ),
+    "alpaca, bare": (
+        "alpaca",
+        {"instruction": "add", "input": "", "system": None, "chosen": "3", "rejected": "4"},
+        Conversation([user("add")], [assistant("3")], [assistant("4")]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), EXAMPLES.values(), ids=EXAMPLES)
+def test_formats(name, row, expected):
+    row = Row(row, {})
+    assert detect(row, PAIR) == name
+    assert read(row, name, PAIR) == expected
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), EXAMPLES.values(), ids=EXAMPLES)
+def test_supervised_uses_chosen_of_a_pair(name, row, expected):
+    row = Row(row, {})
+    assert detect(row, CHOSEN_ONLY) == name
+    conversation = read(row, name, CHOSEN_ONLY)
+    assert (conversation.prompt, conversation.chosen) == (expected.prompt, expected.chosen)
+    assert conversation.rejected is None
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "chosen"),
+    [
+        ("completion", {"prompt": "2+2=", "completion": "4"}, "2+2=", "4"),
+        ("completion", {"prompt": [user("x")], "completion": [assistant("y")]}, [user("x")], [assistant("y")]),
+        (
+            "messages",
+            {"messages": [SYSTEM, user("x"), assistant("y"), user("z"), assistant("w")]},
+            [SYSTEM, user("x")],
+            [assistant("y"), user("z"), assistant("w")],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+            [user("x")],
+            [assistant("y")],
+        ),
+        ("hh", {"chosen": HELLO + " Hi" + HELLO + " a"}, HELLO + " Hi" + HELLO, " a"),
+        (
+            "implicit",
+            {"chosen": [user("x"), assistant("y"), user("z"), assistant("w")]},
+            [user("x"), assistant("y"), user("z")],
+            [assistant("w")],
+        ),
+    ],
+)
+def test_supervised_rows_without_rejected(name, row, prompt, chosen):
+    row = Row(row, {})
+    assert detect(row, CHOSEN_ONLY) == name
+    assert read(row, name, CHOSEN_ONLY) == Conversation(prompt, chosen)
+
+
+def test_columns_rename_before_detection():
+    row = Row({"question": "q", "good": "a", "bad": "b"}, {"prompt": "question", "chosen": "good", "rejected": "bad"})
+    assert read(row, detect(row, PAIR), PAIR) == Conversation("q", "a", "b")
+    row = Row({"question": "q", "good": "a"}, {"prompt": "question", "chosen": "good", "rejected": "worse"})
+    with pytest.raises(BadRow, match=r"lacks 'rejected' \(data.columns takes it from 'worse'\); it has 'question', 'good'"):
+        read(row, "explicit", PAIR)
+
+
+CHAT = {"prompt": [user("x")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+MISTAKES = [
+    ({"prompt": "p", "chosen": "a"}, "no rejected", r"lacks 'rejected'; it has 'prompt', 'chosen'"),
+    ({"prompt": "p", "rejected": "a"}, "no chosen", r"lacks 'chosen'; it has 'prompt', 'rejected'"),
+    ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt is null", r"'prompt' is null"),
+    ({"prompt": "p", "chosen": "a", "rejected": None}, "rejected is null", r"'rejected' is null"),
+    ({"chosen": None, "rejected": "b"}, "chosen is null", r"'chosen' is null"),
+    ({"prompt": "p", "chosen": 7, "rejected": "b"}, "wrong type", r"'chosen' is int 7; it must be text"),
+    ({"prompt": 1.5, "chosen": "a", "rejected": "b"}, "wrong type", r"'prompt' is float 1.5; it must be a list of"),
+    ({"prompt": "p", "chosen": "", "rejected": "b"}, "empty chosen", r"'chosen' is empty \(''\)"),
+    ({"prompt": "p", "chosen": "a", "rejected": " \n"}, "empty rejected", r"'rejected' is empty \(' \\n'\)"),
+    ({"prompt": "p", "chosen": "same", "rejected": "same"}, "chosen equals rejected", r"equals 'rejected' \('same'\)"),
+    ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, "not Unicode", r"half a surrogate pair, '\\ud800', at"),
+    ({"text": "p", "label": 1}, "no known format", r"its fields 'text', 'label' fit no known format \(sharegpt, alp"),
+    ({}, "no known format", r"its fields \(none\) fit no known format"),
+    ({"chosen": "no marks", "rejected": "here"}, "no known format", r"fit no known format"),
+    ({"chosen": HELLO + " ", "rejected": HELLO + " b"}, "empty chosen", r"'chosen' is empty after its last '\\n\\nAs"),
+    ({"chosen": HELLO + " a", "rejected": HELLO + "b" + HELLO}, "empty rejected", r"'rejected' is empty after"),
+    ({"chosen": HELLO + " a", "rejected": "b"}, "no assistant turn", r"'rejected' \('b'\) has no '\\n\\nAssistant:'"),
+    ({"chosen": HELLO + " a", "rejected": "!" + HELLO + " b"}, "no common prompt", r"share no beginning that ends"),
+    ({**CHAT, "chosen": [assistant("b")]}, "chosen equals rejected", r"a pair needs two different completions"),
+    ({**CHAT, "chosen": [user("u")]}, "no assistant turn", r"'chosen' has no assistant turn \(user\)"),
+    ({**CHAT, "chosen": []}, "no assistant turn", r"'chosen' has no assistant turn \(no message\)"),
+    ({**CHAT, "chosen": [assistant(" ")]}, "empty chosen", r"'chosen' is empty"),
+    ({**CHAT, "chosen": ["text"]}, "wrong type", r"'chosen\[0\]' is str 'text'; it must be a message"),
+    ({**CHAT, "rejected": "text"}, "wrong type", r"'rejected' is str 'text'; it must be a list of messages"),
+    ({**CHAT, "prompt": [{"role": "usr", "content": "x"}]}, "unknown role", r"prompt\[0\] has the unknown role 'usr'; known"),
+    ({**CHAT, "prompt": [{"content": "x"}]}, "message without a role", r"prompt\[0\] lacks a role"),
+    ({**CHAT, "prompt": [{"role": "user"}]}, "message without content", r"prompt\[0\] has no content"),
+    ({**CHAT, "prompt": [{"role": "user", "content": [1]}]}, "wrong type", r"'prompt\[0\].content' is list \[1\]; it must be"),
+    ({**CHAT, "tools": "{"}, "broken JSON in a field", r"'tools' must be JSON but is '\{'"),
+    ({**CHAT, "tools": {"a": 1}}, "wrong type", r"'tools' is dict .* must be a list of tools"),
+    (
+        {"conversations": "x", "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+        "wrong type",
+        r"'conversations' is str",
+    ),
+    (
+        {"conversations": [], "chosen": {"from": "human", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+        "no assistant turn",
+        r"'chosen' has no assistant turn \(user\)",
+    ),
+    (
+        {"conversations": [], "chosen": {"from": "function_call", "value": "3"}, "rejected": {"from": "gpt", "value": "b"}},
+        "wrong type",
+        r"'chosen' is str '3'; it must be JSON of a call",
+    ),
+    (
+        {"conversations": [{"from": "system", "value": "s"}], "system": "t", "chosen": {}, "rejected": {}},
+        "two system turns",
+        r"begins with another system turn",
+    ),
+    (
+        {"instruction": "i", "history": [["only user"]], "chosen": "a", "rejected": "b"},
+        "wrong type",
+        r"'history\[0\]' is list \['only user'\]; it must be a list \[user, assistant\]",
+    ),
+    ({"instruction": "i", "chosen": "a"}, "no rejected", r"lacks 'rejected'"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "message"), MISTAKES)
+def test_mistakes(row, reason, message):
+    row = Row(row, {})
+    with pytest.raises(BadRow, match=message) as caught:
+        read(row, detect(row, PAIR), PAIR)
+    assert caught.value.reason == reason
+    full = str(caught.value.at(Location("f.jsonl", 12)))
+    assert full.startswith("f.jsonl:12: ") and full.endswith("(drop such rows with --data.on_bad_row skip)")
+    assert "\n" not in full
+
+
+def test_supervised_mistakes():
+    for row, message in [
+        ({"messages": [user("x")]}, "'messages' has no assistant turn"),
+        ({"prompt": "x", "completion": " "}, "'chosen' is empty"),
+        ({"prompt": "x"}, "lacks 'chosen'"),
+    ]:
+        row = Row(row, {})
+        with pytest.raises(BadRow, match=message):
+            read(row, detect(row, CHOSEN_ONLY), CHOSEN_ONLY)
+    equal = Row({"prompt": "p", "chosen": "same", "rejected": "same"}, {})  # no mistake where rejected is not used
+    assert read(equal, "explicit", CHOSEN_ONLY) == Conversation("p", "same")
+
+
+def test_long_values_are_shortened():
+    with pytest.raises(BadRow) as caught:
+        read(Row({"prompt": "p", "chosen": "x" * 1000, "rejected": "x" * 1000}, {}), "explicit", PAIR)
+    assert len(str(caught.value)) < 200
+
+
+def test_format_names():
+    for name in ["auto", "explicit", "implicit", "hh", "sharegpt", "alpaca"]:
+        check_name(name, PAIR)
+    check_name("messages", CHOSEN_ONLY)
+    with pytest.raises(ConfigError, match="data.format is 'sharegtp': did you mean 'sharegpt'?"):
+        check_name("sharegtp", PAIR)
+    with pytest.raises(ConfigError, match="data.format is 'messages': .*Known: auto, sharegpt"):
+        check_name("messages", PAIR)

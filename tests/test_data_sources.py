@@ -1,0 +1,249 @@
+"""Every kind of source gives the same rows; every broken file gives one line that names the place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_ds.data import json_stream
+from dpo_ds.data.formats import BadRow
+from dpo_ds.data.sources import open_source, read_rows
+from dpo_ds.errors import DataError
+from tests.data_helpers import pairs, write_lines
+
+ROWS = [{"chosen": "naïve 世界", "n": 1}, {"chosen": "b", "n": 2}, {"chosen": "c\n{[\"", "n": 3}]
+
+
+def rows_of(path, split="train"):
+    return list(read_rows(str(path), split))
+
+
+def error_of(path, split="train") -> str:
+    with pytest.raises(DataError) as caught:
+        rows_of(path, split)
+    assert not isinstance(caught.value, BadRow)  # cannot be skipped
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(tmp_path, name):
+    path = tmp_path / name
+    if name.startswith("array"):
+        data = json.dumps(ROWS, indent=1, ensure_ascii=False).encode()
+        path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    elif name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    else:
+        write_lines(path, ROWS)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["array.json", "array.json.gz", "lines.json", "lines.jsonl", "lines.jsonl.gz", "LINES.JSONL", "rows.parquet"]
+)
+def test_kinds_of_file_give_the_same_rows(tmp_path, name):
+    path = write(tmp_path, name)
+    found = rows_of(path)
+    assert [row for _, row in found] == ROWS
+    assert [str(location) for location, _ in found] == [f"{path}:{n}" for n in (1, 2, 3)]
+
+
+def test_byte_order_mark_and_blank_lines(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}')  # no newline at the end
+    assert [(location.row, row) for location, row in rows_of(path)] == [(1, {"a": 1}), (3, {"a": 2})]
+    array = tmp_path / "windows.json"
+    array.write_bytes(b'\xef\xbb\xbf\n [{"a": 1}]')
+    assert [row for _, row in rows_of(array)] == [{"a": 1}]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
+def test_array_read_in_small_chunks(tmp_path, monkeypatch, chunk):
+    """Tokens, escapes and characters of several bytes cut by the chunk's end."""
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    rows = [{"a": "é\\u00e9\\ud83d\\ude00世", "b": [1.5e3, True, None, {}]}, {"a": ""}, {"n": 12345678901234567890}]
+    path = tmp_path / "x.json"
+    path.write_text(" [ " + ",\n ".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n", encoding="utf-8")
+    assert [row for _, row in rows_of(path)] == rows
+
+
+@pytest.mark.parametrize("name", ["array.json", "rows.jsonl", "rows.parquet"])
+def test_memory_stays_flat(tmp_path, name):
+    """20 MB of rows pass through a few MB of Python objects."""
+    rows = [{"text": "x" * 20_000, "n": n} for n in range(1000)]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist([{"text": f"{n}" + "x" * 200} for n in range(50_000)]), path)
+    else:
+        path.write_text(json.dumps(rows)) if name == "array.json" else write_lines(path, rows)
+    tracemalloc.start()
+    count = sum(1 for _ in read_rows(str(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count >= 1000
+    assert peak < 8e6
+
+
+def test_folder_reads_the_files_of_its_split_in_order(tmp_path):
+    for name, n in [("b-train.jsonl", 2), ("a-train.jsonl", 1), ("test.jsonl", 9), (".hidden.jsonl", 7)]:
+        write_lines(tmp_path / name, [{"n": n}])
+    (tmp_path / "README.md").write_text("no data")
+    assert [row["n"] for _, row in rows_of(tmp_path)] == [1, 2]
+    assert [row["n"] for _, row in rows_of(tmp_path, "eval")] == [9]
+    assert [path.name for path in open_source(str(tmp_path)).left_out] == ["test.jsonl"]
+
+
+def test_folder_without_split_names_is_read_whole(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"n": 1}])
+    write_lines(tmp_path / "b.jsonl", [{"n": 2}])
+    assert len(rows_of(tmp_path)) == len(rows_of(tmp_path, "eval")) == 2
+
+
+def test_folder_of_unnamed_files_and_a_test_file(tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", [{"n": 1}])
+    write_lines(tmp_path / "pairs_test.jsonl", [{"n": 2}])
+    assert [row["n"] for _, row in rows_of(tmp_path)] == [1]
+    assert [row["n"] for _, row in rows_of(tmp_path, "eval")] == [2]
+
+
+def test_folder_lacks_the_split(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [{"n": 1}])
+    write_lines(tmp_path / "other.jsonl", [{"n": 2}])
+    assert re.search(r"has no test or validation .* split but unnamed, train; name one of its files", error_of(tmp_path, "eval"))
+
+
+def test_datasets_folders(tmp_path):
+    import datasets
+
+    split = {name: datasets.Dataset.from_list([{"n": n}]) for n, name in enumerate(["train", "validation", "test"])}
+    split["train"].save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(split).save_to_disk(str(tmp_path / "many"))
+    assert rows_of(tmp_path / "one") == [((f"{tmp_path}/one", 1), {"n": 0})]
+    assert rows_of(tmp_path / "many") == [((f"{tmp_path}/many:train", 1), {"n": 0})]
+    assert rows_of(tmp_path / "many", "eval") == [((f"{tmp_path}/many:test", 1), {"n": 2})]
+    (tmp_path / "one" / "dataset_info.json").write_text("{")
+    assert "one: cannot be opened as a datasets folder" in error_of(tmp_path / "one")
+
+
+def test_hub_id(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        data = {split: datasets.Dataset.from_list([{"n": split}]) for split in ["train", "test"]}
+        return data[split] if split else datasets.DatasetDict(data)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    assert rows_of("some/set") == [(("some/set:train", 1), {"n": "train"})]
+    assert rows_of("some/set", "eval")[0][1] == {"n": "test"}
+    assert rows_of("some/set:test")[0][1] == {"n": "test"}
+    assert asked == [("some/set", None), ("some/set", None), ("some/set", "test")]
+
+    def unreachable(name, split):
+        raise ConnectionError("Couldn't reach 'some/set' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = error_of("some/set")
+    assert message.startswith("some/set: there is no such file or folder, and it cannot be loaded from the Hugging Face Hub")
+    assert "Couldn't reach" in message and "give a local path" in message
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", pairs(1))
+    assert error_of(tmp_path / "pair.jsonl") == (
+        f"{tmp_path}/pair.jsonl: no such file or folder; did you mean {tmp_path}/pairs.jsonl?"
+    )
+    assert error_of(tmp_path / "zzz").endswith(f"no such file or folder in {tmp_path}")
+    assert error_of(tmp_path / "no" / "x.jsonl").endswith(f"the folder {tmp_path}/no does not exist")
+
+
+def test_empty_folder_and_unknown_kind(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.csv").write_text("a,b")
+    known = "known: .jsonl, .json, .jsonl.gz, .json.gz, .parquet"
+    assert error_of(tmp_path / "empty") == f"{tmp_path}/empty: the folder holds no data file; {known}"
+    assert error_of(tmp_path / "x.csv") == f"{tmp_path}/x.csv: not a file that can be read as data; {known}"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "message"),
+    [
+        (b'{"a": 1, "b" 2}', "not JSON", r"x.jsonl:2: the line is not JSON at column 14: Expecting ':' delimiter"),
+        (b'{"a": "half', "not JSON", r"x.jsonl:2: the line is not JSON at column 7: Unterminated string"),
+        (b"[1, 2]", "not an object", r"x.jsonl:2: the row is list \[1, 2\]; it must be an object"),
+        (b'{"a": "caf\xe9"}', "not UTF-8", r"x.jsonl:2: not UTF-8 at byte 10 of the line \(0xe9\)"),
+    ],
+)
+def test_a_broken_line_can_be_skipped(tmp_path, line, reason, message):
+    path = write_lines(tmp_path / "x.jsonl", [{"a": 1}, line, {"a": 3}])
+    (_, first), (location, bad), (_, third) = rows_of(path)
+    assert (first, third) == ({"a": 1}, {"a": 3})
+    assert bad.reason == reason
+    assert re.search(message + r".*drop such rows with --data.on_bad_row skip", str(bad.at(location)))
+
+
+def test_an_array_element_that_is_no_object(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('[{"a": 1}, 12, "s", {"a": 2}]')
+    assert [row.reason if isinstance(row, BadRow) else row["a"] for _, row in rows_of(path)] == [
+        1,
+        "not an object",
+        "not an object",
+        2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'[{"a": 1},\n {"a": "b', r"x.json:2: the file ends at column 10, in the middle of the array; copy it again"),
+        (b'[{"a": 1},\n', r"x.json:2: the file ends at column 1, in the middle"),
+        (b'[{"a": 1}', r"x.json:1: the file ends at column 10, in the middle"),
+        (b'[{"a": 1}\n{"a": 2}]', r"x.json:2: not JSON at column 1: expected , or \], found '{'; a .json file is an array"),
+        (b'[{"a": 1},\n\n {"a": bad}' + b" " * 99 + b"]", r"x.json:3: not JSON at column 8: Expecting value"),
+        (b'[{"a": 1}] {"a": 2}', r"x.json:1: not JSON at column 12: text follows the array's end"),
+        (b'[{"a": "caf\xe9"}]', r"x.json: not UTF-8 at byte 11 \(0xe9\)"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_half_or_broken_array(tmp_path, monkeypatch, text, message, chunk):
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    path = tmp_path / "x.json"
+    path.write_bytes(text)
+    assert re.search(message, error_of(path))
+
+
+def test_broken_gzip(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl.gz", [{"n": n, "noise": str(hash((n, "noise")))} for n in range(3000)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert re.search(r"x.jsonl.gz: broken or cut-short gzip file after row \d{3,4} .*; copy or download it again", error_of(path))
+    path.write_bytes(whole[:1000] + b"\0" * 50 + whole[1050:])
+    assert "broken or cut-short gzip" in error_of(path)
+    path.write_bytes(b'{"n": 1}\n')
+    assert "after row 0" in error_of(path)
+
+
+def test_broken_parquet(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist([{"n": n, "s": f"{n * n}"} for n in range(5000)]), path, row_group_size=1024)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert re.search(r"x.parquet: broken Parquet file after row 0 \(.*\); copy or download it again", error_of(path))
+    half = len(whole) // 2
+    path.write_bytes(whole[:half] + b"\xff" * 2000 + whole[half + 2000 :])
+    assert "broken Parquet file after row" in error_of(path)
+
+
+def test_unreadable_file(tmp_path):
+    (tmp_path / "x.jsonl").symlink_to(tmp_path / "nowhere")
+    assert "no such file" in error_of(tmp_path / "x.jsonl")

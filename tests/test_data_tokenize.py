@@ -1,0 +1,290 @@
+"""Boundaries, special tokens, cuts and masks on tokenizers whose merges are known: every character is a token but for those."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dpo_ds.batch import CHOSEN_ONLY, PAIR
+from dpo_ds.data.formats import BadRow, Conversation
+from dpo_ds.data.tokenize import PairTokenizer, fingerprint
+from dpo_ds.errors import ConfigError, ModelError
+from tests.data_helpers import CHATML, EOS, tokenizer
+
+STRIPS_THINKING = (  # earlier assistant turns lose their <think> block, the last keeps it (as in Qwen 3)
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1].strip() }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENS_THINKING = (  # the generation prompt opens a block that a finished turn does not show (as in DeepSeek R1)
+    "{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}{% else %}[A]"
+    "{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[A]<think>\n{% endif %}"
+)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def tokenize(conversation, tok, max_length=1000, max_prompt_length=500, sides=PAIR):
+    result = PairTokenizer(tok, max_length, max_prompt_length, sides)([conversation])[0]
+    if isinstance(result, BadRow):
+        raise result
+    return result
+
+
+def shown(tok, ids):
+    return [tok.decode([i]) for i in ids]
+
+
+def trained(tok, pair, side):
+    return tok.decode(getattr(pair, side)[getattr(pair, f"{side}_mask")])
+
+
+def test_strings_are_used_verbatim():
+    tok = tokenizer(template=CHATML)
+    pair = tokenize(Conversation("ab", "c d", "e\n"), tok).pair
+    assert shown(tok, pair.prompt) == ["a", "b"]
+    assert shown(tok, pair.chosen) == ["c", " ", "d", EOS]
+    assert shown(tok, pair.rejected) == ["e", "\n", EOS]
+    assert pair.chosen_mask.all() and pair.rejected_mask.all()
+    assert {array.dtype for array in (pair.prompt, pair.chosen, pair.rejected)} == {np.dtype(np.int64)}
+    assert pair.chosen_mask.dtype == bool
+
+
+def test_a_token_across_the_boundary_is_the_completions():
+    """ "b" + "c" is one token: on chosen's side the prompt is only "a", so rejected begins with the "b" left over, untrained."""
+    tok = tokenizer(merges=(("b", "c"),))
+    pair = tokenize(Conversation("ab", "cd", "xd"), tok).pair
+    assert shown(tok, pair.prompt) == ["a"]
+    assert shown(tok, pair.chosen) == ["bc", "d", EOS]
+    assert pair.chosen_mask.tolist() == [True, True, True]
+    assert shown(tok, pair.rejected) == ["b", "x", "d", EOS]
+    assert pair.rejected_mask.tolist() == [False, True, True, True]
+
+
+def test_a_token_across_both_boundaries():
+    tok = tokenizer(merges=(("b", "c"), ("b", "x")))
+    pair = tokenize(Conversation("ab", "cd", "xd"), tok).pair
+    assert shown(tok, pair.prompt) == ["a"]
+    assert shown(tok, pair.chosen) == ["bc", "d", EOS]
+    assert shown(tok, pair.rejected) == ["bx", "d", EOS]
+    assert pair.chosen_mask.all() and pair.rejected_mask.all()
+
+
+def test_white_space_at_the_boundary_with_trimmed_offsets():
+    """A tokenizer that trims offsets reports " " as empty; the boundary must not move."""
+    tok = tokenizer(merges=(("Ġ", "h"),), trim_offsets=True)
+    pair = tokenize(Conversation("a:", " hi", "  hi"), tok).pair
+    assert shown(tok, pair.prompt) == ["a", ":"]
+    assert shown(tok, pair.chosen) == [" h", "i", EOS]
+    assert shown(tok, pair.rejected) == [" ", " h", "i", EOS]
+    assert pair.rejected_mask.all()
+
+
+def test_characters_of_several_tokens():
+    tok = tokenizer()
+    pair = tokenize(Conversation("世", "界é", "é"), tok).pair
+    assert tok.decode(pair.prompt) == "世" and len(pair.prompt) == 3
+    assert len(pair.chosen) == 3 + 2 + 1 and pair.chosen_mask.all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "bos", "eos_too", "front"),
+    [
+        ("ab", False, False, ["a", "b"]),
+        ("ab", True, False, ["<s>", "a", "b"]),
+        ("ab", True, True, ["<s>", "a", "b"]),
+        ("ab", False, True, ["a", "b"]),
+        ("<s>ab", True, False, ["<s>", "a", "b"]),
+        ("<s>ab", False, False, ["<s>", "a", "b"]),
+        ("", True, False, ["<s>"]),
+        ("", False, False, []),
+    ],
+)
+def test_bos_where_the_tokenizer_adds_one_and_never_twice(prompt, bos, eos_too, front):
+    tok = tokenizer(bos=bos, eos_too=eos_too)
+    pair = tokenize(Conversation(prompt, "c", "d"), tok).pair
+    assert shown(tok, pair.prompt) == front
+    assert shown(tok, pair.chosen) == ["c", EOS]  # and the EOS that the tokenizer adds does not come on top
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("template_bos", [False, True])
+def test_bos_of_a_chat_template(bos, template_bos):
+    tok = tokenizer(bos=bos, template=("{{ bos_token }}" if template_bos else "") + CHATML)
+    pair = tokenize(Conversation([user("q")], [assistant("a")], [assistant("b")]), tok).pair
+    assert shown(tok, pair.prompt).count("<s>") == (bos or template_bos)
+
+
+def test_eos_is_not_doubled():
+    tok = tokenizer()
+    pair = tokenize(Conversation("a", "b</s>", "b"), tok).pair
+    assert shown(tok, pair.chosen) == shown(tok, pair.rejected) == ["b", EOS]
+
+
+def test_cuts():
+    """10 prompt tokens cut to the last 4; 6 remain for a completion: 5 and EOS fit, 6 lose EOS, 9 lose 3 and EOS."""
+    tok = tokenizer()
+    for length, kept, cut in [(5, "vwxyz"[:5] + EOS, 0), (6, "vwxyzv", 1), (9, "vwxyzv", 1)]:
+        result = tokenize(Conversation("0123456789", ("vwxyz" * 2)[:length], "!"), tok, 10, 4)
+        assert tok.decode(result.pair.prompt) == "6789"
+        assert tok.decode(result.pair.chosen) == kept
+        assert tok.decode(result.pair.rejected) == "!" + EOS
+        assert (result.prompt_cut, result.completions_cut) == (True, cut)
+
+
+def test_a_cut_prompt_keeps_bos():
+    tok = tokenizer(bos=True)
+    result = tokenize(Conversation("0123456789", "a", "b"), tok, 10, 4)
+    assert shown(tok, result.pair.prompt) == ["<s>", "7", "8", "9"]
+    written = tokenizer(template="{{ bos_token }}" + CHATML)
+    result = tokenize(Conversation([user("q" * 50)], [assistant("a")], [assistant("b")]), written, 90, 20)
+    assert shown(written, result.pair.prompt)[0] == "<s>" and len(result.pair.prompt) == 20
+    whole = tokenize(Conversation("123", "a", "b"), tok, 10, 4)
+    assert shown(tok, whole.pair.prompt) == ["<s>", "1", "2", "3"] and not whole.prompt_cut
+
+
+def test_left_over_prompt_tokens_count_as_completion_when_cutting():
+    tok = tokenizer(merges=(("b", "c"),))
+    pair = tokenize(Conversation("ab", "cd", "xd"), tok, 3, 2).pair
+    assert shown(tok, pair.rejected) == ["b", "x"] and pair.rejected_mask.tolist() == [False, True]
+
+
+def test_a_cut_can_leave_nothing_to_train_on():
+    """Default template: "<|user|>\\nq\\n" is 11 tokens, all of what room is left after an empty prompt."""
+    pair = tokenize(Conversation([], [user("q"), assistant("a")], [user("r"), assistant("b")]), tokenizer(), 11, 5).pair
+    assert len(pair.target_positions("chosen")) == 0
+
+
+def test_supervised_pair_has_no_rejected():
+    tok = tokenizer()
+    pair = tokenize(Conversation("a", "bc"), tok, sides=CHOSEN_ONLY).pair
+    assert (tok.decode(pair.prompt), tok.decode(pair.chosen)) == ("a", "bc" + EOS)
+    assert len(pair.rejected) == len(pair.rejected_mask) == 0
+
+
+def test_default_template():
+    tok = tokenizer()
+    tool = {"type": "function", "function": {"name": "add"}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    prompt = [
+        {"role": "system", "content": "brief"},
+        user("hi"),
+        {**assistant(""), "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+    ]
+    pair = tokenize(Conversation(prompt, [assistant("yes\n")], [assistant("no")], [tool]), tok).pair
+    assert tok.decode(pair.prompt) == (
+        '<|tools|>\n{"type": "function", "function": {"name": "add"}}\n<|system|>\nbrief\n<|user|>\nhi\n<|assistant|>\n'
+        '{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}</s>\n<|tool|>\n2\n<|assistant|>\n'
+    )
+    assert tok.decode(pair.chosen) == "yes\n</s>"  # the template's newline after EOS is left off
+    assert tok.decode(pair.rejected) == "no</s>"
+    assert pair.chosen_mask.all()
+
+
+def test_end_of_turn_that_is_not_eos():
+    """ChatML with </s> as EOS: turn, its mark, the template's newline (untrained), EOS."""
+    tok = tokenizer(template=CHATML)
+    pair = tokenize(Conversation([user("q")], [assistant("a")], [assistant("b")]), tok).pair
+    assert tok.decode(pair.prompt) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert shown(tok, pair.chosen) == ["a", "<|im_end|>", "\n", EOS]
+    assert pair.chosen_mask.tolist() == [True, True, False, True]
+
+
+def test_end_of_turn_that_is_eos():
+    tok = tokenizer(template=CHATML, eos="<|im_end|>")
+    pair = tokenize(Conversation([user("q")], [assistant("a")], [assistant("b")]), tok).pair
+    assert shown(tok, pair.chosen) == ["a", "<|im_end|>"] and pair.chosen_mask.all()
+
+
+def test_only_assistant_turns_are_trained_on():
+    tok = tokenizer()
+    chosen = [assistant("one"), user("two"), assistant("three")]
+    pair = tokenize(Conversation([user("q")], chosen, [assistant("x"), user("end")]), tok).pair
+    assert tok.decode(pair.chosen) == "one</s>\n<|user|>\ntwo\n<|assistant|>\nthree</s>"
+    assert trained(tok, pair, "chosen") == "one</s>three</s>"
+    assert tok.decode(pair.rejected) == "x</s>\n<|user|>\nend\n</s>"
+    assert trained(tok, pair, "rejected") == "x</s>"  # EOS after the user's turn is not the assistant's
+
+
+def test_completion_that_begins_with_a_user_turn():
+    tok = tokenizer()
+    system = {"role": "system", "content": "s"}
+    pair = tokenize(Conversation([system], [user("q"), assistant("a")], [user("r"), assistant("b")]), tok).pair
+    assert tok.decode(pair.prompt) == "<|system|>\ns\n"
+    assert tok.decode(pair.chosen) == "<|user|>\nq\n<|assistant|>\na</s>"
+    assert trained(tok, pair, "chosen") == "a</s>"
+
+
+def test_masks_when_the_template_strips_earlier_thinking():
+    tok = tokenizer(template=STRIPS_THINKING, eos="<|im_end|>")
+    chosen = [assistant("<think>t</think> s"), user("u"), assistant("<think>v</think> w")]
+    pair = tokenize(Conversation([user("s")], chosen, [assistant("n")]), tok).pair
+    assert tok.decode(pair.prompt).endswith("<|im_start|>assistant\n")
+    assert trained(tok, pair, "chosen") == "s<|im_end|><think>v</think> w<|im_end|>"
+    assert trained(tok, pair, "rejected") == "n<|im_end|>"
+
+
+def test_masks_when_the_generation_prompt_is_no_beginning():
+    tok = tokenizer(template=OPENS_THINKING)
+    chosen = [assistant("<think>t</think><i>A</i>"), user("A"), assistant("A")]
+    pair = tokenize(Conversation([user("A")], chosen, [assistant("B")]), tok).pair
+    assert tok.decode(pair.prompt) == "[U]A[A]"
+    assert tok.decode(pair.chosen) == "<i>A</i></s>[U]A[A]A</s>"
+    assert trained(tok, pair, "chosen") == "<i>A</i></s>A</s>"
+    assert trained(tok, pair, "rejected") == "B</s>"
+
+
+def test_a_template_may_refuse_or_leave_out():
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    conversation = Conversation([{"role": "system", "content": "s"}], [assistant("a")], [assistant("b")])
+    with pytest.raises(BadRow, match="the chat template refuses the conversation: no system role"):
+        tokenize(conversation, tokenizer(template=refuses))
+    silent = "{% for m in messages %}{{ m.content.replace('z', '') }}|{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    with pytest.raises(BadRow, match="the chat template leaves out the turn 'ztext'"):
+        tokenize(Conversation([user("q")], [assistant("ztext"), user("e")], [assistant("b")]), tokenizer(template=silent))
+
+
+def test_results_keep_their_order_around_a_refused_row():
+    tok = tokenizer(template="{% if messages | length > 2 %}{{ raise_exception('long') }}{% endif %}" + CHATML)
+    good = Conversation([user("q")], [assistant("a")], [assistant("b")])
+    bad = Conversation([user("q"), assistant("a"), user("q")], [assistant("a")], [assistant("b")])
+    text = Conversation("q", "text", "b")
+    first, second, third = PairTokenizer(tok, 100, 50)([good, bad, text])
+    assert isinstance(second, BadRow) and second.reason == "refused by the chat template"
+    assert trained(tok, first.pair, "chosen") == "a<|im_end|>" + EOS
+    assert trained(tok, third.pair, "chosen") == "text" + EOS
+
+
+def test_user_mistakes():
+    slow = tokenizer()
+    slow.__class__ = type("Slow", (type(slow),), {"is_fast": False})
+    with pytest.raises(ModelError, match="a slow tokenizer gives no character offsets; use a model with a tokenizer.json"):
+        PairTokenizer(slow, 10, 5)
+    with pytest.raises(ModelError, match="has no EOS token"):
+        PairTokenizer(tokenizer(eos=None), 10, 5)
+    with pytest.raises(ConfigError, match="data.max_prompt_length is 10 and data.max_length 10"):
+        PairTokenizer(tokenizer(), 10, 10)
+
+
+def test_the_callers_tokenizer_is_left_alone():
+    tok = tokenizer(bos=True, eos_too=True)
+    tok.backend_tokenizer.enable_truncation(3)
+    before = tok.backend_tokenizer.to_str()
+    pair = tokenize(Conversation("abcdef", "ghi", "j"), tok).pair
+    assert tok.decode(pair.prompt) == "<s>abcdef"
+    assert tok.backend_tokenizer.to_str() == before
+
+
+def test_fingerprint_sees_all_that_token_ids_depend_on():
+    same = [fingerprint(tokenizer()), fingerprint(tokenizer())]
+    others = [tokenizer(bos=True), tokenizer(eos="<|im_end|>"), tokenizer(template=CHATML), tokenizer(merges=(("a", "b"),))]
+    assert same[0] == same[1]
+    assert len({same[0], *map(fingerprint, others)}) == 5
