@@ -86,7 +86,7 @@ class ReferenceSection(Section):
 
 
 class TrainSection(Section):
-    layout: Literal["padded"] = Field("padded", description="padded: chosen and rejected in one forward")
+    layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
     global_batch_size: int = Field(64, gt=0, description="pairs (sft: rows) an update, over all ranks")
     micro_batch_tokens: int = Field(8192, gt=0, description="tokens a rank holds in one forward, padding included")
     epochs: float = Field(1, gt=0, description="passes over the data")

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 
 import deepspeed
@@ -17,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from pydantic import ValidationError
 from torch import Tensor
 
+from dpo_ds.attention import packed_refusal
 from dpo_ds.batch import Batch, PairLogps
 from dpo_ds.errors import ConfigError
 from dpo_ds.launch import Launch, complete_environment
@@ -68,6 +70,7 @@ class Policy:
 
     def __init__(self, model: LogProbModel, ds_config: dict, device: torch.device):
         groups = parameter_groups(model, ds_config["optimizer"]["params"]["weight_decay"])
+        self.padded_attention = model.causal_lm.config._attn_implementation
         self.engine = _initialize(model, ds_config, model_parameters=groups)
         self.device = device
 
@@ -104,17 +107,46 @@ class Policy:
 
 
 class FrozenModel:
-    """An inference-only ZeRO-3 engine: partitioned weights, no optimizer."""
+    """An inference-only ZeRO-3 engine: partitioned weights, no optimizer, no gradients."""
 
     def __init__(self, model: LogProbModel, ds_config: dict, device: torch.device):
         model.requires_grad_(False)
+        self.padded_attention = model.causal_lm.config._attn_implementation
         self.engine = _initialize(model.eval(), ds_config)
         self.device = device
+
+    @property
+    def causal_lm(self):
+        return self.engine.module.causal_lm
+
+    @torch.no_grad()
+    def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
+        return self.engine(batch.to(self.device))
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> PairLogps:
         batch = batch.to(self.device)
         return batch.pair_logps(self.engine(batch))
+
+    def evaluating(self):
+        return contextlib.nullcontext()
+
+
+def settle_layout(wanted: str, models: Sequence[Policy | FrozenModel]) -> tuple[str, str]:
+    """The layout that every model takes, and a line for the user if it is not the one asked for. All ranks enter.
+
+    Packed attention is tried on each model before it is relied on (attention.packed_refusal).
+    """
+    if wanted == "padded":
+        return "padded", ""
+    for model in models:
+        with model.evaluating():
+            refusal = packed_refusal(model.causal_lm, model.token_logps)
+        if refusal:
+            for switched in models:
+                switched.causal_lm.set_attn_implementation(switched.padded_attention)
+            return "padded", f"train.layout padded, not packed: {type(model.causal_lm).__name__}: {refusal}"
+    return "packed", ""
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -55,7 +55,7 @@ def train(command: str, run: Section, prepared: preflight.Prepared, place: Launc
     """Models into engines, the loop, the exported model; all ranks together."""
     from dpo_ds import export
     from dpo_ds.data.batching import Layout
-    from dpo_ds.engine import Policy, from_rank_0
+    from dpo_ds.engine import Policy, from_rank_0, settle_layout
     from dpo_ds.losses import make_loss
     from dpo_ds.model import LogProbModel, load_causal_lm
     from dpo_ds.reference.live import live_reference
@@ -66,12 +66,17 @@ def train(command: str, run: Section, prepared: preflight.Prepared, place: Launc
     if run.train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(LogProbModel(causal_lm), prepared.policy_config, device)
+    models = [policy]
     if isinstance(run, TrainConfig):
         path = run.reference.path or run.model.path
         reference = live_reference(run.model, path, prepared.reference_config, run.model.attn, device)
+        models.append(reference)
         objective = PreferenceObjective(make_loss(run.loss), reference)
     else:
         objective = SupervisedObjective()
+    layout_name, note = settle_layout(run.train.layout, models)
+    if note and place.is_first:
+        print(f"dpo-ds: {note}", flush=True)
     if resume is not None:
         checkpoint.load(policy.engine, resume)
     first_step = 1 if resume is None else resume.step + 1
@@ -85,7 +90,7 @@ def train(command: str, run: Section, prepared: preflight.Prepared, place: Launc
         tracker = Tracker(output_dir, first_step - 1, total_steps(prepared.data.sources, run.train))
         if resume is not None:
             tracker.say(f"resumed from {resume.path}")
-    layout = Layout(run.train.layout, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
+    layout = Layout(layout_name, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
     writer = checkpoint.CheckpointWriter(output_dir, run, used)
     trainer = Trainer(policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, tracker)
     trainer.train(first_step, run.checkpoint.every)

@@ -65,7 +65,10 @@ EXAMPLES = {
     ),
     "implicit, rejected is chosen's beginning": (
         "implicit",
-        {"chosen": [user("hi"), assistant("a"), user("go on"), assistant("c")], "rejected": [user("hi"), assistant("a")]},
+        {
+            "chosen": [user("hi"), assistant("a"), user("go on"), assistant("c")],
+            "rejected": [user("hi"), assistant("a")],
+        },
         Conversation(
             [user("hi")], [assistant("a"), user("go on"), assistant("c")], [assistant("a")], prompts_differ=True
         ),
@@ -187,7 +190,9 @@ def test_columns_rename_before_detection():
     row = Row({"question": "q", "good": "a", "bad": "b"}, {"prompt": "question", "chosen": "good", "rejected": "bad"})
     assert read(row, detect(row, PAIR), PAIR) == Conversation("q", "a", "b")
     row = Row({"question": "q", "good": "a"}, {"prompt": "question", "chosen": "good", "rejected": "worse"})
-    with pytest.raises(BadRow, match=r"lacks 'rejected' \(data.columns takes it from 'worse'\); it has 'question', 'good'"):
+    with pytest.raises(
+        BadRow, match=r"lacks 'rejected' \(data.columns takes it from 'worse'\); it has 'question', 'good'"
+    ):
         read(row, "explicit", PAIR)
 
 
@@ -217,10 +222,18 @@ MISTAKES = [
     ({**CHAT, "chosen": [assistant(" ")]}, "empty chosen", r"'chosen' is empty"),
     ({**CHAT, "chosen": ["text"]}, "wrong type", r"'chosen\[0\]' is str 'text'; it must be a message"),
     ({**CHAT, "rejected": "text"}, "wrong type", r"'rejected' is str 'text'; it must be a list of messages"),
-    ({**CHAT, "prompt": [{"role": "usr", "content": "x"}]}, "unknown role", r"prompt\[0\] has the unknown role 'usr'; known"),
+    (
+        {**CHAT, "prompt": [{"role": "usr", "content": "x"}]},
+        "unknown role",
+        r"prompt\[0\] has the unknown role 'usr'; known",
+    ),
     ({**CHAT, "prompt": [{"content": "x"}]}, "message without a role", r"prompt\[0\] lacks a role"),
     ({**CHAT, "prompt": [{"role": "user"}]}, "message without content", r"prompt\[0\] has no content"),
-    ({**CHAT, "prompt": [{"role": "user", "content": [1]}]}, "wrong type", r"'prompt\[0\].content' is list \[1\]; it must be"),
+    (
+        {**CHAT, "prompt": [{"role": "user", "content": [1]}]},
+        "wrong type",
+        r"'prompt\[0\].content' is list \[1\]; it must be",
+    ),
     ({**CHAT, "tools": "{"}, "broken JSON in a field", r"'tools' must be JSON but is '\{'"),
     ({**CHAT, "tools": {"a": 1}}, "wrong type", r"'tools' is dict .* must be a list of tools"),
     (
@@ -234,7 +247,11 @@ MISTAKES = [
         r"'chosen' has no assistant turn \(user\)",
     ),
     (
-        {"conversations": [], "chosen": {"from": "function_call", "value": "3"}, "rejected": {"from": "gpt", "value": "b"}},
+        {
+            "conversations": [],
+            "chosen": {"from": "function_call", "value": "3"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
         "wrong type",
         r"'chosen' is str '3'; it must be JSON of a call",
     ),

@@ -17,7 +17,7 @@ from dpo_ds.data.sources import open_source, read_rows
 from dpo_ds.errors import DataError
 from tests.data_helpers import pairs, write_lines
 
-ROWS = [{"chosen": "naïve 世界", "n": 1}, {"chosen": "b", "n": 2}, {"chosen": "c\n{[\"", "n": 3}]
+ROWS = [{"chosen": "naïve 世界", "n": 1}, {"chosen": "b", "n": 2}, {"chosen": 'c\n{["', "n": 3}]
 
 
 def rows_of(path, split="train"):
@@ -45,7 +45,8 @@ def write(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["array.json", "array.json.gz", "lines.json", "lines.jsonl", "lines.jsonl.gz", "LINES.JSONL", "rows.parquet"]
+    "name",
+    ["array.json", "array.json.gz", "lines.json", "lines.jsonl", "lines.jsonl.gz", "LINES.JSONL", "rows.parquet"],
 )
 def test_kinds_of_file_give_the_same_rows(tmp_path, name):
     path = write(tmp_path, name)
@@ -69,7 +70,9 @@ def test_array_read_in_small_chunks(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(json_stream, "CHUNK", chunk)
     rows = [{"a": "é\\u00e9\\ud83d\\ude00世", "b": [1.5e3, True, None, {}]}, {"a": ""}, {"n": 12345678901234567890}]
     path = tmp_path / "x.json"
-    path.write_text(" [ " + ",\n ".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n", encoding="utf-8")
+    path.write_text(
+        " [ " + ",\n ".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n", encoding="utf-8"
+    )
     assert [row for _, row in rows_of(path)] == rows
 
 
@@ -115,7 +118,9 @@ def test_folder_of_unnamed_files_and_a_test_file(tmp_path):
 def test_folder_lacks_the_split(tmp_path):
     write_lines(tmp_path / "train.jsonl", [{"n": 1}])
     write_lines(tmp_path / "other.jsonl", [{"n": 2}])
-    assert re.search(r"has no test or validation .* split but unnamed, train; name one of its files", error_of(tmp_path, "eval"))
+    assert re.search(
+        r"has no test or validation .* split but unnamed, train; name one of its files", error_of(tmp_path, "eval")
+    )
 
 
 def test_datasets_folders(tmp_path):
@@ -153,7 +158,9 @@ def test_hub_id(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = error_of("some/set")
-    assert message.startswith("some/set: there is no such file or folder, and it cannot be loaded from the Hugging Face Hub")
+    assert message.startswith(
+        "some/set: there is no such file or folder, and it cannot be loaded from the Hugging Face Hub"
+    )
     assert "Couldn't reach" in message and "give a local path" in message
 
 
@@ -208,7 +215,10 @@ def test_an_array_element_that_is_no_object(tmp_path):
         (b'[{"a": 1},\n {"a": "b', r"x.json:2: the file ends at column 10, in the middle of the array; copy it again"),
         (b'[{"a": 1},\n', r"x.json:2: the file ends at column 1, in the middle"),
         (b'[{"a": 1}', r"x.json:1: the file ends at column 10, in the middle"),
-        (b'[{"a": 1}\n{"a": 2}]', r"x.json:2: not JSON at column 1: expected , or \], found '{'; a .json file is an array"),
+        (
+            b'[{"a": 1}\n{"a": 2}]',
+            r"x.json:2: not JSON at column 1: expected , or \], found '{'; a .json file is an array",
+        ),
         (b'[{"a": 1},\n\n {"a": bad}' + b" " * 99 + b"]", r"x.json:3: not JSON at column 8: Expecting value"),
         (b'[{"a": 1}] {"a": 2}', r"x.json:1: not JSON at column 12: text follows the array's end"),
         (b'[{"a": "caf\xe9"}]', r"x.json: not UTF-8 at byte 11 \(0xe9\)"),
@@ -226,7 +236,9 @@ def test_broken_gzip(tmp_path):
     path = write_lines(tmp_path / "x.jsonl.gz", [{"n": n, "noise": str(hash((n, "noise")))} for n in range(3000)])
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert re.search(r"x.jsonl.gz: broken or cut-short gzip file after row \d{3,4} .*; copy or download it again", error_of(path))
+    assert re.search(
+        r"x.jsonl.gz: broken or cut-short gzip file after row \d{3,4} .*; copy or download it again", error_of(path)
+    )
     path.write_bytes(whole[:1000] + b"\0" * 50 + whole[1050:])
     assert "broken or cut-short gzip" in error_of(path)
     path.write_bytes(b'{"n": 1}\n')

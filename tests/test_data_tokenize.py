@@ -1,9 +1,11 @@
-"""Boundaries, special tokens, cuts and masks on tokenizers whose merges are known: every character is a token but for those."""
+"""Boundaries, special tokens, cuts and masks on tokenizers whose merges are known: other characters are tokens each."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.formats import BadRow, Conversation
@@ -58,7 +60,7 @@ def test_strings_are_used_verbatim():
 
 
 def test_a_token_across_the_boundary_is_the_completions():
-    """ "b" + "c" is one token: on chosen's side the prompt is only "a", so rejected begins with the "b" left over, untrained."""
+    """ "bc" is one token: chosen's prompt is only "a", so rejected begins with the "b" left over, untrained."""
     tok = tokenizer(merges=(("b", "c"),))
     pair = tokenize(Conversation("ab", "cd", "xd"), tok).pair
     assert shown(tok, pair.prompt) == ["a"]
@@ -247,9 +249,13 @@ def test_a_template_may_refuse_or_leave_out():
     conversation = Conversation([{"role": "system", "content": "s"}], [assistant("a")], [assistant("b")])
     with pytest.raises(BadRow, match="the chat template refuses the conversation: no system role"):
         tokenize(conversation, tokenizer(template=refuses))
-    silent = "{% for m in messages %}{{ m.content.replace('z', '') }}|{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    silent = (
+        "{% for m in messages %}{{ m.content.replace('z', '') }}|{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
     with pytest.raises(BadRow, match="the chat template leaves out the turn 'ztext'"):
-        tokenize(Conversation([user("q")], [assistant("ztext"), user("e")], [assistant("b")]), tokenizer(template=silent))
+        tokenize(
+            Conversation([user("q")], [assistant("ztext"), user("e")], [assistant("b")]), tokenizer(template=silent)
+        )
 
 
 def test_results_keep_their_order_around_a_refused_row():
@@ -266,7 +272,9 @@ def test_results_keep_their_order_around_a_refused_row():
 def test_user_mistakes():
     slow = tokenizer()
     slow.__class__ = type("Slow", (type(slow),), {"is_fast": False})
-    with pytest.raises(ModelError, match="a slow tokenizer gives no character offsets; use a model with a tokenizer.json"):
+    with pytest.raises(
+        ModelError, match="a slow tokenizer gives no character offsets; use a model with a tokenizer.json"
+    ):
         PairTokenizer(slow, 10, 5)
     with pytest.raises(ModelError, match="has no EOS token"):
         PairTokenizer(tokenizer(eos=None), 10, 5)
@@ -276,8 +284,8 @@ def test_user_mistakes():
 
 def test_the_callers_tokenizer_is_left_alone():
     tok = tokenizer(bos=True, eos_too=True)
-    tok.backend_tokenizer.enable_truncation(3)
     before = tok.backend_tokenizer.to_str()
+    tok.backend_tokenizer.enable_truncation(3)  # left over from a call of the user's
     pair = tokenize(Conversation("abcdef", "ghi", "j"), tok).pair
     assert tok.decode(pair.prompt) == "<s>abcdef"
     assert tok.backend_tokenizer.to_str() == before
@@ -285,6 +293,25 @@ def test_the_callers_tokenizer_is_left_alone():
 
 def test_fingerprint_sees_all_that_token_ids_depend_on():
     same = [fingerprint(tokenizer()), fingerprint(tokenizer())]
-    others = [tokenizer(bos=True), tokenizer(eos="<|im_end|>"), tokenizer(template=CHATML), tokenizer(merges=(("a", "b"),))]
+    others = [
+        tokenizer(bos=True),
+        tokenizer(eos="<|im_end|>"),
+        tokenizer(template=CHATML),
+        tokenizer(merges=(("a", "b"),)),
+    ]
     assert same[0] == same[1]
     assert len({same[0], *map(fingerprint, others)}) == 5
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("abc é", max_size=8), st.text("abc é", min_size=1, max_size=8), st.text("abc é", min_size=1, max_size=8))
+def test_every_side_is_its_text_tokenised_as_one(prompt, chosen, rejected):
+    """Whatever the boundary: prompt ++ side are the ids of the whole text; what is trained on covers the completion."""
+    tok = tokenizer(merges=(("a", "b"), ("b", "c"), ("ab", "c"), ("Ġ", "a"), ("c", "Ġ")), bos=True)
+    pair = tokenize(Conversation(prompt, chosen, rejected), tok).pair
+    for side, text in (("chosen", chosen), ("rejected", rejected)):
+        ids = np.concatenate([pair.prompt, pair.completion(side)])
+        assert ids.tolist() == [*tok(prompt + text)["input_ids"], tok.eos_token_id]
+        untrained = len(pair.prompt) + int((~getattr(pair, f"{side}_mask")).sum())
+        assert prompt.startswith(tok.decode(ids[1:untrained]).replace("\ufffd", ""))
+        assert text.endswith(tok.decode(ids[untrained + 1 : -1]).replace("\ufffd", ""))

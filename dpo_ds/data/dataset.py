@@ -19,7 +19,7 @@ MASKS = ("chosen_mask", "rejected_mask")
 ARROW, CENSUS = "pairs.arrow", "census.json"
 SCHEMA = pa.schema(
     [(part, pa.list_(pa.int32())) for part in PARTS]
-    + [(mask, pa.list_(pa.bool_())) for mask in MASKS]
+    + [(mask, pa.list_(pa.uint8())) for mask in MASKS]
     + [(f"{part}_length", pa.int32()) for part in PARTS]
     + [("file", pa.int32()), ("row", pa.int64())]
 )
@@ -42,11 +42,12 @@ class PairWriter:
         self._sink.close()
 
     def write(self, pairs: Sequence[PreferencePair], locations: Sequence[Location]) -> None:
-        columns: dict[str, Any] = {name: _lists([getattr(pair, name) for pair in pairs]) for name in (*PARTS, *MASKS)}
-        columns |= {f"{part}_length": [len(getattr(pair, part)) for pair in pairs] for part in PARTS}
-        columns["file"] = [self._file(location.file) for location in locations]
-        columns["row"] = [location.row for location in locations]
-        self._stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+        columns = [_lists([getattr(pair, part) for pair in pairs], np.int32) for part in PARTS]
+        columns += [_lists([getattr(pair, mask) for pair in pairs], np.uint8) for mask in MASKS]
+        columns += [_ints([len(getattr(pair, part)) for pair in pairs], np.int32) for part in PARTS]
+        columns.append(_ints([self._file(location.file) for location in locations], np.int32))
+        columns.append(_ints([location.row for location in locations], np.int64))
+        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
         self.rows += len(pairs)
 
     def _file(self, name: str) -> int:
@@ -71,14 +72,15 @@ class PairDataset:
         self._table = pa.ipc.open_stream(pa.memory_map(str(folder / ARROW))).read_all()
         self._rows = [self._table.column(name) for name in (*PARTS, *MASKS)]
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
-            self._table.column(f"{part}_length").to_numpy() for part in PARTS
+            np.concatenate([np.from_dlpack(chunk) for chunk in self._table.column(f"{part}_length").chunks])
+            for part in PARTS
         )
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def __getitem__(self, i: int) -> PreferencePair:
-        values = [column[i].values.to_numpy(zero_copy_only=False) for column in self._rows]
+        values = [np.from_dlpack(column[i].values) for column in self._rows]
         prompt, chosen, rejected = (ids.astype(np.int64) for ids in values[: len(PARTS)])
         chosen_mask, rejected_mask = (mask.astype(bool) for mask in values[len(PARTS) :])
         return PreferencePair(prompt, chosen, rejected, chosen_mask, rejected_mask, index=int(i) % len(self))
@@ -88,16 +90,14 @@ class PairDataset:
         return str(Location(self._files[self._table["file"][i].as_py()], self._table["row"][i].as_py()))
 
 
-def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
-    offsets = np.cumsum([0, *(len(array) for array in arrays)])
-    values = np.concatenate(arrays)
-    return pa.ListArray.from_arrays(_arrow(offsets), _arrow(values))
+# Arrays are made from bytes and read through DLPack: `pa.array` and `to_numpy` import pandas, which takes a second.
 
 
-def _arrow(values: np.ndarray) -> pa.Array:
-    """int32, or bool as bits. From the bytes, because `pa.array` of a numpy array imports pandas, which takes a second."""
-    if values.dtype == bool:
-        kind, data = pa.bool_(), np.packbits(values, bitorder="little")
-    else:
-        kind, data = pa.int32(), values.astype(np.int32)
-    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(data)])
+def _lists(arrays: Sequence[np.ndarray], kind: type[np.integer]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, arrays)])
+    return pa.ListArray.from_arrays(_ints(offsets, np.int32), _ints(np.concatenate(arrays), kind))
+
+
+def _ints(values: Sequence[int] | np.ndarray, kind: type[np.integer]) -> pa.Array:
+    data = np.asarray(values, dtype=kind)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(data), [None, pa.py_buffer(data)])

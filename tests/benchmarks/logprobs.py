@@ -1,13 +1,14 @@
 """Token log-probs: time, memory and error of ours against what others offer, on the CPU or a CUDA GPU.
 
-    python tests/benchmarks/logprobs.py [--shapes 4096,512,131072 ...] [--rounds 3] [--json FILE]     # CUDA where there is
-    python tests/benchmarks/logprobs.py --tune --shapes 16384,4096,131072                             # tile sizes, CUDA only
+    python tests/benchmarks/logprobs.py [--shapes 4096,512,131072 ...] [--rounds 3] [--json FILE]
+    python tests/benchmarks/logprobs.py --tune --shapes 16384,4096,131072      (CUDA: tile sizes)
 
-Opponents: naive log_softmax + gather, torch.compile of it, torch's linear_cross_entropy, TRL's fused head (extra `bench`),
-Liger's fused cross-entropy; one that is not installed or cannot run here is listed with the reason. A CPU case is a
-process of its own, rounds go through all methods in turn, and the table shows medians. Logits are peaked: the target has about
-half of the probability. Memory is the rise of the peak over inputs and gradients. TFLOP/s counts 2 NVD forward and 6 NVD
-forward + backward, also for methods that do 8.
+It runs on the GPU where there is one. Opponents: naive log_softmax + gather, torch.compile of it, torch's
+linear_cross_entropy, TRL's fused head (extra `bench`), Liger's fused cross-entropy; one that is not installed or cannot
+run here is listed with the reason. A CPU case is a process of its own (OMP_NUM_THREADS sets its threads), rounds go
+through all methods in turn, and the table shows medians. Logits are peaked: the target has about half of the
+probability. Memory is the rise of the peak over inputs and gradients. TFLOP/s counts 2 NVD forward and 6 NVD forward
+and backward, also for methods that do 8.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 CPU_SHAPES = ["300,64,1000", "1000,256,8000", "2000,512,32000", "4096,512,131072", "65536,512,131072"]
-CUDA_SHAPES = [
-    f"{n},{d},{v}"
-    for (d, v), n in product([(2048, 128256), (4096, 131072), (3584, 152064), (2304, 256000)], [4096, 16384, 65536, 131072])
-]
+HEADS = [(2048, 128256), (4096, 131072), (3584, 152064), (2304, 256000)]
+CUDA_SHAPES = [f"{n},{d},{v}" for (d, v), n in product(HEADS, [4096, 16384, 65536, 131072])]
+SMALL = 20e9  # NVD below which a process repeats its measurement
 ERROR_ROWS = 64  # compared with float64
 
 
@@ -93,21 +93,28 @@ def inputs(shape, device, dtype):
 
 
 def largest_error(logps, hidden, weight, targets):
-    with torch.no_grad():
-        logits = [hidden[:ERROR_ROWS].double() @ chunk.double().t() for chunk in weight.split(16384)]
-        exact = torch.log_softmax(torch.cat(logits, 1), -1).gather(1, targets[:ERROR_ROWS, None]).squeeze(1)
-        return (logps[:ERROR_ROWS] - exact).abs().max().item()
+    logits = [hidden[:ERROR_ROWS].double() @ chunk.double().t() for chunk in weight.split(16384)]
+    exact = torch.log_softmax(torch.cat(logits, 1), -1).gather(1, targets[:ERROR_ROWS, None]).squeeze(1)
+    return (logps - exact).abs().max().item()
 
 
 def measure(method, shape, device, dtype) -> dict:
-    """One no-gradient pass, then one forward and backward; seconds, bytes, largest error."""
-    hidden, weight, targets, grad = inputs(shape, device, dtype)
-    function = METHODS[method]
-    with torch.no_grad():  # threads, handles, compilation
-        function(hidden[:8], weight[:64], targets[:8] % 64)
-    if device == "cuda" or method == "torch_compile":
-        function(hidden, weight, targets).backward(grad)
+    """Medians of no-gradient passes and of forward and backward; seconds, bytes, largest error."""
+    data = inputs(shape, device, dtype)
+    hidden, weight, targets, grad = data
+    small = shape[0] * shape[1] * shape[2] < SMALL
+    if device == "cuda" or small or method == "torch_compile":  # threads, handles, compilation
+        METHODS[method](hidden, weight, targets).backward(grad)
         hidden.grad = weight.grad = None
+    runs = [run(METHODS[method], data, device) for _ in range(5 if device == "cuda" or small else 1)]
+    with torch.no_grad():
+        logps = METHODS[method](hidden[:ERROR_ROWS], weight, targets[:ERROR_ROWS])
+        error = largest_error(logps, hidden, weight, targets)
+    return {key: statistics.median(r[key] for r in runs) for key in runs[0]} | {"largest_error": error}
+
+
+def run(function, data, device) -> dict:
+    hidden, weight, targets, grad = data
     clock = Clock(device)
     with torch.no_grad():
         function(hidden, weight, targets)
@@ -117,14 +124,14 @@ def measure(method, shape, device, dtype) -> dict:
     forward = clock.lap()
     logps.backward(grad)
     backward = clock.lap()
-    gradients = hidden.nbytes + weight.nbytes
+    extra = clock.peak() - hidden.nbytes - weight.nbytes  # beyond the gradients
+    hidden.grad = weight.grad = None
     return {
         "no_grad_s": no_grad["wall"],
         "forward_s": forward["wall"],
         "total_s": forward["wall"] + backward["wall"],
         "cpu_s": forward["cpu"] + backward["cpu"],
-        "extra_bytes": clock.peak() - gradients,
-        "largest_error": largest_error(logps.detach(), hidden, weight, targets),
+        "extra_bytes": extra,
     }
 
 
@@ -163,7 +170,8 @@ def attempt(method, shape, device, dtype) -> dict:
     """The measurement, or {"skipped": why}: opponents are other people's code, whatever they raise is their result."""
     N, D, V = shape
     needed = FULL_MATRICES.get(method, 0) * N * V * 4
-    total = torch.cuda.mem_get_info()[1] if device == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = torch.cuda.mem_get_info()[1] if device == "cuda" else machine
     if needed > 0.9 * total:
         return {"skipped": f"needs {needed / 1e9:.0f} GB, the machine has {total / 1e9:.0f}"}
     try:
@@ -175,10 +183,11 @@ def attempt(method, shape, device, dtype) -> dict:
 
 
 def in_child(method, shape, dtype) -> dict:
-    command = [sys.executable, __file__, "--child", method, ",".join(map(str, shape)), str(dtype).removeprefix("torch.")]
-    child = subprocess.run(command, capture_output=True, text=True)
+    case = [method, ",".join(map(str, shape)), str(dtype).removeprefix("torch.")]
+    child = subprocess.run([sys.executable, __file__, "--child", *case], capture_output=True, text=True)
     if child.returncode:
-        return {"skipped": f"exit code {child.returncode}: {(child.stderr.strip().splitlines() or ['killed'])[-1][:80]}"}
+        last = (child.stderr.strip().splitlines() or ["killed"])[-1]
+        return {"skipped": f"exit code {child.returncode}: {last[:80]}"}
     return json.loads(child.stdout.splitlines()[-1])
 
 

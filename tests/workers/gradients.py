@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dpo_ds import launch
 from dpo_ds.config import TrainSection
 from dpo_ds.ds_config import Machine, fill_policy, fill_reference
-from dpo_ds.engine import FrozenModel, Policy, finish_distributed, initialize_distributed, quiet_libraries
+from dpo_ds.engine import FrozenModel, Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
 from dpo_ds.export import gathered_state_dict
 from dpo_ds.losses import DPO
 from dpo_ds.metrics import preference_sums
@@ -47,6 +47,8 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
     policy = Policy(LogProbModel(load_causal_lm(Section, paths[0], policy_config, attn)), policy_config, device)
     reference = FrozenModel(LogProbModel(load_causal_lm(Section, paths[1], reference_config, attn)), reference_config, device)
 
+    if layout == "packed":
+        assert settle_layout("packed", [policy, reference]) == ("packed", "")
     pairs = random_pairs(7)
     shares = [[pairs[:3], pairs[3:4]], [pairs[4:], []]]  # rank 1's second micro-batch is empty
     collate = packed_batch if layout == "packed" else padded_batch
