@@ -1,8 +1,8 @@
 """Preference pairs as token ids, and the micro-batches that a model sees.
 
-Two layouts stand behind one `Batch`: padded (chosen and rejected as rows of their own, the oracle) and packed (a pair stored
-once as prompt ++ chosen ++ rejected, pairs end to end, no padding). Whoever computes log-probs reads `target_rows`,
-`targets` and `target_counts` and need not know which layout it was.
+Two layouts stand behind one `Batch`: padded (chosen and rejected as rows of their own, the oracle) and packed (a pair
+stored once as prompt ++ chosen ++ rejected, pairs end to end, no padding). Whoever computes log-probs reads
+`target_rows`, `targets` and `target_counts` and need not know which layout it was.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ CHOSEN_ONLY = ("chosen",)  # the sides of a supervised batch
 class PreferencePair:
     """One tokenised pair: the tokens both sides share, then what each side goes on with.
 
-    prompt [P], chosen [C], rejected [R]: int64 token ids. chosen_mask [C], rejected_mask [R]: bool, true where a token is
-    trained on (user turns inside a completion are not). `index` is the row in the tokenised data set.
+    prompt [P], chosen [C], rejected [R]: int64 token ids. chosen_mask [C], rejected_mask [R]: bool, true where a token
+    is trained on (user turns inside a completion are not). `index` is the row in the tokenised data set.
     """
 
     prompt: np.ndarray
@@ -38,7 +38,9 @@ class PreferencePair:
         return getattr(self, side)
 
     def target_positions(self, side: str) -> np.ndarray:
-        """Positions inside the completion whose token is trained on; a token that nothing precedes cannot be predicted."""
+        """Positions inside the completion whose token is trained on; a token that nothing precedes cannot be
+        predicted.
+        """
         positions = np.flatnonzero(getattr(self, f"{side}_mask"))
         return positions if len(self.prompt) else positions[positions > 0]
 
@@ -79,8 +81,8 @@ class Batch:
 
     input_ids, position_ids: [rows, length]. attention_mask: [rows, length] bool, padded layout only. segments: one per
     pair, packed layout only (rows is 1). target_rows [N]: index into the flattened [rows * length] hidden states of the
-    row that predicts `targets` [N]. target_counts [pairs * sides]: how N splits into sequences, sides of a pair adjacent.
-    num_tokens counts each prompt once, padding never. pair_indices: rows of the data set.
+    row that predicts `targets` [N]. target_counts [pairs * sides]: how N splits into sequences, sides of a pair
+    adjacent. num_tokens counts each prompt once, padding never. pair_indices: rows of the data set.
     """
 
     input_ids: Tensor
@@ -107,7 +109,9 @@ class Batch:
 
 
 def sum_per_sequence(values_N: Tensor, counts: Tensor) -> Tensor:
-    """Sums of consecutive runs of `values_N`, float32; `counts` are the runs' lengths. Deterministic on every device."""
+    """Sums of consecutive runs of `values_N`, float32; `counts` are the runs' lengths. Deterministic on every
+    device.
+    """
     if values_N.numel() == 0:  # keeps the graph: an empty micro-batch still takes part in ZeRO-3's backward
         return values_N.sum() + values_N.new_zeros(len(counts))
     return torch.segment_reduce(values_N.float(), "sum", lengths=counts, unsafe=True)
@@ -148,8 +152,9 @@ def padded_batch(pairs: Sequence[PreferencePair], sides: tuple[str, ...] = PAIR)
 
 
 def packed_batch(pairs: Sequence[PreferencePair], sides: tuple[str, ...] = PAIR) -> Batch:
-    """One row without padding: prompt ++ chosen ++ rejected of pair 0, of pair 1, ...; rejected's positions restart after
-    the prompt, whose last row predicts the first token of both. Needs the packed attention, which hides chosen from rejected.
+    """One row without padding: prompt ++ chosen ++ rejected of pair 0, of pair 1, ...; rejected's positions restart
+    after the prompt, whose last row predicts the first token of both. Needs the packed attention, which hides chosen
+    from rejected.
     """
     ids, positions, segments, rows, targets, counts = [], [], [], [], [], []
     start = 0

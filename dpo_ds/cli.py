@@ -43,7 +43,9 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="RUN.YAML", help="a YAML file whose sections nest as the dots below")
     parser.add_argument("--print_config", action="store_true", help="print the resolved config as YAML and stop")
     for key, field in config.keys(settings).items():
-        default = "required" if field.is_required() else f"default {_shown(field.get_default(call_default_factory=True))}"
+        default = (
+            "required" if field.is_required() else f"default {shown(field.get_default(call_default_factory=True))}"
+        )
         parser.add_argument(
             f"--{key}",
             metavar=key.rsplit(".", 1)[-1].upper(),
@@ -112,5 +114,5 @@ def _print_overview() -> None:
     print("\n`dpo-ds COMMAND --help` lists the keys of a command.")
 
 
-def _shown(default) -> str:
+def shown(default) -> str:
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

@@ -112,7 +112,9 @@ class TrainSection(Section):
 
 class DeepSpeedSection(Section):
     config: str = Field(description="a DeepSpeed JSON file; absent and auto keys are filled from this config")
-    reference_config: str | None = Field(None, description="the reference's JSON file; derived from config if not given")
+    reference_config: str | None = Field(
+        None, description="the reference's JSON file; derived from config if not given"
+    )
 
 
 class CheckpointSection(Section):

@@ -1,7 +1,7 @@
 """DeepSpeed's JSON: read, checked against the run config, its absent and "auto" keys filled. Imports no deepspeed.
 
-The files keep their usual form, so that those written for the Hugging Face trainer work unchanged. The engine itself always
-gets one pair a micro-batch and no accumulation: where a global batch ends is ours to say (trainer.py).
+The files keep their usual form, so that those written for the Hugging Face trainer work unchanged. The engine itself
+always gets one pair a micro-batch and no accumulation: where a global batch ends is ours to say (trainer.py).
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from dpo_ds.config import TrainSection, did_you_mean
 from dpo_ds.errors import ConfigError
 
 AUTO = "auto"
-# DeepSpeedZeroConfig's fields that stage 3 knows; kept equal by a test, because reading them there would import deepspeed.
+# DeepSpeedZeroConfig's fields that stage 3 knows; kept equal by a test, because reading them there would import
+# deepspeed.
 ZERO_KEYS = frozenset(
-    """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients cpu_offload
-    cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks ignore_unused_parameters
-    leaf_module legacy_stage1 load_from_fp32_weights log_trace_cache_warnings max_live_parameters max_reuse_distance
-    memory_efficient_linear module_granularity_threshold offload_optimizer offload_param override_module_apply
-    overlap_comm param_persistence_threshold parameter_alignment pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients
-    stage stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save
-    stage3_gather_16bit_weights_on_model_save stage3_max_live_parameters stage3_max_reuse_distance
-    stage3_module_granularity_threshold stage3_param_persistence_threshold stage3_prefetch_bucket_size
-    stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce
-    zenflow zero_hpz_partition_size zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights
-    model_persistence_threshold stage3_model_persistence_threshold save_muon_momentum_buffer_in_memory
-    gather_16bit_weights_on_model_save""".split()
+    """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients
+    cpu_offload cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks
+    ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights log_trace_cache_warnings
+    max_live_parameters max_reuse_distance memory_efficient_linear module_granularity_threshold offload_optimizer
+    offload_param override_module_apply overlap_comm param_persistence_threshold parameter_alignment
+    pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients stage
+    stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save stage3_gather_16bit_weights_on_model_save
+    stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold
+    stage3_param_persistence_threshold stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params
+    sub_group_size use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size
+    zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights model_persistence_threshold
+    stage3_model_persistence_threshold save_muon_momentum_buffer_in_memory gather_16bit_weights_on_model_save""".split()
 )
 SCHEDULE_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
@@ -65,7 +66,9 @@ def read(path: str, key: str = "deepspeed.config") -> dict:
     return values
 
 
-def fill_policy(given: dict, path: str, run: TrainSection, machine: Machine, hidden_size: int) -> tuple[dict, list[str]]:
+def fill_policy(
+    given: dict, path: str, run: TrainSection, machine: Machine, hidden_size: int
+) -> tuple[dict, list[str]]:
     """What the policy's engine gets, and lines on what the JSON asks for that happens otherwise.
 
     Raises:
@@ -126,7 +129,7 @@ def _check_common(config: dict, path: str, machine: Machine) -> list[str]:
     if config.get("fp16", {}).get("enabled", AUTO) is True:
         raise ConfigError(f"{path}: fp16 is refused, its range is too small for log-probs; use bf16 or fp32")
     if config.get("bf16", {}).get("enabled", AUTO) not in (AUTO, True, False):
-        raise ConfigError(f"{path}: bf16.enabled is {config['bf16']['enabled']!r}, must be true, false or \"auto\"")
+        raise ConfigError(f'{path}: bf16.enabled is {config["bf16"]["enabled"]!r}, must be true, false or "auto"')
     if config.get("amp", {}):
         raise ConfigError(f"{path}: amp is refused; use bf16 or fp32")
     config.pop("fp16", None)
@@ -147,7 +150,7 @@ def _check_batch(config: dict, path: str, run: TrainSection, machine: Machine) -
     if AUTO not in (micro, accumulation) and micro * accumulation * machine.ranks != run.global_batch_size:
         raise ConfigError(
             f"{path}: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x "
-            f"{machine.ranks} ranks contradicts train.global_batch_size {run.global_batch_size}; write \"auto\""
+            f'{machine.ranks} ranks contradicts train.global_batch_size {run.global_batch_size}; write "auto"'
         )
 
 
@@ -166,7 +169,7 @@ def _optimizer(config: dict, path: str, run: TrainSection, machine: Machine) -> 
     given = config.pop("optimizer", {})
     kind = given.get("type", AUTO)
     if kind not in (AUTO, "AdamW"):
-        raise ConfigError(f"{path}: optimizer.type {kind!r} is not supported; use \"AdamW\" or leave it out")
+        raise ConfigError(f'{path}: optimizer.type {kind!r} is not supported; use "AdamW" or leave it out')
     params = dict(given.get("params", {}))
     ours = {"lr": "learning_rate", "betas": "adam_betas", "eps": "adam_eps", "weight_decay": "weight_decay"}
     for key, name in ours.items():

@@ -41,7 +41,9 @@ def from_environment() -> Launch:
 
 
 def complete_environment(launch: Launch) -> None:
-    """Sets what torch.distributed reads; without it DeepSpeed looks for mpi4py in a process that no launcher started."""
+    """Sets what torch.distributed reads; without it DeepSpeed looks for mpi4py in a process that no launcher
+    started.
+    """
     os.environ.setdefault("RANK", str(launch.rank))
     os.environ.setdefault("WORLD_SIZE", str(launch.world_size))
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))

@@ -1,4 +1,6 @@
-"""What is logged, defined once: sums over this rank's pairs, then one reduction over ranks, then means over the global batch."""
+"""What is logged, defined once: sums over this rank's pairs, then one reduction over ranks, then means over the
+global batch.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ def check_model(section: ModelSection, path: str, key: str = "model.path"):
         what = "is a file" if folder.exists() else "does not exist"
         raise ModelError(f"--{key} {path}: {what}; expected a Hugging Face folder with config.json, or a Hub id")
     try:
-        config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"--{key} {path}: no usable model config ({_first_sentence(error)})") from None
     remote = section.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
@@ -79,7 +81,9 @@ def load_tokenizer(section: ModelSection, config, path: str, key: str = "model.p
         )
     vocabulary = config.get_text_config().vocab_size
     if tokenizer.eos_token_id >= vocabulary or len(tokenizer) > max(vocabulary, tokenizer.vocab_size):
-        raise ModelError(f"--{key} {path}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {vocabulary}")
+        raise ModelError(
+            f"--{key} {path}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {vocabulary}"
+        )
     return tokenizer
 
 
@@ -90,7 +94,7 @@ def load_causal_lm(section: ModelSection, path: str, ds_config: dict, attn: str)
     """
     from transformers.integrations import HfDeepSpeedConfig
 
-    zero_init = HfDeepSpeedConfig(ds_config)  # transformers holds it weakly: without this name the model loads unsharded
+    zero_init = HfDeepSpeedConfig(ds_config)  # held weakly by transformers: without this name, nothing is sharded
     bf16 = ds_config["bf16"]["enabled"]
     options = {"trust_remote_code": section.trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
     if attn != "auto":
@@ -130,7 +134,9 @@ def _check_folder(folder: Path, path: str, key: str, needs_weights: bool) -> Non
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"--{key} {path}/config.json: not JSON ({error})") from None
     if needs_weights and not any((folder / name).is_file() for name in WEIGHTS):
-        raise ModelError(f"--{key} {path}: no weights ({WEIGHTS[0]} or its index); --model.from_config true starts at random")
+        raise ModelError(
+            f"--{key} {path}: no weights ({WEIGHTS[0]} or its index); --model.from_config true starts at random"
+        )
 
 
 def _first_sentence(error: Exception) -> str:

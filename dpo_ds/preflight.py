@@ -57,7 +57,9 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
     text_config = model_config.get_text_config()
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
     has_cuda = torch.cuda.is_available()
-    machine = ds_config.Machine(place.world_size, "cuda" if has_cuda else "cpu", has_cuda and torch.cuda.is_bf16_supported())
+    machine = ds_config.Machine(
+        place.world_size, "cuda" if has_cuda else "cpu", has_cuda and torch.cuda.is_bf16_supported()
+    )
     policy_config, notes = ds_config.fill_policy(
         given, run.deepspeed.config, run.train, machine, text_config.hidden_size
     )
@@ -118,4 +120,6 @@ def _check_reference(
 def _report_census(census: dict[str, dict], output_dir: Path) -> None:
     for split, counts in census.items():
         print(f"{split} data: {data.format_census(counts)}", flush=True)
-    (output_dir / "data_census.json").write_text(json.dumps(census, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output_dir / "data_census.json").write_text(
+        json.dumps(census, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

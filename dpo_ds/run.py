@@ -132,7 +132,9 @@ def _make_writable(output_dir: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--output_dir {output_dir}: not writable ({error.strerror}); choose another folder") from None
+        raise ConfigError(
+            f"--output_dir {output_dir}: not writable ({error.strerror}); choose another folder"
+        ) from None
 
 
 def _set_aside(output_dir: Path) -> None:

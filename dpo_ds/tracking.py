@@ -29,7 +29,9 @@ class Tracker:
         self._total = total_steps
         self._first = resumed_step
         self._started = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True) if _is_terminal() else None
+        self._bar = (
+            tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True) if _is_terminal() else None
+        )
 
     def step(self, line: dict) -> None:
         """One update's metrics."""

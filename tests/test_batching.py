@@ -41,7 +41,8 @@ def test_every_pair_once_and_within_the_budget(triples, ranks, budget, name):
 
 
 def test_a_padded_micro_batch_holds_neighbours_in_length():
-    # rows of 10 and of 100 tokens, two pairs each: together 2 * 4 * 100 = 800 > 500, so the long ones and the short ones
+    # rows of 10 and of 100 tokens, two pairs each: together 2 * 4 * 100 = 800 > 500, so the long ones and the short
+    # ones
     lengths = as_lengths([(5, 5, 5), (50, 50, 50), (5, 5, 5), (50, 50, 50)])
     assert plan(lengths, Layout("padded", PAIR, 500, 64), ranks=1) == [[[1, 3], [0, 2]]]
 
@@ -52,7 +53,8 @@ def test_ranks_without_work_get_empty_micro_batches():
 
 
 def test_cost_counts_attended_pairs():
-    # prompt 2, chosen 1, rejected 3: 6 tokens; causal (2+1)(2+1+1)/2 = 6, rejected sees 3*2 + 3*4/2 = 12; 18 / (6*3) = 1
+    # prompt 2, chosen 1, rejected 3: 6 tokens; causal (2+1)(2+1+1)/2 = 6, rejected sees 3*2 + 3*4/2 = 12; 18 / (6*3)
+    # = 1
     assert as_lengths([(2, 1, 3)]).cost(hidden_size=3).tolist() == [7.0]
 
 

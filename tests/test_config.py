@@ -45,9 +45,9 @@ def test_defaults_are_the_contract():
     flat = config.flatten(config.to_plain(parse()))
     expected = {
         "data.max_length": 2048, "data.max_prompt_length": 1024, "data.limit": None, "data.on_bad_row": "error",
-        "data.format": "auto", "loss.name": "dpo", "loss.beta": 0.1, "loss.label_smoothing": 0, "reference.kind": "live",
-        "train.global_batch_size": 64, "train.micro_batch_tokens": 8192, "train.epochs": 1, "train.max_steps": None,
-        "train.learning_rate": 5e-7, "train.schedule": "linear", "train.warmup_steps": 0, "train.weight_decay": 0,
+        "data.format": "auto", "loss.name": "dpo", "loss.beta": 0.1, "loss.label_smoothing": 0, "reference.kind":
+        "live", "train.global_batch_size": 64, "train.micro_batch_tokens": 8192, "train.epochs": 1, "train.max_steps":
+        None, "train.learning_rate": 5e-7, "train.schedule": "linear", "train.warmup_steps": 0, "train.weight_decay": 0,
         "train.max_grad_norm": 1.0, "train.adam_betas": [0.9, 0.999], "train.adam_eps": 1e-8, "train.seed": 0,
         "train.eval_every": 0, "checkpoint.every": 0, "checkpoint.keep": 2, "checkpoint.resume": "auto",
         "model.attn": "auto", "model.from_config": False,

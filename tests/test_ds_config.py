@@ -44,9 +44,11 @@ def test_bf16_follows_the_json_then_the_machine():
 
 def test_a_hugging_face_file_works_unchanged():
     given = {
-        "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto", "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "steps_per_print": 2000,
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto",
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "steps_per_print": 2000,
+        "optimizer": {"type": "AdamW",
+                      "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto",
                                                      "warmup_num_steps": "auto"}},
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu"}},
@@ -82,7 +84,9 @@ def test_contradictions_name_both_sides(given, parts):
 
 
 def test_literals_that_agree_pass():
-    fill({"train_batch_size": 64, "gradient_clipping": 1.0, "optimizer": {"params": {"lr": 5e-7, "betas": [0.9, 0.999]}}})
+    fill(
+        {"train_batch_size": 64, "gradient_clipping": 1.0, "optimizer": {"params": {"lr": 5e-7, "betas": [0.9, 0.999]}}}
+    )
     fill({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8})
 
 

@@ -19,8 +19,9 @@ from tests.ranks import ROOT, run_ranks
 pytestmark = pytest.mark.distributed
 
 TRAIN_KEYS = set(
-    "step loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected grad_norm "
-    "learning_rate epoch pairs tokens tokens_per_second pairs_per_second step_seconds peak_memory_bytes".split()
+    """step loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected
+    grad_norm learning_rate epoch pairs tokens tokens_per_second pairs_per_second step_seconds
+    peak_memory_bytes""".split()
 )
 EXACT = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm")
 
@@ -39,9 +40,9 @@ def world(tmp_path_factory):
 
 def command(world: Path, name: str, out: str, **settings) -> list[str]:
     keys = {
-        "model.path": world / "model", "data.train": world / "train.jsonl", "deepspeed.config": "ds_configs/zero3_cpu.json",
-        "train.global_batch_size": 8, "train.micro_batch_tokens": 600, "train.learning_rate": 1e-3,
-        "train.schedule": "constant", "output_dir": world / out,
+        "model.path": world / "model", "data.train": world / "train.jsonl", "output_dir": world / out,
+        "deepspeed.config": "ds_configs/zero3_cpu.json", "train.global_batch_size": 8,
+        "train.micro_batch_tokens": 600, "train.learning_rate": 1e-3, "train.schedule": "constant",
     } | settings  # fmt: skip
     return [name, *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
 
@@ -64,9 +65,8 @@ def lines(folder: Path, kind: str = "loss") -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(world):
     """Eight steps in one go, two ranks: more than an epoch (7 steps, the last of 2 pairs)."""
-    code, output = launch(
-        world, "train", "whole", **{"train.max_steps": 8, "checkpoint.every": 4, "train.eval_every": 4, "data.eval": world / "eval.jsonl"}
-    )  # fmt: skip
+    keys = {"train.max_steps": 8, "checkpoint.every": 4, "train.eval_every": 4, "data.eval": world / "eval.jsonl"}
+    code, output = launch(world, "train", "whole", **keys)
     assert code == 0, output
     return world / "whole"
 
@@ -153,7 +153,13 @@ def one_of_two(world: Path) -> dict:
     """Rank 0 of two whose mistake is found before it would wait for the other."""
     import os
 
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     return os.environ | place | {"DPO_DS_CACHE": str(world / "cache"), "PYTHONPATH": str(ROOT)}
 
 
@@ -175,10 +181,9 @@ def test_one_rank_gives_what_two_give(whole, world):
 def test_sft_through_the_deepspeed_launcher(world):
     args = command(world, "sft", "sft", **{"train.max_steps": 3, "data.eval": world / "eval.jsonl"})
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    done = subprocess.run(
-        [deepspeed, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "dpo_ds", *args],
-        capture_output=True, text=True, cwd=ROOT, env=one_of_two(world) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    env = one_of_two(world) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    launcher = [deepspeed, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "dpo_ds"]
+    done = subprocess.run([*launcher, *args], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = lines(world / "sft")
     assert steps[0]["loss"] == pytest.approx(math.log(400), rel=0.05), "a random model is near uniform"

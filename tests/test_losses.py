@@ -16,7 +16,8 @@ def logps(chosen, rejected, dtype=torch.float32) -> PairLogps:
 
 
 def test_dpo_by_hand():
-    # log-ratios: policy -10 - -14 = 4, reference -11 - -12 = 1; margin 0.1 * (4 - 1) = 0.3; -log σ(0.3) = log(1 + e^-0.3)
+    # log-ratios: policy -10 - -14 = 4, reference -11 - -12 = 1; margin 0.1 * (4 - 1) = 0.3; -log σ(0.3) = log(1 +
+    # e^-0.3)
     loss = DPO(beta=0.1)(logps([-10.0], [-14.0]), logps([-11.0], [-12.0]))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.3)), rel=1e-6)
     assert loss.item() == pytest.approx(0.554355, abs=1e-6)
@@ -41,7 +42,9 @@ def test_extreme_margins_stay_finite(margin):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_gradient_is_the_papers_closed_form(label_smoothing):
-    """d loss / d log π(y_w) = -β σ(r̂_l - r̂_w) (1 - ε) + β σ(r̂_w - r̂_l) ε, and the negative for y_l; β and r̂ as in section 4."""
+    """d loss / d log π(y_w) = -β σ(r̂_l - r̂_w) (1 - ε) + β σ(r̂_w - r̂_l) ε, and the negative for y_l; β and r̂ as
+    in section 4.
+    """
     beta = 0.3
     policy = logps([-10.0, -3.0, -8.0], [-12.0, -1.0, -8.5], torch.float64)
     reference = logps([-11.0, -3.5, -2.0], [-10.0, -2.0, -9.0], torch.float64)

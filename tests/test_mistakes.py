@@ -1,4 +1,6 @@
-"""Every mistake a user can make before a model is loaded: exit code 2, one line that names file, row, value and remedy."""
+"""Every mistake a user can make before a model is loaded: exit code 2, one line that names file, row, value and
+remedy.
+"""
 
 import gzip
 import json
@@ -36,11 +38,10 @@ DATA = {
     "wrong type in a row": ("c.jsonl", rows(GOOD | {"chosen": 3}), ["c.jsonl:4", "chosen", "3"]),
     "empty completion": ("d.jsonl", rows(GOOD | {"rejected": "  "}), ["d.jsonl:4", "rejected", "empty"]),
     "equal sides": ("e.jsonl", rows(GOOD | {"rejected": " yes"}), ["e.jsonl:4", "chosen", "rejected", "yes"]),
-    "no assistant turn": ("f.jsonl", rows({"prompt": USER, "chosen": USER, "rejected": [{"role": "user", "content": "x"}]}), ["f.jsonl:4"]),
-    "no assistant turn at all": (
-        "f2.jsonl",
+    "no assistant turn": (
+        "f.jsonl",
         json.dumps({"prompt": USER, "chosen": USER, "rejected": [{"role": "user", "content": "x"}]}).encode(),
-        ["f2.jsonl:1", "assistant"],
+        ["f.jsonl:1", "assistant"],
     ),
     "not JSON": ("g.jsonl", rows() + b"{'prompt'}\n", ["g.jsonl:4", "JSON"]),
     "not an object": ("h.jsonl", rows() + b"[1]\n", ["h.jsonl:4"]),
@@ -77,8 +78,8 @@ def outcomes(tmp_path_factory):
     save_tiny_model(folder / "no_eos", tokenizer, model)
 
     base = {
-        "model.path": folder / "model", "data.train": folder / "good.jsonl", "deepspeed.config": "ds_configs/zero3_cpu.json",
-        "output_dir": folder / "out",
+        "model.path": folder / "model", "data.train": folder / "good.jsonl", "output_dir": folder / "out",
+        "deepspeed.config": "ds_configs/zero3_cpu.json",
     }  # fmt: skip
     cases = {}
     for name, (file, content, _) in DATA.items():

@@ -7,7 +7,9 @@ from transformers import get_scheduler
 from dpo_ds.schedule import learning_rate
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")]
+)
 @pytest.mark.parametrize("warmup_steps", [0, 3])
 def test_rates_are_those_of_transformers(ours, theirs, warmup_steps):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)

@@ -57,7 +57,14 @@ def tiny_config(family: str):
         "qwen3": lambda: Qwen3Config(**common, head_dim=8),
         "mistral": lambda: MistralConfig(**common, **windowed),
         "gemma2": lambda: Gemma2Config(
-            **common, **windowed, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=5.0, attn_logit_softcapping=3.0
+            **common,
+            **windowed,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            final_logit_softcapping=5.0,
+            attn_logit_softcapping=3.0,
         ),
-        "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=1),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=1
+        ),
     }[family]()

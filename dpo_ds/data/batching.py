@@ -1,7 +1,7 @@
 """Which pairs make up a global batch, and how they are spread over ranks and micro-batches.
 
-The global batches and their order depend on seed, epoch and data alone. The spreading depends on the number of ranks; it
-changes who computes what, never the mean over the global batch.
+The global batches and their order depend on seed, epoch and data alone. The spreading depends on the number of ranks;
+it changes who computes what, never the mean over the global batch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_ds.batch import PAIR, Batch, PreferencePair, packed_batch, padded_batch
+from dpo_ds.batch import Batch, PreferencePair, packed_batch, padded_batch
 
 Plan = list[list[list[int]]]  # rank -> micro-batch -> positions in the global batch
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How pairs become micro-batches: name padded or packed, sides (chosen, rejected), the budget of tokens a rank holds in
-    one forward, and the model's width, which weighs attention's square term against the rest.
+    """How pairs become micro-batches: name padded or packed, sides (chosen, rejected), the budget of tokens a rank
+    holds in one forward, and the model's width, which weighs attention's square term against the rest.
     """
 
     name: str
@@ -53,8 +53,8 @@ class Lengths:
 def epoch_order(sources: Sequence[tuple[int, int, float]], seed: int, epoch: int) -> np.ndarray:
     """Rows of the data set in the order of one epoch.
 
-    A source (start, stop, weight) is passed over `weight` times an epoch; the fraction that is left of a pass takes rows
-    at random, others every epoch.
+    A source (start, stop, weight) is passed over `weight` times an epoch; the fraction that is left of a pass takes
+    rows at random, others every epoch.
     """
     generator = np.random.default_rng([seed, epoch])
     taken = []
@@ -93,8 +93,8 @@ def global_batches(
 def plan(lengths: Lengths, layout: Layout, ranks: int) -> Plan:
     """Spreads a global batch so that the slowest rank's work is near the mean.
 
-    Every rank gets the same number of micro-batches (ZeRO-3 is collective), some of them empty if need be. A micro-batch
-    holds at most `layout.budget` tokens, padding included, unless a single pair is longer.
+    Every rank gets the same number of micro-batches (ZeRO-3 is collective), some of them empty if need be. A
+    micro-batch holds at most `layout.budget` tokens, padding included, unless a single pair is longer.
     """
     if layout.name == "padded":
         bins = _padded_bins(lengths, layout, ranks)
@@ -111,12 +111,13 @@ def _padded_bins(lengths: Lengths, layout: Layout, ranks: int) -> list[list[int]
 
     def fill(capacity: int) -> list[list[int]]:
         bins: list[list[int]] = []
+        widest = 0
         for pair, width in zip(order, row, strict=True):
-            if bins and first * (len(bins[-1]) + 1) <= capacity:
+            if bins and widest * (len(bins[-1]) + 1) <= capacity:
                 bins[-1].append(int(pair))
             else:
                 bins.append([int(pair)])
-                first = width
+                widest = width
         return bins
 
     count = math.ceil(len(fill(layout.budget)) / ranks) * ranks

@@ -14,12 +14,12 @@ from pathlib import Path
 from dpo_ds.demo import corpus, job, report
 
 TRAIN_PAIRS, HELD_OUT_PAIRS = 1500, 200
-VOCABULARY, HIDDEN, LAYERS = 512, 128, 3
+VOCABULARY, HIDDEN, LAYERS = 512, 128, 2
 DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3_cpu.json"
 MARKER = ".dpo_ds_demo"  # a folder that holds it was made by the demo and may be emptied by the next
 COMMON = {"data.max_length": 128, "data.max_prompt_length": 64, "train.micro_batch_tokens": 2048}
-SFT = {"train.global_batch_size": 32, "train.max_steps": 250, "train.learning_rate": 3e-3, "train.warmup_steps": 10}
-DPO = {"train.global_batch_size": 32, "train.max_steps": 120, "train.learning_rate": 2e-4, "train.warmup_steps": 10}
+SFT = {"train.global_batch_size": 16, "train.max_steps": 400, "train.learning_rate": 3e-3, "train.warmup_steps": 10}
+DPO = {"train.global_batch_size": 32, "train.max_steps": 94, "train.learning_rate": 2e-4, "train.warmup_steps": 10}
 LIVE = {"reference.kind": "live", "loss.name": "dpo", "loss.beta": 0.1, "train.eval_every": 20}
 
 
@@ -28,7 +28,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=Path("runs/demo"), help="folder for everything the demo makes")
     parser.add_argument("--deepspeed_config", type=Path, default=DS_CONFIG, help="a DeepSpeed JSON file")
     given = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the job's ranks are ended too
     began = time.monotonic()
     try:
         demo(given.to, given.deepspeed_config)
@@ -92,4 +91,5 @@ def _empty(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, so that the job's ranks end too
     sys.exit(main())

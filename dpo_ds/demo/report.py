@@ -44,7 +44,7 @@ def draw(dpo_dir: Path, png: Path) -> None:
         ("implicit-reward accuracy", ("rewards/accuracies",)),
         ("implicit rewards", ("rewards/margins", "rewards/chosen", "rewards/rejected")),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.8), layout="constrained")
     for axis, (title, keys) in zip(axes, panels, strict=True):
         for key in keys:
             name = key.removeprefix("rewards/") if len(keys) > 1 else "training batch"
@@ -58,7 +58,7 @@ def draw(dpo_dir: Path, png: Path) -> None:
             )
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
     axes[0].axhline(0.6931, color="grey", linestyle=":", linewidth=1)  # ln 2: policy equal to reference
     axes[1].set_ylim(-0.03, 1.03)
     axes[2].set_ylabel("β (log π − log π_ref)")

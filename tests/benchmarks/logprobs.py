@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 CPU_SHAPES = ["300,64,1000", "1000,256,8000", "2000,512,32000", "4096,512,131072", "65536,512,131072"]
 HEADS = [(2048, 128256), (4096, 131072), (3584, 152064), (2304, 256000)]
 CUDA_SHAPES = [f"{n},{d},{v}" for (d, v), n in product(HEADS, [4096, 16384, 65536, 131072])]
-SMALL = 20e9  # NVD below which a process repeats its measurement
+LARGE = 20e9  # NVD above which a process on the CPU measures once
 ERROR_ROWS = 64  # compared with float64
 
 
@@ -99,26 +99,29 @@ def largest_error(logps, hidden, weight, targets):
 
 
 def measure(method, shape, device, dtype) -> dict:
-    """Medians of no-gradient passes and of forward and backward; seconds, bytes, largest error."""
-    data = inputs(shape, device, dtype)
-    hidden, weight, targets, grad = data
-    small = shape[0] * shape[1] * shape[2] < SMALL
-    if device == "cuda" or small or method == "torch_compile":  # threads, handles, compilation
-        METHODS[method](hidden, weight, targets).backward(grad)
-        hidden.grad = weight.grad = None
-    runs = [run(METHODS[method], data, device) for _ in range(5 if device == "cuda" or small else 1)]
+    """Seconds of passes without a gradient (None for a large case on the CPU), of forward, and of forward and backward;
+    bytes; largest error."""
+    function, data = METHODS[method], inputs(shape, device, dtype)
+    once = device == "cpu" and shape[0] * shape[1] * shape[2] > LARGE
+    warm_up = data if method == "torch_compile" else inputs((8, shape[1], 64), device, dtype)
+    run(function, warm_up, device)  # threads, handles, compilation
+    runs = [run(function, data, device) for _ in range(1 if once else 6)]
+    memory = runs[0]["extra_bytes"]  # later runs find what was freed still resident
+    result = {key: statistics.median(r[key] for r in runs[1:] or runs) for key in runs[0]} | {"extra_bytes": memory}
+    hidden, weight, targets, _ = data
     with torch.no_grad():
-        logps = METHODS[method](hidden[:ERROR_ROWS], weight, targets[:ERROR_ROWS])
+        clock, laps = Clock(device), []
+        for _ in range(0 if once else 5):
+            function(hidden, weight, targets)
+            laps.append(clock.lap()["wall"])
+        logps = function(hidden[:ERROR_ROWS], weight, targets[:ERROR_ROWS])
         error = largest_error(logps, hidden, weight, targets)
-    return {key: statistics.median(r[key] for r in runs) for key in runs[0]} | {"largest_error": error}
+    return result | {"no_grad_s": statistics.median(laps) if laps else None, "largest_error": error}
 
 
 def run(function, data, device) -> dict:
     hidden, weight, targets, grad = data
     clock = Clock(device)
-    with torch.no_grad():
-        function(hidden, weight, targets)
-    no_grad = clock.lap()
     clock.reset_peak()
     logps = function(hidden, weight, targets)
     forward = clock.lap()
@@ -127,7 +130,6 @@ def run(function, data, device) -> dict:
     extra = clock.peak() - hidden.nbytes - weight.nbytes  # beyond the gradients
     hidden.grad = weight.grad = None
     return {
-        "no_grad_s": no_grad["wall"],
         "forward_s": forward["wall"],
         "total_s": forward["wall"] + backward["wall"],
         "cpu_s": forward["cpu"] + backward["cpu"],
@@ -198,10 +200,11 @@ def compare(shape, methods, rounds, device, dtype) -> dict:
             if not (runs and "skipped" in runs[0]):
                 run = attempt(method, shape, device, dtype) if device == "cuda" else in_child(method, shape, dtype)
                 runs.append(run)
-    return {
-        method: runs[0] if "skipped" in runs[0] else {k: statistics.median(run[k] for run in runs) for k in runs[0]}
-        for method, runs in results.items()
-    }
+    return {method: runs[0] if "skipped" in runs[0] else medians(runs) for method, runs in results.items()}
+
+
+def medians(runs) -> dict:
+    return {k: v if v is None else statistics.median(run[k] for run in runs) for k, v in runs[0].items()}
 
 
 def table(shape, results) -> str:
@@ -216,8 +219,9 @@ def table(shape, results) -> str:
             lines.append(f"| {method} | not run: {r['skipped']} |" + " |" * 7)
             continue
         flops = N * V * D / 1e12
+        no_grad = "-" if r["no_grad_s"] is None else f"{r['no_grad_s']:.4f}"
         lines.append(
-            f"| {method} | {r['no_grad_s']:.4f} | {r['forward_s']:.4f} | {r['total_s']:.4f} | {r['cpu_s']:.3f} "
+            f"| {method} | {no_grad} | {r['forward_s']:.4f} | {r['total_s']:.4f} | {r['cpu_s']:.3f} "
             f"| {2 * flops / r['forward_s']:.3f} | {6 * flops / r['total_s']:.3f} "
             f"| {r['extra_bytes'] / 2**20:.0f} | {r['largest_error']:.1e} |"
         )

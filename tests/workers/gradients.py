@@ -1,4 +1,5 @@
-"""Two ranks under ZeRO-3 against single-process autograd: usage gradients.py OUT FAMILY... (one launch for all families).
+"""Two ranks under ZeRO-3 against single-process autograd: usage gradients.py OUT FAMILY... (one launch for all
+families).
 
 Every family: the DPO gradient of a global batch, spread over ranks and micro-batches with an empty one among them, then
 one update. Rank 0 writes what it saw to OUT as JSON; the test asserts on it.
@@ -14,7 +15,14 @@ import torch.distributed as dist
 from dpo_ds import launch
 from dpo_ds.config import TrainSection
 from dpo_ds.ds_config import Machine, fill_policy, fill_reference
-from dpo_ds.engine import FrozenModel, Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
+from dpo_ds.engine import (
+    FrozenModel,
+    Policy,
+    finish_distributed,
+    initialize_distributed,
+    quiet_libraries,
+    settle_layout,
+)
 from dpo_ds.export import gathered_state_dict
 from dpo_ds.losses import DPO
 from dpo_ds.metrics import preference_sums
@@ -45,7 +53,9 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
     reference_config, _ = fill_reference(given, "test", machine, 32)
     attn = "eager" if family == "gemma2" else "auto"
     policy = Policy(LogProbModel(load_causal_lm(Section, paths[0], policy_config, attn)), policy_config, device)
-    reference = FrozenModel(LogProbModel(load_causal_lm(Section, paths[1], reference_config, attn)), reference_config, device)
+    reference = FrozenModel(
+        LogProbModel(load_causal_lm(Section, paths[1], reference_config, attn)), reference_config, device
+    )
 
     if layout == "packed":
         assert settle_layout("packed", [policy, reference]) == ("packed", "")

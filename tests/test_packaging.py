@@ -1,0 +1,57 @@
+"""The files around the package agree with each other and with what is installed."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+
+
+def _pins() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def _applies(pin: Requirement, python: str) -> bool:
+    return pin.marker is None or pin.marker.evaluate({"python_version": python, "python_full_version": f"{python}.0"})
+
+
+def test_each_package_is_pinned_once_for_every_python():
+    for python in ("3.10", "3.11", "3.12", "3.13", "3.14"):
+        names = [canonicalize_name(pin.name) for pin in _pins() if _applies(pin, python)]
+        assert len(names) == len(set(names)), python
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in _pins())
+
+
+def test_torch_is_the_tested_one():
+    assert {pin.name: str(pin.specifier) for pin in _pins()}["torch"] == "==2.13.0"
+
+
+def test_what_setup_asks_for_is_pinned():
+    """flash-attn is left out: it is compiled against the CUDA machine it is used on."""
+    pinned = {canonicalize_name(pin.name) for pin in _pins()}
+    asked = {canonicalize_name(Requirement(line).name) for line in requires("dpo-ds")}
+    assert asked - pinned == {"flash-attn"}
+
+
+def test_installed_versions_are_the_pinned_ones():
+    python = ".".join(map(str, sys.version_info[:2]))
+    different = []
+    for pin in _pins():
+        try:
+            installed = version(pin.name).split("+")[0]
+        except PackageNotFoundError:  # of an extra that is not installed, or of another Python
+            continue
+        if _applies(pin, python) and not pin.specifier.contains(installed, prereleases=True):
+            different.append(f"{pin.name} {installed}, not {pin.specifier}")
+    assert not different, f"run `make install`: {different}"
+
+
+def test_the_script_answers():
+    answer = subprocess.run([Path(sys.executable).parent / "dpo-ds", "--version"], capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout) == (0, f"dpo-ds {version('dpo-ds')}\n")
