@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Where torch comes from: PyPI's Linux wheels bring gigabytes of CUDA packages. For CUDA: make install TORCH_INDEX=https://pypi.org/simple
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# PyPI's Linux wheel of torch brings gigabytes of CUDA packages. Without a GPU, PyTorch's index of CPU wheels saves them:
+# make install TORCH_INDEX=<its URL>
+TORCH_INDEX ?=
+
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export DS_BUILD_OPS := 0
 
@@ -13,13 +16,14 @@ export DS_BUILD_OPS := 0
 
 install: $(STAMP)
 
-# torch first and alone, so that the next line finds it there; the constraints go with every install.
+# torch first, so that the next line finds it there; the constraints go with every install.
 $(STAMP): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("dpo_ds needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another one with make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "dpo_ds needs Python 3.10 or newer; name one with: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
 	@echo "installing into $(VENV) (some minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --extra-index-url $(TORCH_INDEX) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lora]'
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP_INSTALL) -e '.[dev,lora]'
 	@touch $@
 
 demo: $(STAMP)

@@ -19,8 +19,6 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dpo_ds", "dpo_ds.*"]),
-    include_package_data=False,
-    package_data={"dpo_ds": ["**/*.jinja"]},  # the default chat template
     entry_points={"console_scripts": ["dpo-ds = dpo_ds.cli:main"]},
     install_requires=[
         "torch",

@@ -19,6 +19,7 @@ EXIT_DONE, EXIT_USER = 0, 2
 SUMMARY = {
     "sft": "supervised fine-tuning on chosen completions",
     "train": "preference optimisation on pairs (DPO)",
+    "precompute": "the reference's log-probs, stored for reference.kind cached",
 }
 
 
@@ -41,6 +42,9 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         epilog="Command line beats YAML beats defaults; a flag given twice: the last wins.",
     )
     parser.add_argument("--config", metavar="RUN.YAML", help="a YAML file whose sections nest as the dots below")
+    if command == "precompute":
+        what = "check every hash of a finished cache, print a summary and stop"
+        parser.add_argument("--verify", metavar="FOLDER", default=argparse.SUPPRESS, help=what)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config as YAML and stop")
     for key, field in config.keys(settings).items():
         default = (
@@ -82,6 +86,8 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
         raise ConfigError(f"unexpected argument {arg!r}; settings are given as --section.key value")
     overrides = vars(given)
     yaml_path, print_config = overrides.pop("config"), overrides.pop("print_config")
+    if "verify" in overrides:
+        return command, config.VerifyConfig(verify=overrides["verify"]), [], False
     run, notes = config.load(command, yaml_path, overrides)
     return command, run, notes, print_config
 
@@ -98,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if talks:
             for note in notes:
                 print(f"dpo-ds: {note}", file=sys.stderr)
+        if command == "precompute":
+            from dpo_ds import precompute
+
+            return precompute.start(run)
         from dpo_ds import run as commands  # torch comes in here, after parsing
 
         return commands.start(command, run)

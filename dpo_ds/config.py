@@ -6,6 +6,8 @@ It imports no torch, so that `dpo-ds train --help` answers at once. README's tab
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 import types
 import typing
 from pathlib import Path
@@ -81,8 +83,11 @@ class LossSection(Section):
 
 
 class ReferenceSection(Section):
-    kind: Literal["live"] = Field("live", description="live: a second, inference-only ZeRO-3 engine")
+    kind: Literal["live", "cached", "adapter"] = Field(
+        "live", description="live: a second, inference-only engine; cached: from reference.cache; adapter: LoRA off"
+    )
     path: str | None = Field(None, description="the reference model; model.path if not given")
+    cache: str | None = Field(None, description="folder that dpo-ds precompute fills and reference.kind cached reads")
 
 
 class TrainSection(Section):
@@ -117,6 +122,12 @@ class DeepSpeedSection(Section):
     )
 
 
+class PrecomputeSection(Section):
+    layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
+    micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
+    shard_rows: int = Field(512, gt=0, description="pairs a file: what a rank does in one go and a killed build repeats")
+
+
 class CheckpointSection(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
     keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
@@ -140,8 +151,36 @@ class TrainConfig(SftConfig):
     loss: LossSection = LossSection()
     reference: ReferenceSection = ReferenceSection()
 
+    @model_validator(mode="after")
+    def _reference_fits(self):
+        if self.reference.kind == "cached" and self.reference.cache is None:
+            raise ValueError("reference.kind cached needs --reference.cache, a folder that dpo-ds precompute has filled")
+        return self
 
-COMMANDS: dict[str, type[Section]] = {"sft": SftConfig, "train": TrainConfig}
+
+class PrecomputeConfig(Section):
+    """Log-probs of the frozen reference on all pairs, stored once for every later run with reference.kind cached."""
+
+    model: ModelSection
+    data: DataSection
+    reference: ReferenceSection
+    precompute: PrecomputeSection = PrecomputeSection()
+    deepspeed: DeepSpeedSection
+
+    @model_validator(mode="after")
+    def _needs_a_folder(self):
+        if self.reference.cache is None:
+            raise ValueError("reference.cache is required; give it as --reference.cache or in --config")
+        return self
+
+
+class VerifyConfig(Section):
+    """`dpo-ds precompute --verify FOLDER`: every hash of a finished cache, and a summary."""
+
+    verify: str
+
+
+COMMANDS: dict[str, type[Section]] = {"sft": SftConfig, "train": TrainConfig, "precompute": PrecomputeConfig}
 _ELSEWHERE = {name for config in COMMANDS.values() for name in config.model_fields}
 RECORDED = "environment"  # config.yaml's record of versions and machine; not a key, ignored when the file is used again
 
@@ -198,6 +237,18 @@ def did_you_mean(word: str, choices: typing.Iterable[str]) -> str:
 def to_plain(config: Section) -> dict:
     """Nested dict of plain YAML types, every key resolved."""
     return config.model_dump(mode="json")
+
+
+def command_line(command: str, run: Section) -> str:
+    """What a user types for `command` with the settings of `run` that it knows and that are not the defaults."""
+    words = ["dpo-ds", command]
+    for key, field in keys(COMMANDS[command]).items():
+        value = run
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if value is not None and (field.is_required() or value != field.get_default(call_default_factory=True)):
+            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(words)
 
 
 def flatten(values: dict, prefix: str = "", depth: int = 2) -> dict[str, Any]:

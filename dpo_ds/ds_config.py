@@ -51,6 +51,8 @@ def read(path: str, key: str = "deepspeed.config") -> dict:
     Raises:
         ConfigError: missing, not UTF-8, not JSON, or not an object.
     """
+    if path == "none" and not Path(path).exists():
+        raise ConfigError(f"--{key} none: training needs a DeepSpeed engine; ds_configs/ holds tested files")
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -132,7 +132,27 @@ class FrozenModel:
         return contextlib.nullcontext()
 
 
-def settle_layout(wanted: str, models: Sequence[Policy | FrozenModel]) -> tuple[str, str]:
+class Replica:
+    """A whole, frozen model on this rank alone: no engine, no collective."""
+
+    def __init__(self, model: LogProbModel, device: torch.device):
+        self.padded_attention = model.causal_lm.config._attn_implementation
+        self.model = model.requires_grad_(False).eval().to(device)
+        self.device = device
+
+    @property
+    def causal_lm(self):
+        return self.model.causal_lm
+
+    @torch.no_grad()
+    def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
+        return self.model(batch.to(self.device))
+
+    def evaluating(self):
+        return contextlib.nullcontext()
+
+
+def settle_layout(wanted: str, models: Sequence[Policy | FrozenModel | Replica]) -> tuple[str, str]:
     """The layout that every model takes, and a line for the user if it is not the one asked for. All ranks enter.
 
     Packed attention is tried on each model before it is relied on (attention.packed_refusal).

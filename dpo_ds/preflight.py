@@ -15,10 +15,12 @@ import torch
 from dpo_ds import checkpoint, data, ds_config
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.checkpoint import Checkpoint
-from dpo_ds.config import Section, TrainConfig
+from dpo_ds.config import DataSection, PrecomputeConfig, Section, TrainConfig
 from dpo_ds.errors import ConfigError
 from dpo_ds.launch import Launch
 from dpo_ds.model import check_model, load_tokenizer
+from dpo_ds.reference import cached
+from dpo_ds.reference.cached import CachedRows
 
 Say = Callable[[Iterable[str]], None]
 
@@ -27,7 +29,8 @@ Say = Callable[[Iterable[str]], None]
 class Prepared:
     """What the checks found and made: everything a run needs but its models.
 
-    policy_config and reference_config are DeepSpeed's, filled; reference_config is None where no reference is used.
+    policy_config and reference_config are DeepSpeed's, filled; reference_config is given for a live reference, cached for
+    a cached one.
     """
 
     tokenizer: object
@@ -37,6 +40,7 @@ class Prepared:
     data: object
     evaluation_data: object | None
     resume: Checkpoint | None
+    cached: CachedRows | None
 
 
 def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
@@ -46,44 +50,35 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
         UserError: the first mistake found.
     """
 
-    def say(lines: Iterable[str]) -> None:
-        if place.is_first:
-            for line in lines:
-                print(f"dpo-ds: {line}", flush=True)
-
+    say = speaker(place)
     torch.set_num_threads(place.threads)
     given = ds_config.read(run.deepspeed.config)
     model_config = check_model(run.model, run.model.path)
     text_config = model_config.get_text_config()
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
-    has_cuda = torch.cuda.is_available()
-    machine = ds_config.Machine(
-        place.world_size, "cuda" if has_cuda else "cpu", has_cuda and torch.cuda.is_bf16_supported()
-    )
+    machine = this_machine(place)
     policy_config, notes = ds_config.fill_policy(
         given, run.deepspeed.config, run.train, machine, text_config.hidden_size
     )
     say(notes)
-    reference_config = None
+    reference_config = manifest = None
     if isinstance(run, TrainConfig):
-        reference_config = _check_reference(run, text_config.vocab_size, given, machine, policy_config, say)
+        reference_text_config = check_reference_model(run, text_config)
+        if run.reference.kind == "live":
+            reference_config = _reference_config(run, reference_text_config, given, machine, policy_config, say)
+        if run.reference.kind == "cached":
+            manifest = cached.check_cache(run, tokenizer, place)
 
     resume, notes = checkpoint.find(output_dir, run.checkpoint.resume)
     say(notes)
     if resume is not None:
         say(checkpoint.check_compatible(resume, run, place.world_size))
 
-    splits = {"train": run.data.train} | ({} if run.data.eval is None else {"eval": run.data.eval})
-    options = {"train": run.data, "eval": run.data.model_copy(update={"limit": None})}  # limit is for training
     sides = PAIR if isinstance(run, TrainConfig) else CHOSEN_ONLY
-    prepared = {
-        split: data.prepare(
-            source, options=options[split], tokenizer=tokenizer, sides=sides, split=split, build=place.is_first_on_node
-        )
-        for split, source in splits.items()
-    }
+    prepared = prepare_data(run.data, tokenizer, sides, place)
     if place.is_first:
-        _report_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
+        _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
+    rows = None if manifest is None else cached.find_rows(run, manifest, list(prepared.values()), place)
     return Prepared(
         tokenizer,
         text_config.hidden_size,
@@ -92,20 +87,63 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
         prepared["train"],
         prepared.get("eval"),
         resume,
+        rows,
     )
 
 
-def _check_reference(
-    run: TrainConfig, vocabulary: int, given: dict, machine: ds_config.Machine, policy_config: dict, say: Say
-) -> dict:
-    """DeepSpeed's config of the reference's engine: its own file's, else derived from the policy's."""
+def speaker(place: Launch) -> Say:
+    """Prints lines on rank 0."""
+
+    def say(lines: Iterable[str]) -> None:
+        if place.is_first:
+            for line in lines:
+                print(f"dpo-ds: {line}", flush=True)
+
+    return say
+
+
+def this_machine(place: Launch) -> ds_config.Machine:
+    has_cuda = torch.cuda.is_available()
+    has_bf16 = has_cuda and torch.cuda.is_bf16_supported()
+    return ds_config.Machine(place.world_size, "cuda" if has_cuda else "cpu", has_bf16)
+
+
+def prepare_data(section: DataSection, tokenizer, sides: tuple[str, ...], place: Launch) -> dict[str, data.PairDataset]:
+    """The tokenised pairs of data.train and, if given, data.eval; rank 0 prints what was kept and dropped."""
+    given = {"train": section.train} | ({} if section.eval is None else {"eval": section.eval})
+    options = {"train": section, "eval": section.model_copy(update={"limit": None})}  # limit is for training
+    prepared, rows = {}, 0
+    for split, source in given.items():
+        prepared[split] = data.prepare(
+            source, options=options[split], tokenizer=tokenizer, sides=sides, split=split, build=place.is_first_on_node
+        )
+        prepared[split].first_index = rows
+        rows += len(prepared[split])
+        if place.is_first:
+            print(f"{split} data: {data.format_census(prepared[split].census)}", flush=True)
+    return prepared
+
+
+def check_reference_model(run: TrainConfig | PrecomputeConfig, policy_config):
+    """The reference's text config.
+
+    Raises:
+        UserError: no usable model, or one of another vocabulary than the policy's.
+    """
     path = run.reference.path or run.model.path
     config = check_model(run.model, path, key="reference.path").get_text_config()
-    if config.vocab_size != vocabulary:
+    if config.vocab_size != policy_config.vocab_size:
         raise ConfigError(
-            f"--reference.path {path}: its vocabulary has {config.vocab_size} tokens, model.path's {vocabulary}; "
-            "policy and reference must read the same tokens"
+            f"--reference.path {path}: its vocabulary has {config.vocab_size} tokens, model.path's "
+            f"{policy_config.vocab_size}; policy and reference must read the same tokens"
         )
+    return config
+
+
+def _reference_config(
+    run: TrainConfig, config, given: dict, machine: ds_config.Machine, policy_config: dict, say: Say
+) -> dict:
+    """DeepSpeed's config of the reference's engine: its own file's, else derived from the policy's."""
     source = run.deepspeed.reference_config or run.deepspeed.config
     if run.deepspeed.reference_config is not None:
         given = ds_config.read(source, "deepspeed.reference_config")
@@ -117,9 +155,7 @@ def _check_reference(
     return filled
 
 
-def _report_census(census: dict[str, dict], output_dir: Path) -> None:
-    for split, counts in census.items():
-        print(f"{split} data: {data.format_census(counts)}", flush=True)
+def _write_census(census: dict[str, dict], output_dir: Path) -> None:
     (output_dir / "data_census.json").write_text(
         json.dumps(census, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )

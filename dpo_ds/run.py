@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import time
@@ -12,6 +13,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import yaml
 
 from dpo_ds import checkpoint, launch, preflight
@@ -40,6 +42,8 @@ def start(command: str, run: Section) -> int:
             if not place.is_first:
                 time.sleep(GRACE_SECONDS)  # leaving first would make the launcher stop rank 0 before its line
             raise
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
         from dpo_ds import engine  # deepspeed comes in here, after every check
 
         engine.quiet_libraries()

@@ -101,6 +101,8 @@ def test_broken_files_are_named(tmp_path, text, part):
         ds_config.read(str(path))
     with pytest.raises(ConfigError, match="no such file"):
         ds_config.read(str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match="needs a DeepSpeed engine"):
+        ds_config.read("none")
 
 
 def test_the_reference_has_nothing_of_training():

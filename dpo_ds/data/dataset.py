@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +66,7 @@ class PairDataset:
     def __init__(self, folder: Path, weights: Iterable[float]):
         self.census: dict[str, Any] = json.loads((folder / CENSUS).read_text())
         self.digest = folder.name
+        self.first_index = 0  # among all rows of a run: those of evaluation data count on from the training data's
         self._files: list[str] = self.census.pop("location_files")
         ends = self.census.pop("source_ends")
         self.sources = list(zip([0, *ends[:-1]], ends, weights, strict=True))
@@ -83,7 +84,17 @@ class PairDataset:
         values = [np.from_dlpack(column[i].values) for column in self._rows]
         prompt, chosen, rejected = (ids.astype(np.int64) for ids in values[: len(PARTS)])
         chosen_mask, rejected_mask = (mask.astype(bool) for mask in values[len(PARTS) :])
-        return PreferencePair(prompt, chosen, rejected, chosen_mask, rejected_mask, index=int(i) % len(self))
+        index = self.first_index + int(i) % len(self)
+        return PreferencePair(prompt, chosen, rejected, chosen_mask, rejected_mask, index)
+
+    def token_ids(self) -> Iterator[tuple[np.ndarray, ...]]:
+        """prompt, chosen and rejected of every row in turn, int32 each, without a copy."""
+        for batch in self._table.to_batches():
+            lists = [batch.column(part) for part in PARTS]
+            values = [np.from_dlpack(column.values) for column in lists]
+            offsets = np.stack([np.from_dlpack(column.offsets) for column in lists], axis=1)
+            for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+                yield tuple(ids[a:b] for ids, a, b in zip(values, start, stop, strict=True))
 
     def location(self, i: int) -> str:
         """ "file:row" of the raw row."""

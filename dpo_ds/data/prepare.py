@@ -78,7 +78,7 @@ def prepare(
             if not folder.exists():
                 _build(folder, _Reader(sources, paths, options, sides), tokenize)
     else:
-        _wait_for(folder)
+        wait_for(folder)
     return PairDataset(folder, weights)
 
 
@@ -212,7 +212,7 @@ def _digest(sources: Sequence[Files | HuggingFace], options: Options, sides: tup
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _wait_for(folder: Path) -> None:
+def wait_for(folder: Path) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not folder.exists():
         if time.monotonic() > deadline:

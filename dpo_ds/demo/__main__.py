@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 import signal
 import sys
@@ -51,6 +52,7 @@ def demo(folder: Path, ds_config: Path) -> None:
         raise job.JobFailed("matplotlib, which draws the curves, is not installed; run `make install`")
     if not ds_config.is_file():
         raise job.JobFailed(f"{ds_config} is no file; run from a checkout or give --deepspeed_config")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before transformers imports deepspeed, which else looks for devices aloud
     _empty(folder)
     train, held_out, base = prepare(folder)
     sft, dpo, png = folder / "sft", folder / "dpo", folder / "curves.png"

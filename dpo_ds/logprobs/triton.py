@@ -219,7 +219,7 @@ def _fold_kernel(
         total = shrink * total + tl.sum(e, 1)
         top = new_top
     at = partials + split.to(tl.int64) * N + rows
-    plane = splits.to(tl.int64) * N
+    plane = tl.cast(splits, tl.int64) * N  # splits of 1 comes as a constant
     tl.store(at, top, mask=within)
     tl.store(at + plane, total, mask=within)
     if STATISTICS:
@@ -234,7 +234,7 @@ def _combine_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     within = rows < N
-    plane = splits.to(tl.int64) * N
+    plane = tl.cast(splits, tl.int64) * N  # splits of 1 comes as a constant
     top = tl.full((ROWS,), -3.0e38, dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     moment = tl.zeros((ROWS,), dtype=tl.float32)

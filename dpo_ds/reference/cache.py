@@ -1,0 +1,257 @@
+"""The reference's log-probs on disk: Parquet shards and, written last, MANIFEST.json that says what they hold.
+
+A row is one pair: its key (`pair_keys`) and one float32 log-prob per token of `chosen` and of `rejected`, whatever the
+masks; a token that nothing precedes has none and is NaN. A shard appears whole, by one rename, and is what pairs and
+settings make it, whoever computes it: no time, rank or host name is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_ds.batch import PAIR
+from dpo_ds.data import PairDataset
+from dpo_ds.durable import sync_folder
+from dpo_ds.errors import ConfigError
+from dpo_ds.reference.weights import file_digest
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+KEY_BYTES = 16
+HEAD = b"dpo_ds"  # of a shard's footer
+MEND = "delete it and run dpo-ds precompute again: whole shards are kept"
+SIDES = [(side, pa.list_(pa.float32())) for side in PAIR]
+SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), *SIDES])
+
+
+class Shard(NamedTuple):
+    """keys [rows, 2] uint64; lengths [rows, 2] int64, tokens of chosen and of rejected; chosen, rejected: the log-probs of
+    all rows end to end, float32."""
+
+    keys: np.ndarray
+    lengths: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished cache, as its MANIFEST.json describes it."""
+
+    folder: Path
+    values: dict
+
+    @property
+    def id(self) -> str:
+        return self.values["id"]
+
+    @property
+    def ids(self) -> list[str]:
+        """Of this cache and of those it has grown from: what they hold, it holds."""
+        return [build["id"] for build in self.values["builds"]]
+
+    @property
+    def shards(self) -> list[dict]:
+        return [shard for build in self.values["builds"] for shard in build["shards"]]
+
+
+def pair_keys(data: PairDataset) -> np.ndarray:  # [rows, 2] uint64
+    """The key of every pair: 128 bits of BLAKE2b over the lengths and token ids of prompt, chosen and rejected."""
+    keys = np.empty((len(data), 2), dtype=np.uint64)
+    flat = keys.view(np.uint8).reshape(len(data), KEY_BYTES)
+    for row, (prompt, chosen, rejected) in enumerate(data.token_ids()):
+        digest = hashlib.blake2b(np.array([len(prompt), len(chosen)], dtype="<i8"), digest_size=KEY_BYTES)
+        for ids in (prompt, chosen, rejected):
+            digest.update(ids)
+        flat[row] = np.frombuffer(digest.digest(), np.uint8)
+    return keys
+
+
+class KeyIndex:
+    """Finds keys among many: `columns` [2, rows], the halves of the keys in ascending order, memory-mapped or not."""
+
+    def __init__(self, columns: np.ndarray):
+        self.first, self.second = columns
+
+    def find(self, keys: np.ndarray) -> np.ndarray:  # [len(keys)] int64
+        """The place of each key among the columns, -1 where it is missing."""
+        places = np.searchsorted(self.first, keys[:, 0])
+        found = np.full(len(keys), -1)
+        open_ = np.arange(len(keys))
+        while len(open_):  # once, unless the first 64 bits of two keys are equal
+            open_ = open_[places[open_] < len(self.first)]
+            open_ = open_[self.first[places[open_]] == keys[open_, 0]]
+            hit = self.second[places[open_]] == keys[open_, 1]
+            found[open_[hit]] = places[open_[hit]]
+            open_ = open_[~hit]
+            places[open_] += 1
+        return found
+
+
+def sort_keys(keys: np.ndarray) -> np.ndarray:  # [rows] int64
+    """The order that KeyIndex wants."""
+    return np.lexsort((keys[:, 1], keys[:, 0]))
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.parquet"
+
+
+def write_shard(path: Path, shard: Shard, head: dict) -> None:
+    """`path` appears whole: a temporary name, fsync, rename."""
+    offsets = np.zeros((len(shard.keys) + 1, 2), dtype=np.int32)
+    np.cumsum(shard.lengths, axis=0, out=offsets[1:])
+    columns = [pa.Array.from_buffers(pa.binary(KEY_BYTES), len(shard.keys), [None, pa.py_buffer(shard.keys.tobytes())])]
+    for side, values in enumerate((shard.chosen, shard.rejected)):
+        columns.append(pa.ListArray.from_arrays(_array(offsets[:, side], pa.int32()), _array(values, pa.float32())))
+    footer = json.dumps({**head, "content": _content(shard)}, sort_keys=True)
+    table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata({HEAD: footer}))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
+    write_whole(path, sink.getvalue())
+
+
+def read_shard(path: Path) -> tuple[Shard, dict]:
+    """A shard and its head.
+
+    Raises:
+        OSError, pa.ArrowInvalid: it is damaged.
+    """
+    table = pq.ParquetFile(path, memory_map=True).read().combine_chunks()
+    keys, chosen, rejected = (table.column(name).chunk(0) for name in SCHEMA.names)
+    lengths = np.stack([np.diff(np.from_dlpack(side.offsets)) for side in (chosen, rejected)], axis=1).astype(np.int64)
+    flat = np.frombuffer(keys.buffers()[1], np.uint64)[2 * keys.offset :][: 2 * len(keys)]
+    shard = Shard(flat.reshape(-1, 2), lengths, *(np.from_dlpack(side.flatten()) for side in (chosen, rejected)))
+    return shard, json.loads(table.schema.metadata[HEAD])
+
+
+def is_finished(path: Path, keys: np.ndarray, head: dict) -> bool:
+    """Whether `path` is the whole shard of these pairs under this head, so that nobody need compute it again."""
+    found = head_of(path)
+    if found is None or {**found, "content": None} != {**head, "content": None}:
+        return False
+    try:
+        shard, _ = read_shard(path)
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return found["content"] == _content(shard) and np.array_equal(shard.keys, keys)
+
+
+def head_of(path: Path) -> dict | None:
+    """A shard's head; None if the file is damaged or none of ours."""
+    try:
+        return json.loads(pq.read_schema(path).metadata[HEAD])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        return None
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """None where there is none: no cache, or one that is not finished.
+
+    Raises:
+        ConfigError: it is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ConfigError(f"{path}: damaged, not JSON; {MEND}") from None
+    if values.get("format") != FORMAT:
+        raise ConfigError(f"{path}: format {values.get('format')}, this version reads {FORMAT}; use another folder")
+    if values != _with_ids(values):
+        raise ConfigError(f"{path}: damaged, its id is not that of its content; {MEND}")
+    return Manifest(folder, values)
+
+
+def write_manifest(folder: Path, identity: dict, builds: Sequence[dict]) -> Manifest:
+    """Makes the cache a finished one. `builds`: settings and shards of each build, a new shard by its name alone."""
+    rows = tokens = 0
+    hashed = []
+    for build in builds:
+        shards = [shard if "sha256" in shard else _described(folder / shard["file"]) for shard in build["shards"]]
+        rows += sum(shard["rows"] for shard in shards)
+        tokens += sum(shard["tokens"] for shard in shards)
+        hashed.append({**build, "shards": shards})
+    values = _with_ids({"format": FORMAT, **identity, "rows": rows, "tokens": tokens, "builds": hashed})
+    write_whole(folder / MANIFEST, (json.dumps(values, indent=1) + "\n").encode())
+    return Manifest(folder, values)
+
+
+def check_shards(manifest: Manifest) -> None:
+    """Every byte of every shard against the manifest.
+
+    Raises:
+        ConfigError: a shard is missing or is not what was written.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for problem in pool.map(lambda shard: _problem(manifest.folder / shard["file"], shard), manifest.shards):
+            if problem:
+                raise ConfigError(
+                    f"{problem}; delete that file and {MANIFEST} and run dpo-ds precompute again: whole shards are kept"
+                )
+
+
+def read_shards(manifest: Manifest) -> Iterator[Shard]:
+    return (read_shard(manifest.folder / shard["file"])[0] for shard in manifest.shards)
+
+
+def write_whole(path: Path, content) -> None:
+    """The file appears with all of its bytes or not at all, also after a power cut."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # two ranks may write the manifest at once
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def _with_ids(values: dict) -> dict:
+    """`id` of the whole and of each build: a digest of the weights, the tokenizer and all shards up to there."""
+    seen = hashlib.sha256(f"{values['format']} {values['weights']} {values['tokenizer']}".encode())
+    builds = []
+    for build in values["builds"]:
+        seen.update("".join(shard["sha256"] for shard in build["shards"]).encode())
+        builds.append({**build, "id": seen.hexdigest()[:32]})
+    return {**values, "builds": builds, "id": builds[-1]["id"]}
+
+
+def _described(path: Path) -> dict:
+    shard, _ = read_shard(path)
+    counts = {"rows": len(shard.keys), "tokens": int(shard.lengths.sum()), "bytes": path.stat().st_size}
+    return {"file": path.name, **counts, "sha256": file_digest(path)}
+
+
+def _problem(path: Path, shard: dict) -> str:
+    if not path.is_file():
+        return f"{path}: missing, though {MANIFEST} lists it"
+    size = path.stat().st_size
+    if size != shard["bytes"]:
+        return f"{path}: {size} bytes, {MANIFEST} says {shard['bytes']}"
+    digest = file_digest(path)
+    return "" if digest == shard["sha256"] else f"{path}: SHA-256 {digest[:12]}, {MANIFEST} says {shard['sha256'][:12]}"
+
+
+def _content(shard: Shard) -> str:
+    digest = hashlib.sha256()
+    for part in shard:
+        digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()
+
+
+def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])

@@ -1,0 +1,294 @@
+"""One rank of one contender of train_throughput.py: contenders.py NAME WORKLOAD.json PIPE, as many processes as ranks.
+
+It trains until stdin ends. After the warm-up and after every round it writes one line of JSON to the file descriptor
+PIPE and waits for a line on stdin before it goes on: only one contender computes at a time, no start-up is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from dpo_ds import attention, engine, launch, preflight  # noqa: E402
+from dpo_ds.batch import PAIR, Batch  # noqa: E402
+from dpo_ds.config import TrainConfig  # noqa: E402
+from dpo_ds.data import PairDataset  # noqa: E402
+from dpo_ds.data.batching import Layout, Lengths, global_batches, plan  # noqa: E402
+from dpo_ds.losses import DPO  # noqa: E402
+from dpo_ds.model import LogProbModel, load_causal_lm  # noqa: E402
+from dpo_ds.reference.live import live_reference  # noqa: E402
+from dpo_ds.trainer import PreferenceObjective, Trainer  # noqa: E402
+
+BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every contender does: the same pairs in the same global batches through the same model.
+
+    tokens: folder of the tokenised pairs. micro_batch_tokens bounds our forward, TRL's is pairs_per_rank pairs.
+    """
+
+    model: str
+    pairs: str
+    tokens: str
+    deepspeed: str
+    folder: str
+    ranks: int
+    pairs_per_rank: int
+    micro_batch_tokens: int
+    learning_rate: float
+    bf16: bool
+    warm_up: int  # steps before the first round
+    steps: int  # of a round
+    rounds: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.ranks * self.pairs_per_rank
+
+    @property
+    def total_steps(self) -> int:
+        return self.warm_up + self.rounds * self.steps
+
+    def dataset(self) -> PairDataset:
+        return PairDataset(Path(self.tokens), [1.0])
+
+    def batches(self, data: PairDataset) -> list[np.ndarray]:
+        """Rows of every step's global batch."""
+        batches = global_batches(data.sources, 0, self.global_batch_size, first_step=1)
+        return [rows for _, rows in itertools.islice(batches, self.total_steps)]
+
+    def config(self, layout: str) -> TrainConfig:
+        return TrainConfig.model_validate(
+            {
+                "model": {"path": self.model},
+                "data": {"train": self.pairs, "on_bad_row": "skip"},
+                "loss": {"beta": BETA},
+                "train": {
+                    "layout": layout,
+                    "global_batch_size": self.global_batch_size,
+                    "micro_batch_tokens": self.micro_batch_tokens,
+                    "learning_rate": self.learning_rate,
+                    "schedule": "constant",
+                    "max_steps": self.total_steps + 1,  # the end is stdin's to say
+                },
+                "deepspeed": {"config": self.deepspeed},
+                "output_dir": self.folder,
+            }
+        )
+
+
+class Stopwatch:
+    """Cuts training into rounds; made when all is imported and no model is loaded yet, which is where memory counts from."""
+
+    def __init__(self, work: Workload, results: TextIO):
+        self.steps, self.left, self.results = work.steps, work.warm_up, results
+        self.start_bytes = resident_bytes("VmRSS")
+        self._start()
+
+    def step(self, metrics: dict) -> None:
+        """To be called after every step; raises SystemExit when stdin has ended."""
+        self.losses.append(metrics["loss"])
+        self.left -= 1
+        if self.left:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        report = {
+            "seconds": time.perf_counter() - self.started,
+            "cpu_seconds": time.process_time() - self.cpu_started,
+            "memory_bytes": self.peak_bytes(),
+            "losses": self.losses,
+        }
+        print(json.dumps(report), file=self.results, flush=True)
+        if not sys.stdin.readline():
+            raise SystemExit
+        self.left = self.steps
+        self.reset_peak()
+        self._start()
+
+    def _start(self) -> None:
+        self.losses: list[float] = []
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+
+    def peak_bytes(self) -> int:
+        """Most memory held in this round, beyond what the imports took."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return resident_bytes("VmHWM") - self.start_bytes
+
+    def reset_peak(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+
+
+def resident_bytes(key: str) -> int:
+    """VmRSS: resident now; VmHWM: the most since the process began or the mark was reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+class ReferenceFree:
+    """A loss of the policy alone: what is left of a step when the reference costs nothing."""
+
+    sides, names = PAIR, ("loss",)
+
+    def weight(self, batch: Batch) -> int:
+        return batch.num_pairs
+
+    def __call__(self, policy, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = -logsigmoid(BETA * policy.logps(batch).logratio).sum()
+        return loss, loss.detach().double()[None]
+
+
+def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
+    """dpo_ds.trainer.Trainer with the parts that `dpo-ds train` gives it."""
+    watch = Stopwatch(work, results)
+    run, place = work.config(layout), launch.from_environment()
+    engine.quiet_libraries()
+    device = engine.initialize_distributed(place)
+    prepared = preflight.prepare(run, place, Path(run.output_dir))
+    causal_lm = load_causal_lm(run.model, run.model.path, prepared.policy_config, run.model.attn)
+    policy = engine.Policy(LogProbModel(causal_lm), prepared.policy_config, device)
+    models, objective = [policy], ReferenceFree()
+    if reference == "live":
+        models.append(live_reference(run.model, run.model.path, prepared.reference_config, run.model.attn, device))
+        objective = PreferenceObjective(DPO(BETA), models[1])
+    settled = engine.settle_layout(layout, models)
+    assert settled == (layout, ""), settled
+    shape = Layout(layout, PAIR, work.micro_batch_tokens, prepared.hidden_size)
+    try:
+        Trainer(policy, objective, prepared.data, None, shape, run.train, writer=None, tracker=watch).train(1, 0)
+    finally:
+        engine.finish_distributed()
+
+
+def trl(work: Workload, results: TextIO, precompute: bool) -> None:
+    """TRL's DPOTrainer. What it would log and check as well is left on; only the tokenising is ours, for equal pairs."""
+    import transformers
+    from datasets import load_from_disk
+    from trl import DPOConfig, DPOTrainer
+
+    class SamePairs(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset  # token ids already
+
+    class Rounds(transformers.TrainerCallback):
+        def on_log(self, *_, logs, **__):
+            if "loss" in logs:
+                watch.step(logs)
+
+    engine.initialize_distributed(launch.from_environment())
+    args = DPOConfig(
+        output_dir=work.folder,
+        per_device_train_batch_size=work.pairs_per_rank,
+        learning_rate=work.learning_rate,
+        lr_scheduler_type="constant",
+        max_steps=work.total_steps + 1,
+        train_sampling_strategy="sequential",
+        beta=BETA,
+        max_length=None,
+        precompute_ref_log_probs=precompute,
+        gradient_checkpointing=False,  # nor do we
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=work.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=work.bf16,
+        model_init_kwargs={"dtype": "bfloat16" if work.bf16 else "float32"},
+        deepspeed=work.deepspeed,
+    )
+    watch = Stopwatch(work, results)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work.model)
+    dataset = load_from_disk(f"{work.folder}/trl")
+    trainer = SamePairs(
+        work.model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rounds()]
+    )
+    try:
+        trainer.train()
+    finally:
+        engine.finish_distributed()
+
+
+def bare(work: Workload, results: TextIO) -> None:
+    """Forward and backward of this rank's packed micro-batches on a plain model: no DeepSpeed, no update, no other rank."""
+    watch = Stopwatch(work, results)
+    place, data = launch.from_environment(), work.dataset()
+    torch.set_num_threads(place.threads)
+    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = torch.bfloat16 if work.bf16 else torch.float32
+    model = LogProbModel(attention_ready(work.model, dtype)).to(device)
+    layout = Layout("packed", PAIR, work.micro_batch_tokens, model.causal_lm.config.hidden_size)
+    for rows in work.batches(data):
+        loss_sum = 0.0
+        for batch in share(data, rows, layout, place):
+            batch = batch.to(device)
+            loss = -logsigmoid(BETA * batch.pair_logps(model(batch)).logratio).sum()
+            loss.backward()
+            loss_sum += loss.item()
+        model.zero_grad()
+        watch.step({"loss": loss_sum / work.pairs_per_rank})
+
+
+def attention_ready(path: str, dtype: torch.dtype):
+    from transformers import AutoModelForCausalLM
+
+    causal_lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    refusal = attention.use_packed_attention(causal_lm)
+    assert refusal is None, refusal
+    return causal_lm
+
+
+def share(data: PairDataset, rows: np.ndarray, layout: Layout, place: launch.Launch) -> list[Batch]:
+    """The micro-batches that the trainer gives this rank."""
+    lengths = Lengths(data.prompt_lengths[rows], data.chosen_lengths[rows], data.rejected_lengths[rows])
+    mine = plan(lengths, layout, place.world_size)[place.rank]
+    return [layout.collate([data[int(rows[position])] for position in members]) for members in mine]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """run(workload, results) trains. forwards: forward passes' worth of FLOPs that a step needs, backward counting two.
+    is_dpo: its losses are those of DPO."""
+
+    run: Callable[[Workload, TextIO], None]
+    forwards: int
+    is_dpo: bool
+
+
+CONTENDERS = {
+    "packed, live reference": Contender(partial(ours, layout="packed", reference="live"), 4, True),
+    "padded, live reference": Contender(partial(ours, layout="padded", reference="live"), 4, True),
+    "TRL, live reference": Contender(partial(trl, precompute=False), 4, True),
+    "TRL, precomputed reference": Contender(partial(trl, precompute=True), 3, True),
+    "packed, no reference": Contender(partial(ours, layout="packed", reference="none"), 3, False),
+    "bare forward+backward": Contender(bare, 3, False),
+}
+
+
+def main(name: str, workload: str, pipe: str) -> None:
+    with os.fdopen(int(pipe), "w") as results:
+        CONTENDERS[name].run(Workload(**json.loads(Path(workload).read_text())), results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
