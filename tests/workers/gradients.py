@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from dpo_ds import launch
 from dpo_ds.config import TrainSection
+from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.ds_config import Machine, fill_policy, fill_reference
 from dpo_ds.engine import (
     FrozenModel,
@@ -28,7 +29,13 @@ from dpo_ds.losses import DPO
 from dpo_ds.metrics import preference_sums
 from dpo_ds.model import LogProbModel, load_causal_lm
 from tests.oracle import dpo_by_autograd
-from tests.tiny import random_pairs, save_tiny, tiny_config
+from tests.tiny import VOCAB, random_pairs
+
+TRAITS = {  # windows shorter than the sequences, soft-caps that bend; dropout stays at the family's own default
+    "qwen2": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 5},
+    "gemma2": {"sliding_window": 5, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0},
+}
 
 
 class Section:
@@ -40,11 +47,11 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
 
     from dpo_ds.batch import packed_batch, padded_batch
 
-    config = tiny_config(family)
+    config = tiny_config(family, VOCAB, hidden=32, **TRAITS.get(family, {}))
     paths = [str(folder / f"{family}-{layout}-{name}") for name in ("policy", "reference")]
     if rank == 0:
-        save_tiny(paths[0], config, seed=1)
-        save_tiny(paths[1], config, seed=2)
+        for seed, path in enumerate(paths):
+            random_model(config, seed).save_pretrained(path)
     dist.barrier()
     given = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     machine = Machine(ranks, "cpu", False)
