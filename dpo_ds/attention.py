@@ -315,7 +315,7 @@ def packed_refusal(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], 
 @torch.no_grad()
 def _canary(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], Tensor]) -> str | None:
     text = causal_lm.config.get_text_config()
-    pairs = _canary_pairs(text.vocab_size)
+    pairs = canary_pairs(text.vocab_size)
     with probe_attention() as probe:
         try:
             packed = forward_logps(packed_batch(pairs))
@@ -337,7 +337,7 @@ def _canary(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], Tensor]
     return None
 
 
-def _canary_pairs(vocab_size: int) -> list[PreferencePair]:
+def canary_pairs(vocab_size: int) -> list[PreferencePair]:
     """Two short pairs of random tokens, the same on every rank."""
     generator = np.random.default_rng(0)
     lengths = ((5, 4, 6), (7, 3, 5))

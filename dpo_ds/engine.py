@@ -18,9 +18,9 @@ from deepspeed.accelerator import get_accelerator
 from pydantic import ValidationError
 from torch import Tensor
 
-from dpo_ds.attention import packed_refusal
-from dpo_ds.batch import Batch, PairLogps
-from dpo_ds.errors import ConfigError
+from dpo_ds.attention import CANARY_TOLERANCE, canary_pairs, packed_refusal
+from dpo_ds.batch import Batch, PairLogps, padded_batch
+from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.launch import Launch, complete_environment
 from dpo_ds.model import LogProbModel
 
@@ -137,16 +137,16 @@ class Replica:
 
     def __init__(self, model: LogProbModel, device: torch.device):
         self.padded_attention = model.causal_lm.config._attn_implementation
-        self.model = model.requires_grad_(False).eval().to(device)
+        self.engine = model.requires_grad_(False).eval().to(device)
         self.device = device
 
     @property
     def causal_lm(self):
-        return self.model.causal_lm
+        return self.engine.causal_lm
 
     @torch.no_grad()
     def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
-        return self.model(batch.to(self.device))
+        return self.engine(batch.to(self.device))
 
     def evaluating(self):
         return contextlib.nullcontext()
@@ -155,8 +155,11 @@ class Replica:
 def settle_layout(wanted: str, models: Sequence[Policy | FrozenModel | Replica]) -> tuple[str, str]:
     """The layout that every model takes, and a line for the user if it is not the one asked for. All ranks enter.
 
-    Packed attention is tried on each model before it is relied on (attention.packed_refusal).
+    The head is checked first (`check_head`). Packed attention is tried on each model before it is relied on
+    (attention.packed_refusal).
     """
+    for model in models:
+        check_head(model)
     if wanted == "padded":
         return "padded", ""
     for model in models:
@@ -167,6 +170,28 @@ def settle_layout(wanted: str, models: Sequence[Policy | FrozenModel | Replica])
                 switched.causal_lm.set_attn_implementation(switched.padded_attention)
             return "padded", f"train.layout padded, not packed: {type(model.causal_lm).__name__}: {refusal}"
     return "packed", ""
+
+
+@torch.no_grad()
+def check_head(model: Policy | FrozenModel) -> None:
+    """Some families scale or bend their logits in their own way; one whose way the head does not know is refused.
+
+    All ranks enter, with the model's padded attention in place.
+
+    Raises:
+        ModelError: the head's log-probs are not those of the model's own logits.
+    """
+    batch = padded_batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size)).to(model.device)
+    with model.evaluating():
+        ours, own = model.engine(batch), model.engine(batch, own_logits=True)
+    error = (ours - own).abs().mean().item()
+    tolerance = CANARY_TOLERANCE[next(p.dtype for p in model.causal_lm.parameters() if p.is_floating_point())]
+    if not error <= tolerance:  # also when it is not a number
+        name = type(model.causal_lm).__name__
+        raise ModelError(
+            f"{name} computes its logits in a way that dpo_ds does not know: log-probs differ by {error:.1e} nats a "
+            f"token from its own, more than {tolerance:.0e}"
+        )
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

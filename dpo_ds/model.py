@@ -29,7 +29,12 @@ class LogProbModel(nn.Module):
         install_head(causal_lm)
         self.causal_lm = causal_lm
 
-    def forward(self, batch: Batch) -> Tensor:  # [N] float32
+    def forward(self, batch: Batch, own_logits: bool = False) -> Tensor:  # [N] float32
+        """Token log-probs through the head; `own_logits`: from the logits of the model's own forward, as a check."""
+        if own_logits:
+            options = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+            logits = self.causal_lm(input_ids=batch.input_ids, **options).logits.flatten(0, 1)[batch.target_rows]
+            return logits.float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
         layout = {} if batch.segments is None else {"segments": batch.segments}
         hidden = self.causal_lm.base_model(
             input_ids=batch.input_ids,

@@ -43,6 +43,6 @@ def run_worker(name: str, ranks: int, folder: Path, *args: str, timeout: float =
     """tests/workers/NAME on every rank; fails with the logs when a rank does."""
     codes = run_ranks([sys.executable, str(WORKERS / name), *args], ranks, folder, timeout, **env)
     logs = "\n".join(
-        f"--- rank {r}, exit code {c}\n{(folder / f'rank-{r}.log').read_text()[-6000:]}" for r, c in enumerate(codes)
+        f"--- rank {r}, exit code {c}\n{(folder / f'rank-{r}.log').read_text()[-1500:]}" for r, c in enumerate(codes)
     )
     assert codes == [0] * ranks, logs

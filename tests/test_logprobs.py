@@ -137,6 +137,26 @@ def test_a_row_does_not_depend_bit_for_bit_on_its_batch(dtype, threads, D, V):
         torch.set_num_threads(before)
 
 
+def test_only_a_pass_that_will_be_differentiated_keeps_anything(monkeypatch):
+    hidden, weight, _, targets, _ = case(5, 4, 100)
+    kept = []
+    original = chunked.ChunkedKernel.fold
+
+    def fold(self, *arguments):
+        results = original(self, *arguments)
+        kept.append(len(results[1]))
+        return results
+
+    monkeypatch.setattr(chunked.ChunkedKernel, "fold", fold)
+    token_logps(hidden, weight, targets, backend="chunked")
+    with torch.no_grad():
+        token_logps(hidden, weight, targets, backend="chunked")
+    token_logps(hidden.detach(), weight.detach(), targets, backend="chunked")
+    monkeypatch.setitem(chunked.TILES, "cpu", chunked.TILES["cpu"]._replace(kept_bytes=5 * 100 * 8 - 1))
+    token_logps(hidden, weight, targets, backend="chunked")
+    assert kept == [2, 0, 0, 0]  # exp(logits) and top of the one chunk
+
+
 def test_backward_repeats_bit_for_bit(tiles):
     hidden, weight, bias, targets, grad = case(50, 16, 300, torch.float32)
     logps = token_logps(hidden, weight, targets, bias=bias, backend="chunked")

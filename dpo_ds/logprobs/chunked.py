@@ -1,7 +1,7 @@
 """Token log-probs by chunks of the vocabulary on any device: online log-sum-exp forward, logits made again in backward
 unless they are few.
 
-`RecomputedLogps` and its backward are shared with triton.py: a kernel says how rows are folded and how a tile of the
+`recomputed_logps` and its backward are shared with triton.py: a kernel says how rows are folded and how a tile of the
 logits' gradient is made, everything else (which rows, which chunks, accumulation, rounding) is decided here, once.
 
 Legend: N rows, D hidden width, V vocabulary, C columns of one vocabulary chunk, B rows of one block.
@@ -30,7 +30,7 @@ def token_statistics(
 ) -> tuple[Tensor, ...]:
     """(logps,) or (logps, entropy, hits, log_sum_p2), each [N]."""
     kernel = ChunkedKernel(scale, softcap, TILES["cuda" if hidden_ND.is_cuda else "cpu"])
-    return RecomputedLogps.apply(hidden_ND, weight_VD, bias_V, targets_N, kernel, with_statistics)
+    return recomputed_logps(kernel, hidden_ND, weight_VD, bias_V, targets_N, with_statistics)
 
 
 class Tiles(NamedTuple):
@@ -49,13 +49,19 @@ class Tiles(NamedTuple):
 TILES = {"cpu": Tiles(128, 512, 4 << 20, 256 << 20), "cuda": Tiles(4096, 4096, 512 << 20, 0)}
 
 
+def recomputed_logps(kernel, hidden_ND, weight_VD, bias_V, targets_N, with_statistics) -> tuple[Tensor, ...]:
+    """What `kernel` folds, with its gradient."""
+    differentiable = torch.is_grad_enabled()  # an autograd function's forward cannot tell
+    return RecomputedLogps.apply(hidden_ND, weight_VD, bias_V, targets_N, kernel, with_statistics, differentiable)
+
+
 class RecomputedLogps(torch.autograd.Function):
     """Saves its inputs and one log-sum-exp per row. The weight is saved as the very Parameter: ZeRO-3 gathers it again
     before backward by putting new data under it."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, kernel, with_statistics):
-        differentiable = any(ctx.needs_input_grad)
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, kernel, with_statistics, differentiable):
+        differentiable = differentiable and any(ctx.needs_input_grad)
         results, kept = kernel.fold(hidden_ND, weight_VD, bias_V, targets_N, with_statistics, differentiable)
         logps_N, lse_N, *statistics = results
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, lse_N, *kept)
@@ -68,7 +74,7 @@ class RecomputedLogps(torch.autograd.Function):
     def backward(ctx, grad_N, *_):
         with torch.autocast(grad_N.device.type, enabled=False):
             gradients = _gradients(ctx.kernel, ctx.needs_input_grad[:3], grad_N, *ctx.saved_tensors)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _gradients(kernel, needed, grad_N, hidden_ND, weight_VD, bias_V, targets_N, lse_N, *kept):
@@ -85,8 +91,8 @@ def _gradients(kernel, needed, grad_N, hidden_ND, weight_VD, bias_V, targets_N, 
     for index, chunk in enumerate(slices(len(weight_VD), columns)):
         weight_CD = weight_VD[chunk].to(gemm)
         bias_C = None if bias_V is None else bias_V[chunk].to(dtype)
-        once = needs_weight and d_weight.dtype == dtype  # then the gradient itself is the accumulator
-        d_weight_CD = d_weight[chunk] if once else weight_CD.new_zeros(weight_CD.shape, dtype=dtype)
+        if needs_weight:  # in the accumulator's dtype the gradient itself is the accumulator
+            d_weight_CD = d_weight[chunk].to(dtype)
         d_bias_C = weight_CD.new_zeros(len(weight_CD), dtype=dtype)
         for block in slices(len(hidden), kernel.tiles.gradient_rows):
             hidden_BD = hidden[block].to(gemm)
@@ -102,7 +108,7 @@ def _gradients(kernel, needed, grad_N, hidden_ND, weight_VD, bias_V, targets_N, 
                 _accumulate(d_weight_CD, d_logits_BC.t(), hidden_BD)
             if needs_bias:
                 d_bias_C += d_logits_BC.sum(0, dtype=dtype)
-        if needs_weight and not once:
+        if needs_weight and d_weight.dtype != dtype:
             d_weight[chunk] = d_weight_CD
         if needs_bias:
             d_bias[chunk] = d_bias_C

@@ -2,7 +2,7 @@
 
 Forward: a program takes a tile of rows and one split of the vocabulary, keeps (top, sum) and the statistics in
 registers in float32 and writes one partial per row and split; a second kernel combines them in order. No atomics, and
-no size depends on N: results repeat bit for bit, whatever rows lie beside. Backward: RecomputedLogps' chunks, the
+no size depends on N: results repeat bit for bit, whatever rows lie beside. Backward: recomputed_logps' chunks, the
 logits' gradient from a kernel, the products from cuBLAS.
 
 Legend: N rows, D hidden width, V vocabulary, S splits, C columns of one vocabulary chunk, B rows of one block.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_ds.logprobs.chunked import RecomputedLogps, Tiles, accumulator_dtype
+from dpo_ds.logprobs.chunked import Tiles, accumulator_dtype, recomputed_logps
 
 SPLIT_COLUMNS = 4096  # of the vocabulary, one program's share
 GROUP_ROWS = 32  # row tiles that run side by side, so that their hidden states stay in the second-level cache
@@ -63,9 +63,7 @@ def token_statistics(
     if hidden_ND.dtype != weight_VD.dtype:
         hidden_ND, weight_VD = hidden_ND.float(), weight_VD.float()
     kernel = TritonKernel(scale, softcap, _launch(hidden_ND))
-    return RecomputedLogps.apply(
-        hidden_ND.contiguous(), weight_VD.contiguous(), bias_V, targets_N, kernel, with_statistics
-    )
+    return recomputed_logps(kernel, hidden_ND.contiguous(), weight_VD.contiguous(), bias_V, targets_N, with_statistics)
 
 
 def _launch(tensor: Tensor) -> Launch:

@@ -19,11 +19,13 @@ from dpo_ds.ds_config import Machine, fill_policy, fill_reference
 from dpo_ds.engine import (
     FrozenModel,
     Policy,
+    check_head,
     finish_distributed,
     initialize_distributed,
     quiet_libraries,
     settle_layout,
 )
+from dpo_ds.errors import ModelError
 from dpo_ds.export import gathered_state_dict
 from dpo_ds.losses import DPO
 from dpo_ds.metrics import preference_sums
@@ -64,8 +66,15 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
         LogProbModel(load_causal_lm(Section, paths[1], reference_config, attn)), reference_config, device
     )
 
-    if layout == "packed":
-        assert settle_layout("packed", [policy, reference]) == ("packed", "")
+    head = policy.causal_lm.get_output_embeddings()
+    known, head.scale = head.scale, 1.5 * head.scale  # as if the family had a logit scale that install_head overlooks
+    try:
+        check_head(policy)
+        refusal = ""
+    except ModelError as error:
+        refusal = str(error)
+    head.scale = known
+    assert settle_layout(layout, [policy, reference]) == (layout, "")
     pairs = random_pairs(7)
     shares = [[pairs[:3], pairs[3:4]], [pairs[4:], []]]  # rank 1's second micro-batch is empty
     collate = packed_batch if layout == "packed" else padded_batch
@@ -98,6 +107,7 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
         "norm": [norm, oracle.norm],
         "still": still,
         "parameters": len(names),
+        "refusal": refusal,
     }
 
 
