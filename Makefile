@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make install | make clean
+# make demo | make test | make faults N=20 | make lint | make install | make clean
 # Needs Python 3.10 or newer and make; no GPU, no compiler.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test faults lint clean
 
 install: $(STAMP)
 
@@ -31,6 +31,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Breaks a two-rank job N times in random ways and compares what resumes with the undisturbed run.
+N ?= 20
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults $(N)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

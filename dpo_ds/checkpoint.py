@@ -1,8 +1,8 @@
 """Sharded checkpoints that are complete or not there at all.
 
-Every rank writes its shards into `step-N.tmp/`, hashing and fsyncing as it goes; when all have, rank 0 writes MANIFEST.json,
-renames the folder to `step-N/` and points `latest` at it. A run that dies in between leaves the previous checkpoint as the
-newest complete one. What is loaded is in elastic.py.
+Every rank writes its shards into `step-N.tmp/`, hashing and fsyncing as it goes; when all have, rank 0 writes
+MANIFEST.json, renames the folder to `step-N/` and points `latest` at it. A run that dies in between leaves the previous
+checkpoint as the newest complete one. Loading is in elastic.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 import torch.distributed as dist
 
@@ -25,10 +26,15 @@ from dpo_ds.errors import ConfigError
 MANIFEST, LATEST = "MANIFEST.json", "latest"
 FORMAT = 1  # of a checkpoint's files: DeepSpeed's ZeRO-3 shards, one pair a rank
 FOLDERS = "step-????????"
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
+START_OVER = "use another output_dir, or --checkpoint.resume never to start over"
 # Keys that may differ between a run and its resumption; all others decide what is computed.
-MAY_CHANGE = ("train.learning_rate", "train.schedule", "train.warmup_steps", "train.max_steps", "train.epochs", "train.eval_every")
+MAY_CHANGE = (
+    "train.learning_rate", "train.schedule", "train.warmup_steps", "train.max_steps", "train.epochs",
+    "train.eval_every", "data.eval", "train.micro_batch_tokens", "train.layout", "train.activation_checkpointing",
+    "model.attn", "reference.cache",
+)  # fmt: skip
 MAY_CHANGE_SECTIONS = ("checkpoint.", "deepspeed.", "output_dir")
-MAY_CHANGE_KEYS = ("data.eval", "train.micro_batch_tokens", "train.layout", "train.activation_checkpointing", "model.attn")
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Checkpoint:
 
 
 def find(output_dir: Path, resume: str) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints to continue from, best first, and a line on every one passed over. Reads manifests and sizes only.
+    """The checkpoints to continue from, best first, and a line on each one passed over; reads manifests and sizes only.
 
     Args:
         resume: checkpoint.resume, i.e. auto, never or a folder.
@@ -79,13 +85,14 @@ def find(output_dir: Path, resume: str) -> tuple[list[Checkpoint], list[str]]:
         raise ConfigError(_none_left(folder, notes[0].removesuffix("; trying the one before")))
     if complete and (folder / LATEST).exists():
         named = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        if named != complete[0].path.name:
-            notes.append(f"{folder / LATEST} names {named or 'nothing'!s}; {complete[0].path.name} is the newest complete one")
+        newest = complete[0].path.name
+        if named != newest:
+            notes.append(f"{folder / LATEST} names {named or 'nothing'}; taking {newest}, the newest complete one")
     return complete, notes
 
 
 def choose(candidates: Sequence[Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
-    """The first candidate whose every byte is right, and a line on each damaged one. All ranks enter, each reads a share.
+    """The first candidate whose every byte is right, and a line on each damaged one. All ranks enter, each reads some.
 
     Raises:
         ConfigError: on every rank, all of them are damaged.
@@ -104,41 +111,53 @@ def choose(candidates: Sequence[Checkpoint]) -> tuple[Checkpoint | None, list[st
     return None, notes
 
 
-def check_compatible(checkpoint: Checkpoint, run: Section, ranks: int, versions: dict, identity: dict) -> list[str]:
+def check_config(checkpoint: Checkpoint, run: Section, ranks: int) -> list[str]:
     """Lines on what changed since the checkpoint and may.
 
-    Args:
-        identity: what the paths in the config stood for, as identity.py names it.
     Raises:
-        ConfigError: something changed that decides what is computed.
+        ConfigError: a setting changed that decides what is computed.
     """
-    over = "use another output_dir, or --checkpoint.resume never to start over"
-    notes = []
-    for package, version in checkpoint.manifest["versions"].items():
-        if package in versions and versions[package] != version:
-            notes.append(f"{checkpoint.path} was saved with {package} {version}, this is {versions[package]}")
+    notes, now = [], versions()
+    for package, used in checkpoint.manifest["versions"].items():
+        if now.get(package) != used:
+            notes.append(f"{checkpoint.path} was saved with {package} {used}, this is {now.get(package)}")
     if checkpoint.world_size != ranks:
         notes.append(
-            f"{checkpoint.path} was saved by {checkpoint.world_size} ranks, this run has {ranks}: resharded, equal within rounding"
+            f"{checkpoint.path} was saved by {checkpoint.world_size} ranks, this run has {ranks}: resharding, results "
+            "agree within rounding"
         )
     before, now = flatten(checkpoint.manifest["config"]), flatten(to_plain(run))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):
             continue
         change = f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        if key not in MAY_CHANGE + MAY_CHANGE_KEYS and not key.startswith(MAY_CHANGE_SECTIONS):
-            raise ConfigError(f"{change} cannot change on resume from {checkpoint.path}; {over}")
+        if key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_SECTIONS):
+            raise ConfigError(f"{change} cannot change on resume from {checkpoint.path}; {START_OVER}")
         if not key.startswith(("checkpoint.resume", "output_dir")):
             notes.append(f"changed on resume: {change}")
-    for what, value in checkpoint.manifest["identity"].items():
-        if identity[what] != value:
-            raise ConfigError(f"{what} is {identity[what]}, {checkpoint.path} was trained with {value}; {over}")
     return notes
 
 
+def check_identity(checkpoint: Checkpoint, identity: dict[str, str]) -> None:
+    """Compares what the config's paths stand for, as identity.py names it.
+
+    Raises:
+        ConfigError: another model, other data or another precision.
+    """
+    for what, value in checkpoint.manifest["identity"].items():
+        if identity.get(what) != value:
+            raise ConfigError(f"{what} is now {identity.get(what)}, in {checkpoint.path} it was {value}; {START_OVER}")
+
+
+def versions() -> dict[str, str]:
+    """Of dpo_ds and of what decides its numbers."""
+    return {"dpo_ds": version("dpo-ds")} | {package: version(package) for package in PACKAGES}
+
+
 def set_aside_newer(output_dir: Path, resumed: Checkpoint) -> list[str]:
-    """Renames this run's checkpoints that `resumed` does not lead to: newer ones, all if it is another run's. Rank 0 only."""
+    """Renames the checkpoints in output_dir that come after `resumed`; all, if it lies elsewhere. Rank 0 only."""
     folder = output_dir / "checkpoints"
+    _clear(folder)
     own = resumed.path.resolve().parent == folder.resolve()
     notes = []
     for path in sorted(folder.glob(FOLDERS)):
@@ -153,20 +172,23 @@ def set_aside_newer(output_dir: Path, resumed: Checkpoint) -> list[str]:
 
 
 class CheckpointWriter:
-    """Commits checkpoints of one run; all ranks enter `save`. `committing` is held while rank 0 makes one visible."""
+    """Commits checkpoints of one run; all ranks enter `save`. `committing` is held while rank 0 makes one visible.
+
+    newest: the step of the newest one, at first of the one resumed from; 0 if there is none.
+    """
 
     def __init__(
-        self, output_dir: Path, run: Section, versions: dict, identity: dict, resumed_step: int, say: Callable[[str], None]
-    ):
+        self, output_dir: Path, run: Section, identity: dict[str, str], resumed_step: int, committing: Lock,
+        say: Callable[[str], None],
+    ):  # fmt: skip
         self.folder = output_dir / "checkpoints"
         self.keep = run.checkpoint.keep
-        self.newest = resumed_step  # 0: none yet
-        self.committing = threading.Lock()
-        self._say = say
-        self._record = {"config": to_plain(run), "versions": versions, "identity": identity}
+        self.newest = resumed_step
+        self._committing, self._say = committing, say
+        self._record = {"config": to_plain(run), "versions": versions(), "identity": identity}
 
     def save(self, engine, step: int) -> bool:
-        """A complete `step-N/`; or, where the disk is full or broken, a line, the previous ones untouched, and False."""
+        """A complete `step-N/`; where the disk is full or broken, a line, the previous ones untouched, and False."""
         final = self.folder / f"step-{step:08d}"
         temporary = final.with_suffix(".tmp")
         problem = self._prepare(temporary, _state_bytes(engine)) if dist.get_rank() == 0 else None
@@ -177,7 +199,7 @@ class CheckpointWriter:
         faultpoints.reach("shards-written")
         problem = None
         if dist.get_rank() == 0:
-            with self.committing:
+            with self._committing:
                 problem = self._commit(outcomes, temporary, final, step)
         if _first(problem):
             return self._failed(step, problem)
@@ -187,8 +209,7 @@ class CheckpointWriter:
     def _prepare(self, temporary: Path, needed: int) -> str | None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob("*.tmp"):  # saves and deletions that died halfway
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _clear(self.folder)
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 return f"it needs {needed} bytes, {free} are free in {self.folder}"
@@ -226,7 +247,8 @@ class CheckpointWriter:
                 problem = _first_wrong_size(temporary, files)
             if problem is None:
                 record = {"format": FORMAT, "step": step, "world_size": len(outcomes), **self._record, "files": files}
-                durable.write_text(temporary / MANIFEST, json.dumps(record, indent=1))
+                body = json.dumps(record, indent=1)
+                durable.write_text(temporary / MANIFEST, f"{body}\n{_digest(body)}")
         except OSError as error:
             problem = f"{error.strerror} ({error.filename})"
         if problem is not None:
@@ -255,7 +277,7 @@ class CheckpointWriter:
 
 
 def open_folder(path: Path) -> tuple[Checkpoint | None, str]:
-    """The checkpoint, or why it is none: no readable manifest of a known format, a file that is missing or has another size."""
+    """The checkpoint, or why it is none: no whole manifest of a known format, a file missing or of another size."""
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -292,11 +314,17 @@ def _none_left(folder: Path, problem: str) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Out of sight in one move, then deleted: a deletion that dies halfway leaves nothing that looks like a checkpoint."""
+    """Renamed, then deleted: a deletion that dies halfway leaves nothing that looks like a checkpoint."""
     doomed = folder.with_name(folder.name + ".old.tmp")
     os.replace(folder, doomed)
     faultpoints.reach("old-half-deleted")
     shutil.rmtree(doomed)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what saves and deletions left behind that died halfway."""
+    for left in folder.glob("*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _state_bytes(engine) -> int:

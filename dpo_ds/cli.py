@@ -19,6 +19,7 @@ EXIT_DONE, EXIT_USER = 0, 2
 SUMMARY = {
     "sft": "supervised fine-tuning on chosen completions",
     "train": "preference optimisation on pairs (DPO)",
+    "export": "a sharded checkpoint as a Hugging Face model",
     "precompute": "the reference's log-probs, stored for reference.kind cached",
 }
 
@@ -45,6 +46,9 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     if command == "precompute":
         what = "check every hash of a finished cache, print a summary and stop"
         parser.add_argument("--verify", metavar="FOLDER", default=argparse.SUPPRESS, help=what)
+    if command == "export":
+        what = "the same as --source"
+        parser.add_argument("source", nargs="?", metavar="CHECKPOINT", default=argparse.SUPPRESS, help=what)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config as YAML and stop")
     for key, field in config.keys(settings).items():
         default = (
@@ -108,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dpo_ds import precompute
 
             return precompute.start(run)
+        if command == "export":
+            from dpo_ds import export_checkpoint
+
+            return export_checkpoint.start(run)
         from dpo_ds import run as commands  # torch comes in here, after parsing
 
         return commands.start(command, run)

@@ -25,12 +25,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+class LoraSection(Section):
+    r: int = Field(0, ge=0, description="rank of the adapters; 0: train all weights")
+    alpha: float | None = Field(None, gt=0, description="adapters count alpha / r times; 2 r if not given")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input while training")
+    target_modules: str | list[str] = Field("all-linear", description="names of linear layers, never the head")
+
+
 class ModelSection(Section):
     path: str = Field(description="Hugging Face folder or Hub id")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     from_config: bool = Field(False, description="random weights from the folder's config.json, for tests")
     attn: str = Field("auto", description="transformers' attention implementation of the padded layout")
     trust_remote_code: bool = Field(False, description="run model code that comes with the folder")
+    lora: LoraSection = LoraSection()
 
 
 class DataSection(Section):
@@ -125,13 +133,15 @@ class DeepSpeedSection(Section):
 class PrecomputeSection(Section):
     layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
     micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
-    shard_rows: int = Field(512, gt=0, description="pairs a file: what a rank does in one go and a killed build repeats")
+    shard_rows: int = Field(512, gt=0, description="pairs a file: the most that a killed rank computes again")
 
 
 class CheckpointSection(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
     keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
     resume: str = Field("auto", description="auto: the newest complete one, else start; never; or a checkpoint folder")
+    save_before_end_seconds: int = Field(0, ge=0, description="save and exit 75 so long before the time limit; 0: off")
+    time_limit_seconds: int = Field(0, ge=0, description="of this process; 0: Slurm's SLURM_JOB_END_TIME alone")
 
 
 class SftConfig(Section):
@@ -154,7 +164,14 @@ class TrainConfig(SftConfig):
     @model_validator(mode="after")
     def _reference_fits(self):
         if self.reference.kind == "cached" and self.reference.cache is None:
-            raise ValueError("reference.kind cached needs --reference.cache, a folder that dpo-ds precompute has filled")
+            raise ValueError("reference.kind cached needs --reference.cache, a folder filled by dpo-ds precompute")
+        if self.reference.kind == "adapter" and not self.model.lora.r:
+            raise ValueError("reference.kind adapter is the policy without adapters; it needs --model.lora.r above 0")
+        if self.reference.kind == "adapter" and self.reference.path not in (None, self.model.path):
+            raise ValueError(
+                f"reference.kind adapter is model.path {self.model.path} itself; leave out reference.path "
+                f"{self.reference.path}, or use reference.kind live"
+            )
         return self
 
 
@@ -174,13 +191,22 @@ class PrecomputeConfig(Section):
         return self
 
 
+class ExportConfig(Section):
+    """From a sharded checkpoint to a Hugging Face folder, on one process without a GPU."""
+
+    source: str = Field(description="export: a checkpoint folder, or an output_dir for its newest one")
+    to: str = Field(description="export: the folder to make")
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="export: of the weights; auto: as trained")
+    merge: bool = Field(False, description="export: LoRA's adapters into the model's own weights")
+
+
 class VerifyConfig(Section):
     """`dpo-ds precompute --verify FOLDER`: every hash of a finished cache, and a summary."""
 
     verify: str
 
 
-COMMANDS: dict[str, type[Section]] = {"sft": SftConfig, "train": TrainConfig, "precompute": PrecomputeConfig}
+COMMANDS: dict[str, type[Section]] = {"sft": SftConfig, "train": TrainConfig, "precompute": PrecomputeConfig, "export": ExportConfig}
 _ELSEWHERE = {name for config in COMMANDS.values() for name in config.model_fields}
 RECORDED = "environment"  # config.yaml's record of versions and machine; not a key, ignored when the file is used again
 

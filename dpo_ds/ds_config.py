@@ -33,6 +33,7 @@ ZERO_KEYS = frozenset(
     zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights model_persistence_threshold
     stage3_model_persistence_threshold save_muon_momentum_buffer_in_memory gather_16bit_weights_on_model_save""".split()
 )
+LEAST_BUCKET = 2**24  # elements, as a model of width 4096 gets by hidden_size**2; smaller messages cost more than they save
 SCHEDULE_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -180,6 +181,7 @@ def _optimizer(config: dict, path: str, run: TrainSection, machine: Machine) -> 
     params["betas"] = list(params["betas"])
     if machine.device == "cpu":
         params["torch_adam"] = True  # FusedAdam is built with a compiler at the first start
+        params.setdefault("fused", not params.get("foreach"))  # torch's own, one pass over the memory
     return {"type": "AdamW", "params": params}
 
 
@@ -200,8 +202,8 @@ def _check_scheduler(config: dict, path: str, run: TrainSection) -> list[str]:
 def _fill_zero(config: dict, hidden_size: int) -> dict:
     zero = config.pop("zero_optimization", {}) | {"stage": 3}
     sizes = {
-        "reduce_bucket_size": hidden_size**2,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "reduce_bucket_size": max(hidden_size**2, LEAST_BUCKET),
+        "stage3_prefetch_bucket_size": max(int(0.9 * hidden_size**2), LEAST_BUCKET),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     for key, size in sizes.items():

@@ -27,8 +27,8 @@ class Written:
 class HashingFile:
     """A file to write into whose hash is known at the end, computed beside the writing.
 
-    A disk that fills up or breaks raises nothing here: the rest is thrown away and `error` says why, so that a rank can go
-    on to where all ranks meet.
+    A disk that fills up or breaks raises nothing here: the rest is thrown away and `error` says why, so that a rank can
+    go on to where all ranks meet.
     """
 
     def __init__(self, path: Path, hasher: ThreadPoolExecutor):
@@ -76,7 +76,7 @@ class HashingFile:
 
 
 class DurableWriter:
-    """Stands in for DeepSpeed's checkpoint_engine while a checkpoint is written: hashes, fsyncs and never raises OSError."""
+    """Stands in for DeepSpeed's checkpoint_engine during a save: hashes, fsyncs and never raises OSError."""
 
     def __init__(self, inner: Any):
         self._inner = inner

@@ -1,8 +1,8 @@
 """A checkpoint's shards, read memory-mapped and in any split: for any number of ranks, and for the export.
 
-DeepSpeed's ZeRO-3 cuts every parameter into `ranks` slices of ceil(numel / ranks) elements, the last one padded; a rank keeps
-its slices of a sub-group's parameters end to end in one flat fp32 tensor, and Adam's moments in two more. Which parameters
-make up a sub-group depends on the number of ranks, so a parameter is found by its name.
+DeepSpeed's ZeRO-3 cuts every parameter into `ranks` slices of ceil(numel / ranks) elements, the last one padded; a rank
+keeps its slices of a sub-group's parameters end to end in one flat fp32 tensor, and Adam's moments in two more. Which
+parameters make up a sub-group depends on the number of ranks, so a parameter is found by its name.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from dpo_ds.checkpoint import Checkpoint
 from dpo_ds.errors import ConfigError
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+ENGINE_PREFIX = "causal_lm."  # of a transformers name, inside what the engine wraps
 HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter's slices lie: its sub-group, and the offset and length of every rank's slice in the flat tensor."""
+    """Where a parameter's slices lie: its sub-group, and offset and length of every rank's slice in the flat tensor."""
 
     shape: torch.Size
     group: int
@@ -53,13 +54,8 @@ class Shards:
                 length = math.ceil(math.prod(shape) / self.ranks)
                 found[name] = Place(torch.Size(shape), group, offset, length)
                 offset += length
-            assert offset == len(self._optimizer(0)["fp32_flat_groups"][group]), f"sub-group {group} is laid out otherwise"
+            assert offset == len(self._flat(0, "weight", group)), f"sub-group {group} is laid out otherwise"
         return found
-
-    @property
-    def shared(self) -> dict[str, str]:
-        """Names that stand for another parameter (tied weights) -> that one's name."""
-        return dict(self._open("model", 0)["shared_params"])
 
     @property
     def step_count(self) -> int:
@@ -83,11 +79,17 @@ class Shards:
             yield self._flat(rank, kind, place.group).narrow(0, place.offset + within, count)
             start += count
 
-    def whole(self, name: str) -> Tensor:
-        """The fp32 parameter, a copy in memory."""
-        place = self.places[name]
-        pieces = list(self.read(name, "weight", 0, math.prod(place.shape)))
-        return torch.cat(pieces).view(place.shape) if pieces else torch.empty(place.shape)
+    def whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The parameter in memory, rounded from fp32."""
+        flat = torch.empty(math.prod(self.places[name].shape), dtype=dtype)
+        start = 0
+        for piece in self.read(name, "weight", 0, len(flat)):
+            flat[start : start + len(piece)].copy_(piece)
+            start += len(piece)
+        return flat.view(self.places[name].shape)
+
+    def buffer(self, name: str) -> Tensor:
+        return self._open("model", 0)["module"][name]
 
     def _flat(self, rank: int, kind: str, group: int) -> Tensor:
         optimizer = self._optimizer(rank)
@@ -108,8 +110,8 @@ class Shards:
 def load(engine, checkpoint: Checkpoint) -> None:
     """Weights, Adam's state and random numbers into a fresh engine of any number of ranks. All ranks enter.
 
-    Each rank reads the slices that are its own now. At the checkpoint's number of ranks all is bit-equal; at another, random
-    numbers start anew.
+    Each rank reads the slices that are its own now. At the checkpoint's number of ranks all is bit-equal; at another,
+    random numbers start anew.
 
     Raises:
         ConfigError: the parameters are not the checkpoint's.
@@ -119,7 +121,7 @@ def load(engine, checkpoint: Checkpoint) -> None:
     _check_names({name: parameter.ds_shape for group in groups for name, parameter in group}, shards)
     state = optimizer._rigid_state_dict()
     adam = state["optimizer_state_dict"]
-    is_torch_adam = isinstance(optimizer.optimizer, torch.optim.AdamW)  # its step is a tensor, DeepSpeed's own are numbers
+    is_torch_adam = isinstance(optimizer.optimizer, torch.optim.AdamW)  # its step is a tensor, in DeepSpeed's a number
     for index, (group, flat) in enumerate(zip(groups, optimizer.fp32_partitioned_groups_flat, strict=True)):
         moments = {kind: torch.zeros(len(flat), dtype=torch.float32) for kind in KINDS[1:]}
         offset = 0
@@ -163,4 +165,5 @@ def _check_names(shapes: dict[str, torch.Size], shards: Shards) -> None:
     for name in sorted(shapes.keys() | saved.keys()):
         if shapes.get(name) != saved.get(name):
             now, before = (tuple(found[name]) if name in found else "no such parameter" for found in (shapes, saved))
-            raise ConfigError(f"{shards.checkpoint.path}: {name} is {before} there, {now} in this model; resume needs the same model")
+            path = shards.checkpoint.path
+            raise ConfigError(f"{path}: {name} is {before} there, {now} in this model; resume needs the same model")

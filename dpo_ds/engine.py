@@ -34,6 +34,8 @@ def initialize_distributed(launch: Launch) -> torch.device:
     if get_accelerator().device_name() == "cpu":
         # Built with ninja and a compiler inside init_distributed otherwise; gloo gives the same bits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Left out by launchers other than deepspeed's; DeepSpeed would start numactl for every reduction to count ranks.
+        os.environ.setdefault("LOCAL_SIZE", str(launch.local_world_size))
         device = torch.device("cpu")
     else:
         get_accelerator().set_device(launch.local_rank)
@@ -73,6 +75,7 @@ class Policy:
         self.padded_attention = model.causal_lm.config._attn_implementation
         self.engine = _initialize(model, ds_config, model_parameters=groups)
         self.device = device
+        self.has_run_backward = False
 
     @property
     def causal_lm(self):
@@ -89,6 +92,7 @@ class Policy:
         """Adds the gradient; `is_last` says that an update follows. Gradients are averaged over ranks."""
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss, scale_wrt_gas=False)
+        self.has_run_backward = True
 
     def step(self, learning_rate: float) -> float:
         """One clipped AdamW update; returns the gradient norm before clipping."""
@@ -101,7 +105,7 @@ class Policy:
     def evaluating(self):
         """No gradients, evaluation mode."""
         self.engine.eval()
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.nullcontext() if self.has_run_backward else _leaving_no_trace(self.engine):
             yield
         self.engine.train()
 
@@ -192,6 +196,25 @@ def check_head(model: Policy | FrozenModel) -> None:
             f"{name} computes its logits in a way that dpo_ds does not know: log-probs differ by {error:.1e} nats a "
             f"token from its own, more than {tolerance:.0e}"
         )
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(engine):
+    """For forwards before the first backward. From the first complete trace it sees, DeepSpeed 0.19.8 settles for good (an
+    lru_cache on __params_to_release) which parameters stay gathered from forward to backward; if that is a trace of
+    forwards alone, none do, and every later step gathers every parameter twice.
+    """
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+
+    def forget(*_) -> None:
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+
+    hook = engine.module.register_forward_hook(forget)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
-from dpo_ds import __version__
+from dpo_ds import __version__, lora
+
+SHARD_BYTES = 5 * 10**9
 
 
 def gathered_state_dict(causal_lm) -> dict[str, torch.Tensor]:
@@ -17,6 +23,8 @@ def gathered_state_dict(causal_lm) -> dict[str, torch.Tensor]:
 
     Tied parameters stay one tensor under two names.
     """
+    import deepspeed
+
     is_first, state, seen = dist.get_rank() == 0, {}, {}
     for name, parameter in causal_lm.named_parameters(remove_duplicate=False):
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -31,24 +39,95 @@ def gathered_state_dict(causal_lm) -> dict[str, torch.Tensor]:
 
 
 def export(causal_lm, tokenizer, folder: Path, card: str) -> None:
-    """`folder` becomes a Hugging Face model: safetensors shards, config, generation config, tokenizer, model card.
+    """`folder` becomes a Hugging Face model, gathered parameter by parameter, one output shard in memory at a time.
 
-    It appears in one move, whole. All ranks enter.
+    It appears in one move, whole. All ranks enter. A model with adapters gives those alone, as peft saves them.
     """
-    state = gathered_state_dict(causal_lm)
-    if dist.get_rank() == 0:
-        temporary = folder.with_name(folder.name + ".tmp")
+    import deepspeed
+
+    is_first = dist.get_rank() == 0
+    tensors = dict(causal_lm.named_parameters()) | persistent_buffers(causal_lm)
+
+    def read(name: str) -> torch.Tensor | None:
+        with deepspeed.zero.GatheredParameters([tensors[name]] if hasattr(tensors[name], "ds_id") else []):
+            return tensors[name].detach().cpu().clone() if is_first else None
+
+    temporary = folder.with_name(folder.name + ".tmp")
+    if is_first:
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if lora.is_adapted(causal_lm):
+        lora.write_adapters(temporary, causal_lm, read)
+        if is_first:
+            write_words(temporary, tokenizer, card)
+    else:
+        sizes = {name: getattr(t, "ds_numel", t.numel()) * t.element_size() for name, t in tensors.items()}
+        write_shards(temporary, sizes, read, causal_lm)
+    if is_first and not lora.is_adapted(causal_lm):
         for name, rate in causal_lm.dropouts.items():
             setattr(causal_lm.config, name, rate)
-        causal_lm.save_pretrained(temporary, state_dict=state)
+        write_rest(temporary, causal_lm, causal_lm.dtype, tokenizer, card)
         for name in causal_lm.dropouts:
             setattr(causal_lm.config, name, 0.0)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+    if is_first:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     dist.barrier()
+
+
+def persistent_buffers(causal_lm) -> dict[str, torch.Tensor]:
+    parameters = dict(causal_lm.named_parameters(remove_duplicate=False))
+    return {name: value for name, value in causal_lm.state_dict().items() if name not in parameters}
+
+
+def write_shards(
+    folder: Path, sizes: dict[str, int], read: Callable[[str], torch.Tensor | None], causal_lm, limit: int = SHARD_BYTES
+) -> None:
+    """The tensors named in `sizes` (name -> bytes) as safetensors files of at most `limit` bytes, and their index.
+
+    `read` gives a tensor by name, or None to a rank that only helps to gather. A tensor above the limit is a file alone.
+    """
+    plan: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room or not plan:
+            plan.append([])
+            room = limit
+        plan[-1].append(name)
+        room -= size
+    weight_map = {}
+    for number, names in enumerate(plan, 1):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        shard: dict[str, torch.Tensor] = {}
+        for name in names:
+            tensor = read(name)
+            if tensor is not None:
+                # Experts are fused when a model is loaded; on disk each has a name of its own.
+                shard |= revert_weight_conversion(causal_lm, {name: tensor})
+        if shard:
+            contiguous = {name: tensor.contiguous() for name, tensor in shard.items()}
+            save_file(contiguous, folder / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+    if len(plan) > 1 and weight_map:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def write_rest(folder: Path, causal_lm, dtype: torch.dtype, tokenizer, card: str) -> None:
+    """Everything of a Hugging Face model but its weights: config, generation config, remote code, tokenizer, card."""
+    config = causal_lm.config
+    config.dtype, config.architectures = dtype, [type(causal_lm).__name__]
+    if causal_lm.is_remote_code():
+        custom_object_save(causal_lm, folder, config=config)
+    config.save_pretrained(folder)
+    if causal_lm.can_generate():
+        causal_lm.generation_config.save_pretrained(folder)
+    write_words(folder, tokenizer, card)
+
+
+def write_words(folder: Path, tokenizer, card: str) -> None:
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
@@ -58,7 +137,8 @@ def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     title = "Supervised fine-tuning" if command == "sft" else f"Preference optimisation ({loss['name']})"
     return f"""---
-library_name: transformers
+library_name: {"peft" if run["model"]["lora"]["r"] else "transformers"}
+base_model: {run["model"]["path"]}
 tags: [dpo_ds, {loss["name"]}]
 ---
 # {title} of {run["model"]["path"]}

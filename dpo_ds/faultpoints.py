@@ -1,4 +1,4 @@
-"""Places where a test can have a run die as by power loss: DPO_DS_FAULT=NAME:N kills the process at its Nth arrival there."""
+"""Places where a test can have a run die: DPO_DS_FAULT=NAME:N kills the process at its Nth arrival there."""
 
 from __future__ import annotations
 

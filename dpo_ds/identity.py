@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_ds.config import Section
+from dpo_ds.ds_config import is_bf16
+
 SAMPLE = 1 << 20  # bytes read at the start and at the end of a weights file
 PAIRS = 256  # pairs whose tokens are read
+MODEL = "the model in model.path"
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -38,3 +42,16 @@ def data_id(dataset) -> str:
         for tokens in (pair.prompt, pair.chosen, pair.rejected):
             digest.update(np.ascontiguousarray(tokens, dtype=np.int64))
     return digest.hexdigest()[:16]
+
+
+def of_run(run: Section, model_config, policy_config: dict, dataset) -> dict[str, str]:
+    """What a checkpoint remembers of model, reference, data and precision; messages name these keys."""
+    known = {
+        MODEL: model_id(run.model.path, model_config),
+        "the data in data.train": data_id(dataset),
+        "the precision": "bf16" if is_bf16(policy_config) else "fp32",
+    }
+    reference = getattr(run, "reference", None)
+    if reference is not None and reference.path is not None:
+        known["the model in reference.path"] = model_id(reference.path, model_config)
+    return known

@@ -1,8 +1,8 @@
 """Ranks that watch each other, so that one that dies or hangs ends the job with its name instead of a silent wait.
 
-A thread of every rank holds a TCP connection to rank 0's: a process that ends closes it at once, a machine or process that
-freezes stops sending, and every message says how far the rank's main thread is. Rank 0 decides; its verdict ends all ranks.
-The thread needs nothing of the main thread, which may sit in a collective for ever.
+A thread of every rank holds a TCP connection to rank 0's: a process that ends closes it at once, a machine or process
+that freezes stops sending, and every message says how far the rank's main thread is. Rank 0 decides; its verdict ends
+all ranks. The thread needs nothing of the main thread, which may sit in a collective for ever.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.distributed as dist
 PEER_SECONDS, HANG_SECONDS = "DPO_DS_PEER_SECONDS", "DPO_DS_HANG_SECONDS"  # environment variables
 DEFAULT_PEER_SECONDS = 60  # without a sign of life from a rank's process
 DEFAULT_HANG_SECONDS = 1800  # without any rank getting on
-LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Socket")  # in a collective's error
+LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Socket")  # in their errors
 
 
 @dataclass
@@ -87,7 +87,7 @@ class PeerWatch:
         self._step, self._ticks = step, self._ticks + 1
 
     def fault(self, error: BaseException) -> None:
-        """This rank cannot go on: tells the others, or, where a collective broke, waits for the verdict on who broke it."""
+        """This rank cannot go on: tells the others; where a collective broke, waits for the verdict on who broke it."""
         text = str(error)
         if isinstance(error, RuntimeError) and any(word in text for word in LOST_PEER):
             self._thread.join(self.peer_seconds + 2 * self._beat)
@@ -117,7 +117,7 @@ class PeerWatch:
         while True:
             for key, _ in selector.select(max(0.0, due - time.monotonic())):
                 if key.fileobj is self._wake:
-                    self._tell_all("bye" if self._last_words == "bye" else f"end {self._last_words.removeprefix('fault ')}")
+                    self._tell_all(self._last_words.replace("fault ", "end ", 1))
                     return
                 if key.fileobj is listener:
                     connection, _ = listener.accept()

@@ -12,25 +12,28 @@ from pathlib import Path
 
 import torch
 
-from dpo_ds import checkpoint, data, ds_config
+from dpo_ds import checkpoint, data, ds_config, identity, stopping
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.checkpoint import Checkpoint
 from dpo_ds.config import DataSection, PrecomputeConfig, Section, TrainConfig
 from dpo_ds.errors import ConfigError
 from dpo_ds.launch import Launch
+from dpo_ds.lora import check_lora
 from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.reference import cached
 from dpo_ds.reference.cached import CachedRows
 
 Say = Callable[[Iterable[str]], None]
+CACHE = "the cache in reference.cache"  # among what a checkpoint remembers
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What the checks found and made: everything a run needs but its models.
 
-    policy_config and reference_config are DeepSpeed's, filled; reference_config is given for a live reference, cached for
-    a cached one.
+    candidates are the checkpoints to resume from, best first, and identity what the config's paths stand for;
+    policy_config and reference_config are DeepSpeed's, filled; reference_config belongs to a live reference, cached to
+    one that was computed before.
     """
 
     tokenizer: object
@@ -39,7 +42,8 @@ class Prepared:
     reference_config: dict | None
     data: object
     evaluation_data: object | None
-    resume: Checkpoint | None
+    candidates: list[Checkpoint]
+    identity: dict[str, str]
     cached: CachedRows | None
 
 
@@ -55,6 +59,7 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
     given = ds_config.read(run.deepspeed.config)
     model_config = check_model(run.model, run.model.path)
     text_config = model_config.get_text_config()
+    check_lora(run.model.lora)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
     machine = this_machine(place)
     policy_config, notes = ds_config.fill_policy(
@@ -69,15 +74,22 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
         if run.reference.kind == "cached":
             manifest = cached.check_cache(run, tokenizer, place)
 
-    resume, notes = checkpoint.find(output_dir, run.checkpoint.resume)
+    stopping.check_end(run.checkpoint)
+    candidates, notes = checkpoint.find(output_dir, run.checkpoint.resume)
     say(notes)
-    if resume is not None:
-        say(checkpoint.check_compatible(resume, run, place.world_size))
+    if candidates:
+        say(checkpoint.check_config(candidates[0], run, place.world_size))
 
     sides = PAIR if isinstance(run, TrainConfig) else CHOSEN_ONLY
     prepared = prepare_data(run.data, tokenizer, sides, place)
     if place.is_first:
         _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
+    known = identity.of_run(run, model_config, policy_config, prepared["train"])
+    if manifest is not None:
+        recorded = candidates[0].manifest["identity"].get(CACHE) if candidates else None
+        known[CACHE] = recorded if recorded in manifest.ids else manifest.id  # a cache may have grown since
+    if candidates:
+        checkpoint.check_identity(candidates[0], known)
     rows = None if manifest is None else cached.find_rows(run, manifest, list(prepared.values()), place)
     return Prepared(
         tokenizer,
@@ -86,7 +98,8 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
         reference_config,
         prepared["train"],
         prepared.get("eval"),
-        resume,
+        candidates,
+        known,
         rows,
     )
 

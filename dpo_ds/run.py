@@ -7,23 +7,28 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import yaml
 
-from dpo_ds import checkpoint, launch, preflight
+from dpo_ds import checkpoint, launch, lora, preflight, stopping
+from dpo_ds.checkpoint import versions
 from dpo_ds.config import RECORDED, Section, TrainConfig, to_plain
 from dpo_ds.errors import ConfigError, UserError
 from dpo_ds.launch import Launch
+from dpo_ds.peers import PeerWatch, Silent
+from dpo_ds.stopping import StopFlag, Stopped
 from dpo_ds.tracking import Tracker, write_status
 
+PIDS = "pids"  # folder in output_dir: a file HOST-RANK for every running rank, for scripts that signal them
 GRACE_SECONDS = 30  # a rank that finds a user's mistake before rank 0 does leaves it the time to say so
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
 
 
 def start(command: str, run: Section) -> int:
@@ -35,54 +40,77 @@ def start(command: str, run: Section) -> int:
     place = launch.from_environment()
     output_dir = Path(run.output_dir)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    with _status(output_dir, place):
-        try:
-            prepared = preflight.prepare(run, place, output_dir)
-        except UserError:
-            if not place.is_first:
-                time.sleep(GRACE_SECONDS)  # leaving first would make the launcher stop rank 0 before its line
-            raise
-        if not torch.accelerator.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
-        from dpo_ds import engine  # deepspeed comes in here, after every check
+    started = time.time()
+    try:
+        with _status(output_dir, place):
+            with stopping.at_once():
+                try:
+                    prepared = preflight.prepare(run, place, output_dir)
+                except UserError:
+                    if not place.is_first:
+                        time.sleep(GRACE_SECONDS)  # leaving first would make the launcher stop rank 0 before its line
+                    raise
+                if not torch.accelerator.is_available():
+                    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
+                from dpo_ds import engine  # deepspeed comes in here, after every check
 
-        engine.quiet_libraries()
-        device = engine.initialize_distributed(place)
-        try:
-            train(command, run, prepared, place, output_dir, device)
-        finally:
-            engine.finish_distributed()
+                engine.quiet_libraries()
+                device = engine.initialize_distributed(place)
+            stop = stopping.StopFlag(stopping.deadline(run.checkpoint, started))
+            try:
+                with _watched(output_dir, place, stop) as peers:
+                    train(command, run, prepared, place, output_dir, device, stop, peers)
+            finally:
+                engine.finish_distributed()
+    except Stopped:
+        return stopping.EXIT_STOPPED
     return 0
 
 
-def train(command: str, run: Section, prepared: preflight.Prepared, place: Launch, output_dir: Path, device) -> None:
+def train(
+    command: str, run: Section, prepared: preflight.Prepared, place: Launch, output_dir: Path, device, stop: StopFlag,
+    peers: PeerWatch | Silent,
+) -> None:  # fmt: skip
     """Models into engines, the loop, the exported model; all ranks together."""
-    from dpo_ds import export
+    from dpo_ds import elastic, export
     from dpo_ds.data.batching import Layout
     from dpo_ds.engine import Policy, from_rank_0, settle_layout
     from dpo_ds.losses import make_loss
     from dpo_ds.model import LogProbModel, load_causal_lm
+    from dpo_ds.reference.adapter import AdapterReference
+    from dpo_ds.reference.cached import CachedReference, spot_check
     from dpo_ds.reference.live import live_reference
     from dpo_ds.trainer import PreferenceObjective, SupervisedObjective, Trainer, total_steps
 
-    resume = from_rank_0(prepared.resume)  # ranks must never load different checkpoints
+    resume, notes = checkpoint.choose(from_rank_0(prepared.candidates))  # ranks must never load different checkpoints
+    preflight.speaker(place)(notes)
     causal_lm = load_causal_lm(run.model, run.model.path, prepared.policy_config, run.model.attn)
+    if run.model.lora.r:
+        lora.add_adapters(causal_lm, run.model.lora, run.train.seed)
     if run.train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(LogProbModel(causal_lm), prepared.policy_config, device)
     models = [policy]
     if isinstance(run, TrainConfig):
-        path = run.reference.path or run.model.path
-        reference = live_reference(run.model, path, prepared.reference_config, run.model.attn, device)
-        models.append(reference)
+        if run.reference.kind == "cached":
+            reference = CachedReference(prepared.cached, device)
+        elif run.reference.kind == "adapter":
+            reference = AdapterReference(policy)
+        else:
+            path = run.reference.path or run.model.path
+            reference = live_reference(run.model, path, prepared.reference_config, run.model.attn, device)
+            models.append(reference)
         objective = PreferenceObjective(make_loss(run.loss), reference)
     else:
         objective = SupervisedObjective()
     layout_name, note = settle_layout(run.train.layout, models)
     if note and place.is_first:
         print(f"dpo-ds: {note}", flush=True)
+    layout = Layout(layout_name, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
+    if prepared.cached is not None:
+        preflight.speaker(place)(spot_check(run, policy, prepared.cached, layout))
     if resume is not None:
-        checkpoint.load(policy.engine, resume)
+        elastic.load(policy.engine, resume)
     first_step = 1 if resume is None else resume.step + 1
 
     used = versions()
@@ -93,10 +121,13 @@ def train(command: str, run: Section, prepared: preflight.Prepared, place: Launc
         _write_config(output_dir, run, used, place)
         tracker = Tracker(output_dir, first_step - 1, total_steps(prepared.data.sources, run.train))
         if resume is not None:
+            preflight.speaker(place)(checkpoint.set_aside_newer(output_dir, resume))
             tracker.say(f"resumed from {resume.path}")
-    layout = Layout(layout_name, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
-    writer = checkpoint.CheckpointWriter(output_dir, run, used)
-    trainer = Trainer(policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, tracker)
+    say = tracker.say if tracker else print
+    writer = checkpoint.CheckpointWriter(output_dir, run, prepared.identity, first_step - 1, stop.committing, say)
+    trainer = Trainer(
+        policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, tracker, stop, peers
+    )
     trainer.train(first_step, run.checkpoint.every)
     card = export.model_card(command, to_plain(run), trainer.last_metrics, used)
     export.export(policy.causal_lm, prepared.tokenizer, output_dir / "final", card)
@@ -105,9 +136,33 @@ def train(command: str, run: Section, prepared: preflight.Prepared, place: Launc
         tracker.close()
 
 
-def versions() -> dict[str, str]:
-    """Of dpo_ds and of what decides its numbers."""
-    return {"dpo_ds": version("dpo-ds")} | {package: version(package) for package in PACKAGES}
+@contextlib.contextmanager
+def _watched(output_dir: Path, place: Launch, stop: StopFlag) -> Iterator[PeerWatch | Silent]:
+    """The ranks watch each other, and signals set the flag; a rank that fails alone ends all of them by name."""
+    from dpo_ds.trainer import TrainingError
+
+    def failed(reason: str) -> None:
+        if place.is_first or (place.rank == 1 and reason.startswith("rank 0 ")):  # then nobody else is left to write it
+            write_status(output_dir, "failed", reason, _last_step(output_dir), exit_code=1)
+
+    peers = PeerWatch(failed) if place.world_size > 1 else Silent()
+    if place.is_first:
+        shutil.rmtree(output_dir / PIDS, ignore_errors=True)
+        (output_dir / PIDS).mkdir()
+    dist.barrier()
+    pid = output_dir / PIDS / f"{socket.gethostname()}-{place.rank}"
+    pid.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    with stop.taking_signals(lambda: failed("interrupted twice, without a checkpoint of the last steps")):
+        try:
+            yield peers
+        except (UserError, TrainingError, Stopped):  # all ranks alike
+            raise
+        except Exception as fault:
+            peers.fault(fault)
+            raise
+        finally:
+            peers.close()
+            pid.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -120,6 +175,10 @@ def _status(output_dir: Path, place: Launch):
     write_status(output_dir, "running")
     try:
         yield
+    except Stopped as stopped:
+        write_status(output_dir, "stopped", str(stopped), stopped.step, stopping.EXIT_STOPPED)
+        print(f"dpo-ds: stopped after step {stopped.step}: {stopped}", flush=True)
+        raise
     except UserError as mistake:
         write_status(output_dir, "failed", str(mistake), _last_step(output_dir), exit_code=2)
         raise
@@ -167,5 +226,6 @@ def _write_config(output_dir: Path, run: Section, used: dict, place: Launch) -> 
 def _last_step(output_dir: Path) -> int:
     """The last step that metrics.jsonl holds."""
     path = output_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines[-2:] if line.endswith("\n")]  # a process may have died while writing the last one
+    return json.loads(whole[-1])["step"] if whole else 0

@@ -1,4 +1,4 @@
-"""Stopping early without losing anything: signals and time limits become a flag that all ranks agree on between two steps.
+"""Stopping early without losing anything: signals and time limits set a flag that all ranks agree on between two steps.
 
 Signals are read by a thread, because Python runs no handler while the main thread sits in a collective.
 """
@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from dpo_ds import metrics
-from dpo_ds.peers import PeerWatch, Silent
+from dpo_ds.config import CheckpointSection
+from dpo_ds.errors import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TIME_LIMIT = 1  # beside signal numbers; no signal that we take has this one
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
 TWICE_SECONDS = 2.0  # launchers turn one Ctrl-C into several signals within milliseconds
-EXIT_INTERRUPTED = 130
+EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130
 
 
 class Stopped(Exception):
@@ -50,40 +51,34 @@ def at_once() -> Iterator[None]:
 
 
 class StopFlag:
-    """Takes this process's signals from `with` on; `agreed` is for all ranks, between two steps.
+    """Whether to stop, as told by this process's signals or by `deadline` (seconds since 1970; None: never).
 
-    Args:
-        deadline: when to stop unasked, in seconds since 1970; None: never.
-        peers: told how far this rank is.
-        committing: held while a checkpoint is made visible, which nothing interrupts.
-        on_interrupt: called before a second Ctrl-C ends this process.
+    `committing` is to be held while a checkpoint is made visible: no signal interrupts that.
     """
 
-    def __init__(
-        self, deadline: float | None, peers: PeerWatch | Silent, committing: threading.Lock, on_interrupt: Callable[[], None]
-    ):
-        self.peers = peers
-        self._deadline, self._committing, self._on_interrupt = deadline, committing, on_interrupt
+    def __init__(self, deadline: float | None = None):
+        self.committing = threading.Lock()
+        self._deadline = deadline
         self._signal, self._since = 0, 0.0
 
-    def __enter__(self) -> StopFlag:
-        self._wake, waker = socket.socketpair()
+    @contextlib.contextmanager
+    def taking_signals(self, on_interrupt: Callable[[], None]) -> Iterator[None]:
+        """Main thread only. `on_interrupt` is called before a second Ctrl-C ends this process."""
+        wake, waker = socket.socketpair()
         waker.setblocking(False)
-        self._waker = waker  # kept open
-        self._previous_fd = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        self._previous = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}  # the thread acts
-        threading.Thread(target=self._listen, daemon=True).start()
-        return self
+        previous_fd = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        previous = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}  # the thread acts
+        threading.Thread(target=self._listen, args=(wake, on_interrupt), daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous_fd)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+            waker.close()
 
-    def __exit__(self, *_) -> None:
-        signal.set_wakeup_fd(self._previous_fd)
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._waker.close()
-
-    def agreed(self, step: int, device: torch.device) -> str:
-        """Why to stop before `step`, or "" to go on; the same on every rank, whoever was told. All ranks enter."""
-        self.peers.progress(step)
+    def agreed(self, device: torch.device) -> str:
+        """Why to stop now, or "" to go on; the same on all ranks, whoever was told. All enter, between two steps."""
         mine = self._signal
         if not mine and self._deadline is not None and time.time() >= self._deadline:
             mine = TIME_LIMIT
@@ -92,31 +87,37 @@ class StopFlag:
             return ""
         return "the time limit is near" if told == TIME_LIMIT else f"{signal.Signals(told).name} received"
 
-    def _listen(self) -> None:
-        while received := self._wake.recv(64):
+    def _listen(self, wake: socket.socket, on_interrupt: Callable[[], None]) -> None:
+        while received := wake.recv(64):
             for signum in received:
                 if signum in SIGNALS:
-                    self._take(signum)
+                    self._take(signum, on_interrupt)
 
-    def _take(self, signum: int) -> None:
+    def _take(self, signum: int, on_interrupt: Callable[[], None]) -> None:
         now, name = time.monotonic(), signal.Signals(signum).name
         if not self._signal:
             self._signal, self._since = signum, now
             again = "; once more ends at once, without a checkpoint" if signum == signal.SIGINT else ""
-            print(f"dpo-ds: {name}: saving a checkpoint after this step, then ending{again}", file=sys.stderr, flush=True)
+            print(f"dpo-ds: {name}: ending with a checkpoint after this step{again}", file=sys.stderr, flush=True)
         elif signum == signal.SIGINT and now - self._since > TWICE_SECONDS:
-            with self._committing:
-                self._on_interrupt()
+            with self.committing:
+                on_interrupt()
                 os._exit(EXIT_INTERRUPTED)
 
 
-def deadline(save_before_end_seconds: int, time_limit_seconds: int, started: float) -> float | None:
-    """When to stop unasked, in seconds since 1970: `save_before_end_seconds` before the earlier of the limit and Slurm's.
+def check_end(section: CheckpointSection) -> None:
+    """Raises ConfigError where save_before_end_seconds is given and no end is known."""
+    if section.save_before_end_seconds and not section.time_limit_seconds and SLURM_END not in os.environ:
+        raise ConfigError(
+            f"checkpoint.save_before_end_seconds {section.save_before_end_seconds} needs an end: {SLURM_END} is not "
+            "set; give --checkpoint.time_limit_seconds"
+        )
 
-    None if save_before_end_seconds is 0; preflight makes sure that there is an end to be before.
-    """
-    if not save_before_end_seconds:
+
+def deadline(section: CheckpointSection, started: float) -> float | None:
+    """When to stop unasked, in seconds since 1970: so long before the earlier of our limit and Slurm's."""
+    if not section.save_before_end_seconds:
         return None
     ends = [float(os.environ[SLURM_END])] if SLURM_END in os.environ else []
-    ends += [started + time_limit_seconds] if time_limit_seconds else []
-    return min(ends) - save_before_end_seconds
+    ends += [started + section.time_limit_seconds] if section.time_limit_seconds else []
+    return min(ends) - section.save_before_end_seconds

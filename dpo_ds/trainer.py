@@ -19,7 +19,9 @@ from dpo_ds.checkpoint import CheckpointWriter
 from dpo_ds.config import TrainSection
 from dpo_ds.data.batching import Layout, Lengths, global_batches, plan, steps_per_epoch
 from dpo_ds.engine import Policy
+from dpo_ds.peers import PeerWatch, Silent
 from dpo_ds.schedule import learning_rate
+from dpo_ds.stopping import StopFlag, Stopped
 from dpo_ds.tracking import Tracker
 
 
@@ -76,11 +78,12 @@ class Trainer:
 
     def __init__(
         self, policy, objective, data, evaluation_data, layout: Layout, run: TrainSection, writer: CheckpointWriter,
-        tracker: Tracker | None,
+        tracker: Tracker | None, stop: StopFlag, peers: PeerWatch | Silent,
     ):  # fmt: skip
         self.policy, self.objective, self.layout, self.run = policy, objective, layout, run
         self.data, self.evaluation_data = data, evaluation_data
-        self.writer, self.tracker = writer, tracker
+        self.writer, self.tracker, self.stop = writer, tracker, stop
+        self.peers = peers
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.total_steps = total_steps(data.sources, run)
         self.last_metrics: dict = {}  # of the last step and evaluation, for the model card
@@ -93,6 +96,9 @@ class Trainer:
         for step, rows in batches:
             if step > self.total_steps:
                 break
+            self.peers.progress(step)
+            if reason := self.stop.agreed(self.policy.device):
+                self._save_and_stop(step - 1, reason)
             micro_batches = self._micro_batches(self.data, rows)
             weight = self._global(sum(map(self.objective.weight, micro_batches)))
             sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
@@ -130,7 +136,7 @@ class Trainer:
                 )
             self._evaluate_and_save(step, per_epoch, checkpoint_every)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Exact means over all of the evaluation data, each pair once, keys prefixed eval_. All ranks enter."""
         sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
         weight = 0
@@ -138,6 +144,7 @@ class Trainer:
         with self.policy.evaluating():
             for start in range(0, len(self.evaluation_data), size):
                 rows = np.arange(start, min(start + size, len(self.evaluation_data)))
+                self.peers.progress(step)
                 for micro_batch in self._micro_batches(self.evaluation_data, rows):
                     sums += self.objective(self.policy, micro_batch)[1]
                     weight += self.objective.weight(micro_batch)
@@ -148,13 +155,19 @@ class Trainer:
         is_last = step == self.total_steps
         if self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every)):
             started = time.perf_counter()
-            evaluation = self.evaluate()
+            evaluation = self.evaluate(step)
             self.last_metrics |= evaluation
             if self.tracker:
                 size = {"eval_pairs": len(self.evaluation_data), "eval_seconds": time.perf_counter() - started}
                 self.tracker.evaluation({"step": step, "epoch": step / per_epoch, **evaluation, **size})
         if is_last or _is_due(step, checkpoint_every):
             self.writer.save(self.policy.engine, step)
+
+    def _save_and_stop(self, step: int, reason: str) -> None:
+        """Ends the run between two steps, with all that was done until `step` in a checkpoint."""
+        if self.writer.newest < step and not self.writer.save(self.policy.engine, step):
+            raise TrainingError(f"{reason}, and the checkpoint of step {step} could not be saved")
+        raise Stopped(reason, step)
 
     def _micro_batches(self, data, rows: np.ndarray) -> list[Batch]:
         """This rank's share of the global batch; as many on every rank, some perhaps empty."""

@@ -27,12 +27,17 @@ def refusal(given: dict, **run) -> str:
 
 def test_an_empty_file_is_filled_from_the_run_config():
     filled = fill({}, learning_rate=1e-4, adam_betas=(0.8, 0.9), adam_eps=1e-6, weight_decay=0.1, max_grad_norm=0.5)
-    params = {"lr": 1e-4, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True}
+    params = {"lr": 1e-4, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True, "fused": True}
     assert filled["optimizer"] == {"type": "AdamW", "params": params}
     assert filled["gradient_clipping"] == 0.5
     zero = filled["zero_optimization"]
-    assert (zero["stage"], zero["reduce_bucket_size"], zero["stage3_param_persistence_threshold"]) == (3, 4096, 640)
+    assert (zero["stage"], zero["reduce_bucket_size"], zero["stage3_param_persistence_threshold"]) == (3, 2**24, 640)
     assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"]) == (2, 1)
+
+
+def test_a_bucket_is_the_square_of_the_width_from_4096_on():
+    zero = ds_config.fill_policy({}, "ds.json", TrainSection(), GPU, 8192)[0]["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (8192**2, int(0.9 * 8192**2))
 
 
 def test_bf16_follows_the_json_then_the_machine():

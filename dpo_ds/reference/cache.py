@@ -31,13 +31,14 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 KEY_BYTES = 16
 HEAD = b"dpo_ds"  # of a shard's footer
+DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError)  # of a Parquet file with bytes changed
 MEND = "delete it and run dpo-ds precompute again: whole shards are kept"
 SIDES = [(side, pa.list_(pa.float32())) for side in PAIR]
 SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), *SIDES])
 
 
 class Shard(NamedTuple):
-    """keys [rows, 2] uint64; lengths [rows, 2] int64, tokens of chosen and of rejected; chosen, rejected: the log-probs of
+    """keys [rows, 2] uint64; lengths [rows, 2] int64, tokens of chosen and of rejected; chosen, rejected: log-probs of
     all rows end to end, float32."""
 
     keys: np.ndarray
@@ -111,6 +112,11 @@ def shard_name(number: int) -> str:
 
 def write_shard(path: Path, shard: Shard, head: dict) -> None:
     """`path` appears whole: a temporary name, fsync, rename."""
+    write_whole(path, encode(shard, head))
+
+
+def encode(shard: Shard, head: dict) -> pa.Buffer:
+    """The bytes of a shard's file. Its footer holds the head and a digest of the rest."""
     offsets = np.zeros((len(shard.keys) + 1, 2), dtype=np.int32)
     np.cumsum(shard.lengths, axis=0, out=offsets[1:])
     columns = [pa.Array.from_buffers(pa.binary(KEY_BYTES), len(shard.keys), [None, pa.py_buffer(shard.keys.tobytes())])]
@@ -120,15 +126,11 @@ def write_shard(path: Path, shard: Shard, head: dict) -> None:
     table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata({HEAD: footer}))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
-    write_whole(path, sink.getvalue())
+    return sink.getvalue()
 
 
 def read_shard(path: Path) -> tuple[Shard, dict]:
-    """A shard and its head.
-
-    Raises:
-        OSError, pa.ArrowInvalid: it is damaged.
-    """
+    """A shard and its head. Raises one of DAMAGE for a file that is not one."""
     table = pq.ParquetFile(path, memory_map=True).read().combine_chunks()
     keys, chosen, rejected = (table.column(name).chunk(0) for name in SCHEMA.names)
     lengths = np.stack([np.diff(np.from_dlpack(side.offsets)) for side in (chosen, rejected)], axis=1).astype(np.int64)
@@ -139,21 +141,18 @@ def read_shard(path: Path) -> tuple[Shard, dict]:
 
 def is_finished(path: Path, keys: np.ndarray, head: dict) -> bool:
     """Whether `path` is the whole shard of these pairs under this head, so that nobody need compute it again."""
-    found = head_of(path)
-    if found is None or {**found, "content": None} != {**head, "content": None}:
-        return False
     try:
         shard, _ = read_shard(path)
-    except (OSError, pa.ArrowInvalid):
+    except DAMAGE:
         return False
-    return found["content"] == _content(shard) and np.array_equal(shard.keys, keys)
+    return np.array_equal(shard.keys, keys) and encode(shard, head).equals(pa.py_buffer(path.read_bytes()))
 
 
 def head_of(path: Path) -> dict | None:
     """A shard's head; None if the file is damaged or none of ours."""
     try:
         return json.loads(pq.read_schema(path).metadata[HEAD])
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+    except DAMAGE:
         return None
 
 

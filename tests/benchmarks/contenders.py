@@ -30,7 +30,9 @@ from dpo_ds.data import PairDataset  # noqa: E402
 from dpo_ds.data.batching import Layout, Lengths, global_batches, plan  # noqa: E402
 from dpo_ds.losses import DPO  # noqa: E402
 from dpo_ds.model import LogProbModel, load_causal_lm  # noqa: E402
+from dpo_ds.peers import Silent  # noqa: E402
 from dpo_ds.reference.live import live_reference  # noqa: E402
+from dpo_ds.stopping import StopFlag  # noqa: E402
 from dpo_ds.trainer import PreferenceObjective, Trainer  # noqa: E402
 
 BETA = 0.1
@@ -175,7 +177,10 @@ def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
     assert settled == (layout, ""), settled
     shape = Layout(layout, PAIR, work.micro_batch_tokens, prepared.hidden_size)
     try:
-        Trainer(policy, objective, prepared.data, None, shape, run.train, writer=None, tracker=watch).train(1, 0)
+        trainer = Trainer(
+            policy, objective, prepared.data, None, shape, run.train, writer=None, tracker=watch, stop=StopFlag(), peers=Silent()
+        )
+        trainer.train(1, 0)
     finally:
         engine.finish_distributed()
 

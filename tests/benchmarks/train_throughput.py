@@ -39,6 +39,7 @@ from dpo_ds.data import PairDataset, prepare  # noqa: E402
 from dpo_ds.data.sources import read_rows  # noqa: E402
 from dpo_ds.demo.corpus import preference_rows, write_jsonl  # noqa: E402
 from dpo_ds.demo.tiny import special_ids, train_tokenizer  # noqa: E402
+from dpo_ds.ds_config import LEAST_BUCKET  # noqa: E402
 from dpo_ds.launch import free_port  # noqa: E402
 from tests.benchmarks.contenders import CONTENDERS, Workload  # noqa: E402
 
@@ -50,12 +51,12 @@ ONE_BILLION = dict(
 )  # fmt: skip
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, a GPU
 AUTO = "auto"
-DEEPSPEED = {  # both trainers fill what is auto
+DEEPSPEED = {  # both trainers fill what is auto, from the same hyper-parameters
     "zero_optimization": {
         "stage": 3,
-        "reduce_bucket_size": AUTO,
-        "stage3_prefetch_bucket_size": AUTO,
-        "stage3_param_persistence_threshold": AUTO,
+        "reduce_bucket_size": LEAST_BUCKET,  # what dpo_ds takes for auto; TRL is given the same
+        "stage3_prefetch_bucket_size": LEAST_BUCKET,
+        "stage3_param_persistence_threshold": AUTO,  # ten times the width in both
     },
     "optimizer": {"type": "AdamW", "params": {"lr": AUTO, "betas": AUTO, "eps": AUTO, "weight_decay": AUTO}},
     "gradient_clipping": AUTO,
@@ -81,7 +82,7 @@ def build(folder: Path, args: argparse.Namespace) -> Workload:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32).save_pretrained(work.model)
 
-    adamw = DEEPSPEED["optimizer"]["params"] | ({} if cuda else {"torch_adam": True})
+    adamw = DEEPSPEED["optimizer"]["params"] | ({} if cuda else {"torch_adam": True, "fused": True})
     deepspeed = DEEPSPEED | {"optimizer": {"type": "AdamW", "params": adamw}, "bf16": {"enabled": cuda}}
     Path(work.deepspeed).write_text(json.dumps(deepspeed, indent=1))
 

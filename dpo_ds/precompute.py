@@ -1,0 +1,340 @@
+"""`dpo-ds precompute`: the reference's log-probs on all pairs, into reference.cache, by any number of ranks.
+
+Pairs that the cache lacks are cut into shards in the order of the data. A shard is one rank's work, and its
+micro-batches depend on nothing but its pairs, so that its bytes are the same whoever computes it, and when.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from dpo_ds import ds_config, launch
+from dpo_ds.batch import PAIR, PreferencePair
+from dpo_ds.checkpoint import versions
+from dpo_ds.config import PrecomputeConfig, VerifyConfig
+from dpo_ds.data import PairDataset
+from dpo_ds.data.batching import Layout
+from dpo_ds.errors import ConfigError, UserError
+from dpo_ds.launch import Launch
+from dpo_ds.model import check_model, load_tokenizer
+from dpo_ds.preflight import check_reference_model, prepare_data, speaker, this_machine
+from dpo_ds.reference.cache import (
+    FORMAT,
+    MANIFEST,
+    KeyIndex,
+    Manifest,
+    Shard,
+    check_shards,
+    head_of,
+    is_finished,
+    read_manifest,
+    read_shards,
+    shard_name,
+    sort_keys,
+    write_manifest,
+    write_shard,
+)
+from dpo_ds.reference.cached import check_identity, identity, kernels, refuse_random_weights
+from dpo_ds.reference.store import data_keys
+from dpo_ds.run import GRACE_SECONDS
+
+NO_DEEPSPEED = "none"
+LINE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do. engine: DeepSpeed's config, None for a replica a rank. identity: rank 0's, None on others.
+
+    keys [rows, 2], lengths [rows, 3] (tokens of prompt, chosen and rejected): of all data sets, row numbers counting
+    through. shards: the rows in each new shard.
+    """
+
+    engine: dict | None
+    identity: dict | None
+    datasets: Sequence[PairDataset]
+    keys: np.ndarray
+    lengths: np.ndarray
+    manifest: Manifest | None
+    shards: Sequence[np.ndarray]
+    hidden_size: int
+
+    @property
+    def first_number(self) -> int:
+        return 0 if self.manifest is None else len(self.manifest.shards)
+
+    def path(self, folder: Path, shard: int) -> Path:
+        return folder / shard_name(self.first_number + shard)
+
+    def pair(self, row: int) -> PreferencePair:
+        """With every token of both completions a target, whatever the masks: they apply when the cache is read."""
+        data = next(data for data in reversed(self.datasets) if data.first_index <= row)
+        pair = data[row - data.first_index]
+        everything = {f"{side}_mask": np.ones(len(pair.completion(side)), bool) for side in PAIR}
+        return replace(pair, **everything)
+
+
+def start(run: PrecomputeConfig | VerifyConfig) -> int:
+    """Runs the command on this rank; returns its exit code."""
+    place = launch.from_environment()
+    if isinstance(run, VerifyConfig):
+        if place.is_first:
+            verify(Path(run.verify))
+        return 0
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        work = prepare(run, place)
+    except UserError:
+        if not place.is_first:
+            time.sleep(GRACE_SECONDS)  # leaving first would make the launcher stop rank 0 before its line
+        raise
+    if not work.shards:
+        speaker(place)([f"{run.reference.cache}: complete, {work.manifest.values['rows']} pairs; nothing to compute"])
+        return 0
+    from dpo_ds import engine  # deepspeed comes in here, after every check
+
+    engine.quiet_libraries()
+    device = engine.initialize_distributed(place)
+    try:
+        fill(run, work, place, device)
+    finally:
+        engine.finish_distributed()
+    return 0
+
+
+def prepare(run: PrecomputeConfig, place: Launch) -> Work:
+    """Checks, data and what the cache lacks of it.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    refuse_random_weights(run)
+    torch.set_num_threads(place.threads)
+    folder = Path(run.reference.cache)
+    _make_writable(folder)
+    policy_config = check_model(run.model, run.model.path)
+    hidden_size = check_reference_model(run, policy_config.get_text_config()).hidden_size
+    tokenizer = load_tokenizer(run.model, policy_config, run.model.path)
+    source, filled = run.deepspeed.reference_config or run.deepspeed.config, None
+    if source != NO_DEEPSPEED:
+        key = "deepspeed.reference_config" if run.deepspeed.reference_config else "deepspeed.config"
+        given = ds_config.read(source, key)
+        filled, notes = ds_config.fill_reference(given, source, this_machine(place), hidden_size)
+        speaker(place)(notes)
+    manifest, of_model = read_manifest(folder), None
+    if place.is_first:
+        of_model = identity(run, tokenizer)
+        heads = [head_of(path) for path in sorted(folder.glob("shard-*.parquet"))] if manifest is None else []
+        for found in filter(None, heads if manifest is None else [manifest.values]):
+            check_identity(run, found, of_model)
+        if manifest is not None:
+            check_shards(manifest)
+    datasets = list(prepare_data(run.data, tokenizer, PAIR, place).values())
+    keys = np.concatenate([data_keys(data, build=place.is_first_on_node) for data in datasets])
+    new = missing_rows(keys, manifest)
+    size = run.precompute.shard_rows
+    shards = [new[begin : begin + size] for begin in range(0, len(new), size)]
+    columns = [(d.prompt_lengths, d.chosen_lengths, d.rejected_lengths) for d in datasets]
+    lengths = np.concatenate([np.stack(column, axis=1) for column in columns])
+    shards = [rows[np.argsort(-lengths[rows].sum(1), kind="stable")] for rows in shards]  # like lengths share a forward
+    return Work(filled, of_model, datasets, keys, lengths, manifest, shards, hidden_size)
+
+
+def missing_rows(keys: np.ndarray, manifest: Manifest | None) -> np.ndarray:
+    """Rows whose key the cache lacks, each key once, in the order of the data."""
+    order = sort_keys(keys)
+    is_first = np.ones(len(keys), bool)
+    is_first[1:] = (keys[order][1:] != keys[order][:-1]).any(1)
+    rows = np.sort(order[is_first])  # sort_keys is stable: the first of equal keys
+    if manifest is None:
+        return rows
+    there = np.concatenate([np.array(shard.keys) for shard in read_shards(manifest)])
+    return rows[KeyIndex(there[sort_keys(there)].T).find(keys[rows]) < 0]
+
+
+def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device) -> None:
+    """Model, shards, manifest; all ranks together, or, as replicas, each on its own from the first shard on."""
+    from dpo_ds.engine import FrozenModel, Replica, finish_distributed, from_rank_0, settle_layout
+    from dpo_ds.model import LogProbModel, load_causal_lm
+
+    say = speaker(place)
+    precision = work.engine or {"bf16": {"enabled": this_machine(place).has_bf16 and device.type == "cuda"}}
+    model = LogProbModel(load_causal_lm(run.model, run.reference.path or run.model.path, precision, run.model.attn))
+    model = Replica(model, device) if work.engine is None else FrozenModel(model, work.engine, device)
+    layout_name, note = settle_layout(run.precompute.layout, [model])
+    say([note.replace("train.layout", "precompute.layout")] if note else [])
+    layout = Layout(layout_name, PAIR, run.precompute.micro_batch_tokens, work.hidden_size)
+
+    folder = Path(run.reference.cache)
+    of_model = from_rank_0(work.identity)
+    used = {name: version for name, version in versions().items() if name in ("dpo_ds", "torch", "transformers")}
+    settings = {**kernels(model, layout_name), "micro_batch_tokens": layout.budget, "versions": used}
+    head = {"format": FORMAT, "weights": of_model["weights"], "tokenizer": of_model["tokenizer"], **settings}
+    todo = from_rank_0(_unfinished(work, folder, head) if place.is_first else None)
+    done = len(work.shards) - len(todo)
+    say([f"{done} of {len(work.shards)} shards are there already"] if done else [])
+    if work.engine is None:
+        finish_distributed()  # from here on no rank waits for another
+        rounds = [[shard] for shard in todo[place.rank :: place.world_size]]
+    else:
+        rounds = [todo[begin : begin + place.world_size] for begin in range(0, len(todo), place.world_size)]
+    lane = 0 if work.engine is None else place.rank
+    mine = [shards[lane] for shards in rounds if lane < len(shards)]
+    progress = Progress(sum(int(work.lengths[work.shards[shard]].sum()) for shard in mine), place)
+    for shards in rounds:
+        # ZeRO-3 is collective: every rank runs as many forwards, on nothing where it has no pairs left.
+        forwards = max(len(micro_batches(work.lengths[work.shards[shard]], layout)) for shard in shards)
+        rows = work.shards[shards[lane]] if lane < len(shards) else work.shards[0][:0]
+        computed = compute(model, work, rows, forwards, layout, progress)
+        if len(rows):
+            write_shard(work.path(folder, shards[lane]), computed, head)
+    progress.close()
+    if work.engine is not None:
+        dist.barrier()
+    paths = [work.path(folder, shard) for shard in range(len(work.shards))]
+    is_last = place.is_first if work.engine else all(path.exists() for path in paths)
+    if is_last:
+        build = {**settings, "shard_rows": run.precompute.shard_rows, "threads": place.threads}
+        build["shards"] = [{"file": path.name} for path in paths]
+        before = [] if work.manifest is None else work.manifest.values["builds"]
+        manifest = write_manifest(folder, of_model, [*before, build])
+        print(f"dpo-ds: done: {folder}: {manifest.values['rows']} pairs, cache id {manifest.id}", flush=True)
+
+
+def _unfinished(work: Work, folder: Path, head: dict) -> list[int]:
+    """New shards that are not there yet; what is there and belongs to none is removed."""
+    todo = []
+    for shard, rows in enumerate(work.shards):
+        path = work.path(folder, shard)
+        if not is_finished(path, work.keys[rows], head):
+            path.unlink(missing_ok=True)
+            todo.append(shard)
+    last = work.path(folder, len(work.shards) - 1).name
+    for path in folder.iterdir():
+        if path.suffix == ".tmp" or (path.match("shard-*.parquet") and path.name > last):
+            path.unlink()
+    return todo
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        why = f"not writable ({error.strerror}); choose another folder"
+        raise ConfigError(f"--reference.cache {folder}: {why}") from None
+
+
+def micro_batches(lengths: np.ndarray, layout: Layout) -> list[np.ndarray]:
+    """A shard's pairs, longest first, cut where the budget is full; a longer pair goes alone.
+
+    lengths [pairs, 3]: tokens of prompt, chosen and rejected. Returns places in the shard.
+    """
+    if not len(lengths):
+        return []
+    tokens = lengths.sum(1)
+    rows = 2 * (lengths[:, 0] + lengths[:, 1:].max(1))  # padded: two rows a pair, as wide as the batch's longest
+    starts, used, widest = [0], 0, 0
+    for place in range(len(lengths)):
+        used, widest = used + tokens[place], max(widest, rows[place])
+        size = used if layout.name == "packed" else widest * (place + 1 - starts[-1])
+        if size > layout.budget and place > starts[-1]:
+            starts.append(place)
+            used, widest = tokens[place], rows[place]
+    return np.split(np.arange(len(lengths)), starts[1:])
+
+
+def compute(model, work: Work, rows: np.ndarray, forwards: int, layout: Layout, progress: Progress) -> Shard:
+    """The log-probs of one shard's pairs; all ranks enter under ZeRO-3, with equal `forwards`."""
+    lengths = work.lengths[rows]
+    outputs = []
+    for places in micro_batches(lengths, layout):
+        batch = layout.collate([work.pair(row) for row in rows[places]])
+        outputs.append(model.token_logps(batch))  # stays on the device: nothing waits for it until the shard is done
+        progress.add(len(places), batch.num_tokens)
+    while len(outputs) < forwards:
+        outputs.append(model.token_logps(layout.collate([])))
+    logps = torch.cat(outputs).cpu().numpy()
+    sides = [[np.zeros(0, np.float32)], [np.zeros(0, np.float32)]]
+    start = 0
+    for prompt, *completions in lengths.tolist():
+        for side, length in zip(sides, completions, strict=True):
+            unpredicted = 0 if prompt else 1  # nothing precedes the first token of an empty prompt's completion
+            side.append(np.full(unpredicted, np.nan, np.float32))
+            side.append(logps[start : start + length - unpredicted])
+            start += length - unpredicted
+    return Shard(work.keys[rows], lengths[:, 1:].astype(np.int64), *map(np.concatenate, sides))
+
+
+class Progress:
+    """A bar on a terminal, else a line now and then; rank 0's own share, which is every rank's up to a shard."""
+
+    def __init__(self, tokens: int, place: Launch):
+        self.pairs, self.tokens = 0, 0
+        self._started = self._last_line = time.monotonic()
+        self._total, self._talks = tokens, place.is_first
+        self._bar = None
+        if place.is_first and sys.stderr.isatty():
+            self._bar = tqdm(total=tokens, unit="token", unit_scale=True, dynamic_ncols=True)
+
+    def add(self, pairs: int, tokens: int) -> None:
+        self.pairs, self.tokens = self.pairs + pairs, self.tokens + tokens
+        if self._bar is not None:
+            self._bar.update(tokens)
+        elif self._talks and time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            seconds = self._last_line - self._started
+            left = tqdm.format_interval(seconds / self.tokens * (self._total - self.tokens))
+            share, speed = self.tokens / self._total, self.pairs / seconds
+            print(f"dpo-ds: {share:.0%}  {speed:.3g} pairs/s a rank  left {left}", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._talks and self.pairs:
+            seconds = time.monotonic() - self._started
+            print(f"dpo-ds: {self.pairs} pairs, {self.tokens} tokens in {seconds:.1f} s on rank 0", flush=True)
+
+
+def verify(folder: Path) -> None:
+    """Checks every hash and prints what the cache holds.
+
+    Raises:
+        ConfigError: no finished cache there, or a byte of it has changed.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigError(f"--verify {folder}: no {MANIFEST}, so no finished cache; dpo-ds precompute finishes one")
+    check_shards(manifest)
+    rows, sums, counts, keys = 0, np.zeros(2), np.zeros(2), []
+    for shard in read_shards(manifest):
+        rows += len(shard.keys)
+        keys.append(np.array(shard.keys))
+        sums += [np.nansum(side, dtype=np.float64) for side in (shard.chosen, shard.rejected)]
+        counts += [np.isfinite(side).sum() for side in (shard.chosen, shard.rejected)]
+    unique = len(missing_rows(np.concatenate(keys), None))
+    values = manifest.values
+    if (rows, unique) != (values["rows"], values["rows"]):
+        raise ConfigError(f"--verify {folder}: {rows} rows, {unique} of them unique; {MANIFEST} says {values['rows']}")
+    print(f"{folder}: cache {manifest.id}, every hash is right")
+    print(f"  reference  {values['reference']}, weights {values['weights'][:12]}, tokenizer {values['tokenizer'][:12]}")
+    print(f"  pairs      {rows} in {len(manifest.shards)} shards, {sum(s['bytes'] for s in manifest.shards)} bytes")
+    for side, mean, count in zip(PAIR, sums / counts, counts, strict=True):
+        print(f"  {side:<10} {int(count)} tokens, mean log-prob {mean:.4f}")
+    for build in values["builds"]:
+        names = ("dtype", "layout", "attention", "logprobs", "device", "threads")
+        used = ", ".join(f"{name} {build[name]}" for name in names)
+        print(f"  build      {len(build['shards'])} shards: {used}; torch {build['versions']['torch']}")

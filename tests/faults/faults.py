@@ -1,0 +1,182 @@
+"""The ways to break a job; each breaks it, resumes it, checks it, and says what happened in a line."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from dpo_ds import faultpoints
+from tests.small_jobs import exact, run, start, status, wait_for_step, weights
+
+STEPS, EVERY = 12, 2
+KEYS = {"train__max_steps": STEPS, "checkpoint__every": EVERY}
+ON_EVERY_RANK = ("save-begun", "shard-half-written", "shards-written")
+SMALL_DISK = "400k"  # a checkpoint has 250 KB
+
+
+class Broken(Exception):
+    """The job did not come through as it must."""
+
+
+class Job:
+    """One training job: how it ends when nothing happens, and how to run it again elsewhere."""
+
+    def __init__(self, forks, world: Path):
+        self.forks, self.world = forks, world
+
+    def run_whole(self) -> None:
+        codes, output = run(self.forks, self.world, "whole", **KEYS, checkpoint__keep=99)
+        check(codes == [0, 0], f"the undisturbed run failed: {codes}\n{output}")
+        self.metrics, self.weights = exact(self.world / "whole"), weights(self.world / "whole")
+
+    def copy_at(self, out: str, step: int) -> Path:
+        """`out` becomes what the whole run was when it died right after saving `step`; returns its checkpoints."""
+        shutil.copytree(self.world / "whole", self.world / out, ignore=shutil.ignore_patterns("final", "tensorboard"))
+        folder = self.world / out / "checkpoints"
+        for path in folder.glob("step-*"):
+            if not step - EVERY <= int(path.name[5:]) <= step:
+                shutil.rmtree(path)
+        (folder / "latest").write_text(f"step-{step:08d}\n")
+        return folder
+
+    def resume(self, out: str) -> str:
+        """Runs to the end; its output, if all is bit-equal to the undisturbed run."""
+        codes, output = run(self.forks, self.world, out, **KEYS)
+        check(codes == [0, 0], f"resuming ended with {codes}\n{output}")
+        check(exact(self.world / out) == self.metrics, f"other metrics\n{output}")
+        check(weights(self.world / out) == self.weights, f"other weights\n{output}")
+        left = sorted(path.name for path in (self.world / out / "checkpoints").glob("*.tmp"))
+        check(not left, f"left behind: {left}")
+        return output
+
+
+def killed_inside_a_save(job: Job, out: str, rng: random.Random) -> str:
+    """SIGKILL of one rank between two instructions of a save."""
+    point = rng.choice(faultpoints.POINTS)
+    rank = rng.randrange(2) if point in ON_EVERY_RANK else 0
+    saves = {"old-half-deleted": STEPS // EVERY - 2, "shard-half-written": 1000}.get(point, STEPS // EVERY)
+    arrival = rng.randint(1, saves)
+    ranks = start(job.forks, job.world, out, **KEYS, only={rank: {faultpoints.VARIABLE: f"{point}:{arrival}"}})
+    return f"rank {rank} at {point}:{arrival}; {_died_and_resumed(job, out, ranks, [rank])}"
+
+
+def killed_at_a_random_moment(job: Job, out: str, rng: random.Random) -> str:
+    """SIGKILL of one rank or both, some time after some step."""
+    step, delay, victims = rng.randint(1, STEPS - 1), rng.uniform(0, 0.3), rng.choice([[0], [1], [0, 1]])
+    ranks = start(job.forks, job.world, out, **KEYS)
+    wait_for_step(job.world / out, step)
+    time.sleep(delay)
+    for rank in victims:
+        os.kill(ranks.pids[rank], signal.SIGKILL)
+    return f"ranks {victims} {delay:.2f} s after step {step}; {_died_and_resumed(job, out, ranks, victims)}"
+
+
+def damaged_on_disk(job: Job, out: str, rng: random.Random) -> str:
+    """A file of the newest checkpoint is cut, flipped in a bit or gone: the one before is taken, and a line says so."""
+    step = rng.choice([4, 6, 8])
+    folder = job.copy_at(out, step)
+    what = _damage(folder / f"step-{step:08d}", rng)
+    output = job.resume(out)
+    check("trying the one before" in output and f"step-{step:08d}" in output, f"no line on {what}\n{output}")
+    check(f"resumed from {folder}/step-{step - EVERY:08d}" in output, f"{what}: not resumed from the one before\n{output}")
+    return f"{what}; resumed from step {step - EVERY}"
+
+
+def all_damaged(job: Job, out: str, rng: random.Random) -> str:
+    """Nothing complete is left: refused with exit code 2 in one line, and nothing is touched."""
+    folder = job.copy_at(out, 4)
+    what = [_damage(path, rng) for path in sorted(folder.glob("step-*"))]
+    before = (job.world / out / "metrics.jsonl").read_bytes()
+    codes, output = run(job.forks, job.world, out, **KEYS)
+    check(codes == [2, 2], f"{what} ended with {codes}\n{output}")
+    check("no complete checkpoint is left" in output and "Traceback" not in output, f"{what}\n{output}")
+    check((job.world / out / "metrics.jsonl").read_bytes() == before, "metrics.jsonl was touched")
+    return f"{what}; refused"
+
+
+def stale_pointer(job: Job, out: str, rng: random.Random) -> str:
+    """`latest` names another checkpoint, or none, or is gone: the newest complete one is taken."""
+    folder = job.copy_at(out, 8)
+    text = rng.choice(["step-00000006\n", "step-00000099\n", "", None])
+    if text is None:
+        (folder / "latest").unlink()
+    else:
+        (folder / "latest").write_text(text)
+    output = job.resume(out)
+    check(f"resumed from {folder}/step-00000008" in output, f"latest is {text!r}\n{output}")
+    check(text is None or "the newest complete one" in output, f"no line on the pointer\n{output}")
+    return f"latest {text!r}; resumed from step 8"
+
+
+def disk_full(job: Job, out: str, rng: random.Random) -> str:
+    """A file system that holds one checkpoint and no second: told, training goes on, then a rank dies."""
+    disk = job.world / out / "checkpoints"
+    disk.mkdir(parents=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", disk], capture_output=True, text=True)
+    if mount.returncode:
+        return f"not tried: {mount.stderr.strip()}"
+    try:
+        ranks = start(job.forks, job.world, out, **KEYS)
+        wait_for_step(job.world / out, rng.randint(6, STEPS - 1))
+        os.kill(ranks.pids[1], signal.SIGKILL)
+        codes, output = ranks.codes(), ranks.output()
+        check("checkpoint of step 4 NOT saved" in output, f"no line on the full disk ({codes})\n{output}")
+        check((disk / "step-00000002" / "MANIFEST.json").is_file(), "the checkpoint that was there is gone")
+        job.resume(out)
+        return "checkpoint of step 2 kept; resumed from step 2"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def check(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise Broken(complaint)
+
+
+def _died_and_resumed(job: Job, out: str, ranks, victims: list[int]) -> str:
+    codes, output = ranks.codes(), ranks.output()
+    if codes == [0, 0]:
+        died = "it ended before"
+    else:
+        check(all(codes[rank] == -signal.SIGKILL for rank in victims), f"ended with {codes}\n{output}")
+        for rank in {0, 1} - set(victims):
+            check(codes[rank] == 1, f"the surviving rank {rank} ended with {codes[rank]}\n{output}")
+            check(f"rank {victims[0]} died at step " in output, f"nobody names rank {victims[0]}\n{output}")
+            check(status(job.world / out)["state"] == "failed", f"STATUS.json says {status(job.world / out)}")
+        died = f"codes {codes}"
+    output = job.resume(out)
+    resumed = [line.rpartition("-")[2] for line in output.splitlines() if line.startswith("resumed from")]
+    return f"{died}; " + (f"resumed from step {int(resumed[0])}" if resumed else "started over")
+
+
+def _damage(checkpoint: Path, rng: random.Random) -> str:
+    path = rng.choice(sorted(checkpoint.iterdir()))
+    size = path.stat().st_size
+    kind = rng.choice(["cut", "flipped", "deleted", "emptied", "lengthened"])
+    if kind == "cut":
+        os.truncate(path, rng.randrange(1, size))
+    elif kind == "flipped":
+        content = bytearray(path.read_bytes())
+        content[rng.randrange(size)] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    elif kind == "deleted":
+        path.unlink()
+    elif kind == "emptied":
+        os.truncate(path, 0)
+    else:
+        path.write_bytes(path.read_bytes() + b"\0")
+    return f"{path.name} of {checkpoint.name} {kind}"
+
+
+FAULTS = (  # in turn; every second one is a kill inside a save
+    killed_inside_a_save, killed_at_a_random_moment, killed_inside_a_save, damaged_on_disk,
+    killed_inside_a_save, killed_at_a_random_moment, killed_inside_a_save, stale_pointer,
+    killed_inside_a_save, killed_at_a_random_moment, killed_inside_a_save, disk_full,
+    killed_inside_a_save, damaged_on_disk, killed_inside_a_save, all_damaged,
+    killed_inside_a_save, killed_at_a_random_moment, killed_inside_a_save, damaged_on_disk,
+)  # fmt: skip

@@ -1,0 +1,154 @@
+"""What is found, refused and written; no ranks, no models."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dpo_ds import checkpoint
+from dpo_ds.checkpoint import Checkpoint, check_config, check_identity, find, open_folder, set_aside_newer
+from dpo_ds.config import TrainConfig, to_plain
+from dpo_ds.durable import HashingFile
+from dpo_ds.errors import ConfigError
+
+RUN = TrainConfig.model_validate(
+    {"model": {"path": "m"}, "data": {"train": "d"}, "deepspeed": {"config": "c"}, "output_dir": "o"}
+)
+
+
+def make(folder: Path, step: int, **changes) -> Path:
+    """A checkpoint of one file, as the writer leaves it."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    content = f"shard of step {step}".encode()
+    (path / "shard.pt").write_bytes(content)
+    files = {"shard.pt": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    manifest = {
+        "format": 1, "step": step, "world_size": 2, "config": to_plain(RUN), "identity": {"the model in model.path": "abc"},
+        "versions": checkpoint.versions(), "files": files,
+    } | changes  # fmt: skip
+    body = json.dumps(manifest)
+    (path / "MANIFEST.json").write_text(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}")
+    (path.parent / "latest").write_text(path.name + "\n")
+    return path
+
+
+def test_the_newest_complete_one_comes_first(tmp_path):
+    assert find(tmp_path, "auto") == ([], [])
+    for step in (4, 12, 8):
+        make(tmp_path, step)
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000012\n")
+    (tmp_path / "checkpoints" / "step-00000016.tmp").mkdir()  # a save that died
+    complete, notes = find(tmp_path, "auto")
+    assert ([found.step for found in complete], notes) == ([12, 8, 4], [])
+    assert find(tmp_path, "never") == ([], [])
+
+
+DAMAGE = {
+    "truncated": (lambda path: (path / "shard.pt").write_bytes(b"shard"), "shard.pt has 5 bytes, MANIFEST.json says 15"),
+    "deleted": (lambda path: (path / "shard.pt").unlink(), "shard.pt is missing"),
+    "no manifest": (lambda path: (path / "MANIFEST.json").unlink(), "no MANIFEST.json"),
+    "half a manifest": (lambda path: os.truncate(path / "MANIFEST.json", 40), "MANIFEST.json is damaged"),
+    "a bit of the manifest": (lambda path: flip(path / "MANIFEST.json", 30), "MANIFEST.json is damaged"),
+    "manifest no text": (lambda path: (path / "MANIFEST.json").write_bytes(b"\xff\xfe"), "MANIFEST.json is damaged"),
+}
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_newest_is_named_and_the_one_before_is_taken(tmp_path, name):
+    damage, problem = DAMAGE[name]
+    make(tmp_path, 4)
+    newest = make(tmp_path, 8)
+    damage(newest)
+    complete, notes = find(tmp_path, "auto")
+    assert [found.step for found in complete] == [4]
+    assert str(newest) in notes[0] and problem in notes[0] and "trying the one before" in notes[0]
+    assert "latest names step-00000008" in notes[1] and "step-00000004" in notes[1]
+    with pytest.raises(ConfigError, match="--checkpoint.resume .*step-00000008: "):
+        find(tmp_path, str(newest))
+    (tmp_path / "checkpoints" / "step-00000004" / "shard.pt").unlink()
+    with pytest.raises(ConfigError, match="no complete checkpoint is left"):
+        find(tmp_path, "auto")
+
+
+def test_a_flipped_bit_in_a_shard_is_found_by_its_hash(tmp_path):
+    path = make(tmp_path, 4)
+    flip(path / "shard.pt", 3)
+    found, _ = open_folder(path)
+    assert found.damage() == ["shard.pt"]
+    assert found.damage(1, 2) == [], "the second of two ranks has no file to look at"
+
+
+def test_a_stale_pointer_is_a_note(tmp_path):
+    make(tmp_path, 4), make(tmp_path, 8)
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000004\n")
+    complete, notes = find(tmp_path, "auto")
+    assert complete[0].step == 8 and "latest names step-00000004; taking step-00000008" in notes[0]
+
+
+def test_another_layout_is_refused_and_other_versions_are_told(tmp_path):
+    path = make(tmp_path, 4, format=7, versions={"dpo_ds": "9.9"})
+    assert open_folder(path) == (None, "its layout 7 (dpo_ds 9.9) is not known here, only 1 is")
+    older = make(tmp_path, 8, versions={"deepspeed": "0.1"})
+    notes = check_config(open_folder(older)[0], RUN, 2)
+    assert len(notes) == 1 and "was saved with deepspeed 0.1, this is " in notes[0]
+
+
+def test_what_may_change_is_told_and_what_may_not_is_refused_by_name(tmp_path):
+    found, _ = open_folder(make(tmp_path, 4))
+
+    def changed(section, **values):
+        return RUN.model_copy(update={section: getattr(RUN, section).model_copy(update=values)})
+
+    assert check_config(found, RUN, 2) == []
+    assert check_config(found, changed("train", learning_rate=1.0), 2) == [
+        "changed on resume: train.learning_rate 5e-07 -> 1.0"
+    ]
+    assert "saved by 2 ranks, this run has 3" in check_config(found, RUN, 3)[0]
+    for section, key, value in (("loss", "beta", 0.2), ("train", "seed", 1), ("train", "global_batch_size", 3)):
+        with pytest.raises(ConfigError, match=f"{section}.{key} .* -> {value} cannot change on resume"):
+            check_config(found, changed(section, **{key: value}), 2)
+    with pytest.raises(ConfigError, match="the model in model.path is now xyz, in .* it was abc"):
+        check_identity(found, {"the model in model.path": "xyz"})
+    check_identity(found, {"the model in model.path": "abc"})
+
+
+def test_what_a_resumption_leaves_behind_is_set_aside(tmp_path):
+    for step in (4, 8, 12):
+        make(tmp_path, step)
+    resumed, _ = open_folder(tmp_path / "checkpoints" / "step-00000004")
+    notes = set_aside_newer(tmp_path, resumed)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000004", "step-00000008.aside", "step-00000012.aside"]
+    assert len(notes) == 2 and (tmp_path / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    elsewhere = Checkpoint(tmp_path / "other" / "step-00000002", resumed.manifest)
+    set_aside_newer(tmp_path, elsewhere)
+    assert not list((tmp_path / "checkpoints").glob("step-????????"))
+
+
+def test_a_files_hash_is_known_when_it_is_written(tmp_path):
+    content = os.urandom(40_000_001)  # three chunks
+    with ThreadPoolExecutor(1) as hasher:
+        file = HashingFile(tmp_path / "a", hasher)
+        file.write(content[:7])
+        file.write(content[7:])
+        written = file.close()
+    assert (tmp_path / "a").read_bytes() == content and file.error is None
+    assert (written.size, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_full_disk_raises_nothing_and_is_remembered(tmp_path):
+    with ThreadPoolExecutor(1) as hasher:
+        file = HashingFile(Path("/dev/full"), hasher)
+        assert file.write(b"123") == 3 and file.write(b"4") == 1
+        file.close()
+    assert file.error.strerror == "No space left on device"

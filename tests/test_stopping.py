@@ -1,0 +1,165 @@
+"""Signals, time limits, dead and hanging ranks, on real jobs."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo_ds import stopping
+from dpo_ds.config import CheckpointSection
+from dpo_ds.errors import ConfigError
+from dpo_ds.launch import free_port
+from dpo_ds.stopping import StopFlag, Stopped, at_once, check_end, deadline
+from tests.ranks import ROOT
+from tests.small_jobs import exact, make_world, run, start, status, steps, train_command, wait_for_step, weights
+
+STEPS = 30
+KEYS = {"train__max_steps": STEPS, "train__schedule": "linear", "train__warmup_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("stopping"), hidden=16, layers=1)
+
+
+@pytest.fixture(scope="module")
+def whole(forks, world):
+    codes, output = run(forks, world, "whole", **KEYS)
+    assert codes == [0, 0], output
+    assert not list((world / "whole" / "pids").iterdir()), "pids of ranks that have ended"
+    return world / "whole"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("signum, rank", [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)], ids=["TERM to 0", "USR1 to 1"])
+def test_a_signal_to_any_rank_saves_and_the_run_goes_on_as_if_nothing_had_been(forks, world, whole, signum, rank):
+    out = world / f"signalled-{rank}"
+    ranks = start(forks, world, out.name, **KEYS)
+    wait_for_step(out, 3)
+    pids = {path.name.rpartition("-")[2]: int(path.read_text()) for path in (out / "pids").iterdir()}
+    assert pids == {str(number): pid for number, pid in enumerate(ranks.pids)}
+    os.kill(ranks.pids[rank], signum)
+    os.kill(ranks.pids[rank], signum)  # ignored, as a launcher's second one must be
+    assert ranks.codes() == [75, 75], ranks.output()
+    said = status(out)
+    done = said["step"]
+    assert said == {"state": "stopped", "reason": f"{signum.name} received", "step": done, "exit_code": 75}
+    assert 3 <= done < STEPS and [line["step"] for line in steps(out)] == list(range(1, done + 1))
+    assert (out / "checkpoints" / "latest").read_text() == f"step-{done:08d}\n" and not (out / "final").exists()
+    codes, output = run(forks, world, out.name, **KEYS)
+    assert codes == [0, 0] and f"step-{done:08d}" in output, output
+    assert exact(out) == exact(whole) and weights(out) == weights(whole)
+
+
+@pytest.mark.distributed
+def test_a_time_limit_stops_unasked(forks, world):
+    env = {"SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
+    codes, output = run(forks, world, "limited", env=env, **KEYS, checkpoint__save_before_end_seconds=200)
+    assert codes == [75, 75], output
+    assert status(world / "limited")["reason"] == "the time limit is near"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_job_by_name(forks, world, victim):
+    out = world / f"killed-{victim}"
+    ranks = start(forks, world, out.name, **KEYS)
+    wait_for_step(out, 3)
+    killed = time.monotonic()
+    os.kill(ranks.pids[victim], signal.SIGKILL)
+    codes = ranks.codes()
+    assert time.monotonic() - killed < 10
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, ranks.output()
+    said = status(out)
+    assert (said["state"], said["exit_code"]) == ("failed", 1) and said["step"] >= 3
+    assert said["reason"].startswith(f"rank {victim} died at step ") and said["reason"] in ranks.output()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_freezes_ends_the_job_by_name_within_the_time_out(forks, world):
+    out = world / "frozen"
+    ranks = start(forks, world, out.name, env={"DPO_DS_PEER_SECONDS": "2"}, **KEYS)
+    wait_for_step(out, 3)
+    os.kill(ranks.pids[1], signal.SIGSTOP)
+    threading.Timer(6, os.kill, (ranks.pids[1], signal.SIGKILL)).start()  # nobody else ends a stopped process here
+    assert ranks.codes() == [1, -signal.SIGKILL], ranks.output()
+    assert status(out)["reason"].startswith("rank 1 gave no sign of life for 2 s at step ")
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_or_fails_alone_is_named(forks, tmp_path):
+    env = {"DPO_DS_HANG_SECONDS": "2"}
+    codes, output = forks.run(["hang"], 3, tmp_path, module="tests.workers.peers", **env)
+    assert codes == [1, 1, 1] and "rank 1 hangs at step 7: no rank got on for 2 s" in output, output
+    codes, output = forks.run(["fail"], 3, tmp_path, module="tests.workers.peers")
+    assert codes == [1, 1, 1] and "rank 1 failed at step 7: KeyError: 'lost'; this job ends" in output, output
+    codes, output = forks.run(["end"], 3, tmp_path, module="tests.workers.peers")
+    assert codes == [0, 0, 0] and output == "", output
+
+
+@pytest.mark.distributed
+def test_ctrl_c_at_the_launchers_terminal(world):
+    """SIGINT to the launcher, its helper and the ranks at once; the launcher signals the ranks a second time."""
+    out = world / "interrupted"
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [*launcher, "--module", "dpo_ds", *train_command(world, out.name, **KEYS | {"train__max_steps": 2000})]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"DPO_DS_CACHE": str(world / "cache")}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    wait_for_step(out, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(60)
+    said = status(out)
+    assert (said["state"], said["exit_code"]) == ("stopped", 75) and said["reason"].endswith(" received")
+    assert (out / "checkpoints" / f"step-{said['step']:08d}" / "MANIFEST.json").is_file()
+
+
+class Ended(Exception):
+    """Stands in for the end of the process."""
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_inside_a_commit(monkeypatch, capfd):
+    flag, clock, calls = StopFlag(), [100.0], []
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(stopping.os, "_exit", end)
+    for seconds, signum in ((0, signal.SIGINT), (0.0005, signal.SIGTERM), (1.9, signal.SIGINT), (60, signal.SIGTERM)):
+        clock[0] = 100 + seconds
+        flag._take(signum, lambda: calls.append("interrupted"))
+    assert calls == [] and capfd.readouterr().err.count("ending with a checkpoint") == 1
+    with flag.committing:
+        late = threading.Thread(target=lambda: pytest.raises(Ended, flag._take, signal.SIGINT, lambda: calls.append("i")))
+        late.start()
+        late.join(0.1)
+        assert calls == [] and late.is_alive(), "it waits for the commit"
+    late.join(10)
+    assert calls == ["i"]
+
+
+def test_before_the_first_step_a_signal_ends_the_run_where_it_is():
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM before the first step"), at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_the_deadline_is_before_the_earlier_end(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert deadline(CheckpointSection(time_limit_seconds=100), 1000.0) is None, "0: off"
+    both = CheckpointSection(save_before_end_seconds=30, time_limit_seconds=100)
+    assert deadline(both, 1000.0) == 1000 + 100 - 30
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1050")
+    assert deadline(both, 1000.0) == 1050 - 30
+    check_end(CheckpointSection(save_before_end_seconds=30))
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    with pytest.raises(ConfigError, match="save_before_end_seconds 30 needs an end: SLURM_JOB_END_TIME is not set"):
+        check_end(CheckpointSection(save_before_end_seconds=30))

@@ -1,0 +1,38 @@
+"""One rank: which parameters DeepSpeed keeps from forward to backward once it knows a step: gathers.py OUT."""
+
+import json
+import sys
+from pathlib import Path
+
+from dpo_ds import launch
+from dpo_ds.batch import packed_batch
+from dpo_ds.config import TrainSection
+from dpo_ds.ds_config import Machine, fill_policy
+from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
+from dpo_ds.model import LogProbModel, load_causal_lm
+from tests.tiny import random_pairs, save_tiny, tiny_config
+from tests.workers.gradients import Section
+
+
+def main(out: str) -> None:
+    place = launch.from_environment()
+    quiet_libraries()
+    device = initialize_distributed(place)
+    path = save_tiny(Path(out).parent / "model", tiny_config("llama"))
+    given = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    config, _ = fill_policy(given, "test", TrainSection(global_batch_size=4), Machine(1, "cpu", False), 32)
+    policy = Policy(LogProbModel(load_causal_lm(Section, path, config, "auto")), config, device)
+    assert settle_layout("packed", [policy]) == ("packed", "")
+    batch = packed_batch(random_pairs(4))
+    kept = []
+    for _ in range(4):
+        logps = policy.token_logps(batch)
+        kept.append(sum(parameter.ds_status.name == "AVAILABLE" for parameter in policy.causal_lm.parameters()))
+        policy.backward(logps.sum(), is_last=True)
+        policy.step(1e-3)
+    Path(out).write_text(json.dumps({"kept": kept, "parameters": len(list(policy.causal_lm.parameters()))}))
+    finish_distributed()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
