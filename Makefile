@@ -1,4 +1,4 @@
-# make demo | make test | make faults N=20 | make lint | make install | make clean
+# make demo | make test | make bench | make faults N=20 | make lint | make install | make clean
 # Needs Python 3.10 or newer and make; no GPU, no compiler.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test faults lint clean
+.PHONY: install demo test bench faults lint clean
 
 install: $(STAMP)
 
@@ -31,6 +31,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Steps of ours against TRL's, on the CPU in some minutes, on all GPUs where there are any: make bench ARGS="--out bench.json"
+bench: $(VENV)/.bench
+	$(BIN)/python tests/benchmarks/train_throughput.py $(ARGS)
+
+$(VENV)/.bench: $(STAMP)
+	$(PIP_INSTALL) -e '.[bench]'
+	@touch $@
 
 # Breaks a two-rank job N times in random ways and compares what resumes with the undisturbed run.
 N ?= 20

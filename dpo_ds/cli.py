@@ -6,13 +6,15 @@ Parsing imports neither torch nor deepspeed. A user's mistake is one line from r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
-from dpo_ds import __version__, config
+from dpo_ds import __version__, config, yaml_file
 from dpo_ds.errors import ConfigError, UserError
 
 EXIT_DONE, EXIT_USER = 0, 2
@@ -98,31 +100,64 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the script and of `python -m dpo_ds`; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     talks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-    try:
-        command, run, notes, print_config = parse(sys.argv[1:] if argv is None else argv)
-        if print_config:
-            if talks:
-                print(yaml.safe_dump(config.to_plain(run), sort_keys=False), end="")
-            return EXIT_DONE
-        if talks:
-            for note in notes:
-                print(f"dpo-ds: {note}", file=sys.stderr)
-        if command == "precompute":
-            from dpo_ds import precompute
 
-            return precompute.start(run)
-        if command == "export":
-            from dpo_ds import export_checkpoint
-
-            return export_checkpoint.start(run)
-        from dpo_ds import run as commands  # torch comes in here, after parsing
-
-        return commands.start(command, run)
-    except UserError as mistake:
+    def report(mistake: UserError) -> int:
         if talks:
             print(f"dpo-ds: error: {mistake}", file=sys.stderr, flush=True)
         return EXIT_USER
+
+    try:
+        command, run, notes, print_config = parse(argv)
+    except UserError as mistake:
+        if talks:
+            _leave_status(argv, str(mistake))
+        return report(mistake)
+    if talks:
+        for note in notes:
+            print(f"dpo-ds: {note}", file=sys.stderr)
+    if print_config:
+        if talks:
+            print(yaml.safe_dump(config.to_plain(run), sort_keys=False), end="")
+        return EXIT_DONE
+    try:
+        return _start(command, run)
+    except UserError as mistake:
+        return report(mistake)
+
+
+def _start(command: str, run: config.Section) -> int:
+    """The command's own module, which brings torch in, after parsing."""
+    if command == "precompute":
+        from dpo_ds import precompute
+
+        return precompute.start(run)
+    if command == "export":
+        from dpo_ds import export_checkpoint
+
+        return export_checkpoint.start(run)
+    from dpo_ds import run as training
+
+    return training.start(command, run)
+
+
+def _leave_status(argv: Sequence[str], mistake: str) -> None:
+    """What an earlier run left in STATUS.json must not pass for this one's, also if the keys could not be read."""
+    from dpo_ds.tracking import write_status
+
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--output_dir")
+    given.add_argument("--config")
+    if argv and argv[-1] in ("--output_dir", "--config"):
+        argv = argv[:-1]  # its value is what is missing
+    found, _ = given.parse_known_args(argv)
+    output_dir = found.output_dir
+    if output_dir is None and found.config is not None:
+        with contextlib.suppress(ConfigError):  # the file itself may be the mistake
+            output_dir = yaml_file.read_mapping(Path(found.config), "config").get("output_dir")
+    if isinstance(output_dir, str) and (Path(output_dir).expanduser() / "STATUS.json").is_file():
+        write_status(Path(output_dir).expanduser(), "failed", mistake, exit_code=EXIT_USER)
 
 
 def _print_overview() -> None:

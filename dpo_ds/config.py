@@ -13,16 +13,28 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dpo_ds import yaml_file
 from dpo_ds.errors import ConfigError
 
 LOSSES = ("dpo",)  # dpo_ds.losses.LOSSES by name; kept equal by a test, because that module imports torch
 
 
+def is_bool(field) -> bool:
+    return field.annotation is bool
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value, info):
+        """`yes` is no number, and ~ is the home folder in every path."""
+        if isinstance(value, bool) and not is_bool(cls.model_fields[info.field_name]):
+            raise ValueError(f"{str(value).lower()!r} is neither a number nor text")
+        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 class LoraSection(Section):
@@ -60,11 +72,15 @@ class DataSection(Section):
         for item in items:
             if not isinstance(item, dict):
                 continue
-            weight = item.get("weight", 1)
             if set(item) - {"path", "weight"} or not isinstance(item.get("path"), str):
                 raise ValueError(f"{item} is not a source; write {{path: ..., weight: 1.0}}")
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-                raise ValueError(f"weight {weight!r} of {item['path']} must be a number above 0")
+            given = item.get("weight", 1.0)
+            try:
+                item["weight"] = float(given)  # YAML reads 1e-1 as text
+            except (TypeError, ValueError):
+                item["weight"] = 0.0
+            if not 0 < item["weight"] < float("inf"):
+                raise ValueError(f"weight {given!r} of {item['path']} must be a number above 0")
         return source
 
     @model_validator(mode="after")
@@ -134,6 +150,7 @@ class PrecomputeSection(Section):
     layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
     micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
     shard_rows: int = Field(512, gt=0, description="pairs a file: the most that a killed rank computes again")
+    threads: int = Field(1, gt=0, description="CPU threads a rank; decides last bits, so it does not follow the ranks")
 
 
 class CheckpointSection(Section):
@@ -152,7 +169,7 @@ class SftConfig(Section):
     train: TrainSection = TrainSection()
     deepspeed: DeepSpeedSection
     checkpoint: CheckpointSection = CheckpointSection()
-    output_dir: str = Field(description="everything the run writes goes there")
+    output_dir: str = Field(min_length=1, description="everything the run writes goes there")
 
 
 class TrainConfig(SftConfig):
@@ -206,7 +223,12 @@ class VerifyConfig(Section):
     verify: str
 
 
-COMMANDS: dict[str, type[Section]] = {"sft": SftConfig, "train": TrainConfig, "precompute": PrecomputeConfig, "export": ExportConfig}
+COMMANDS: dict[str, type[Section]] = {
+    "sft": SftConfig,
+    "train": TrainConfig,
+    "precompute": PrecomputeConfig,
+    "export": ExportConfig,
+}
 _ELSEWHERE = {name for config in COMMANDS.values() for name in config.model_fields}
 RECORDED = "environment"  # config.yaml's record of versions and machine; not a key, ignored when the file is used again
 
@@ -215,15 +237,11 @@ def keys(config: type[Section], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> pydantic field, in the order of declaration: what flags and README are made from."""
     found = {}
     for name, field in config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if _is_section(field):
             found |= keys(field.annotation, f"{prefix}{name}.")
         else:
             found[prefix + name] = field
     return found
-
-
-def is_bool(field) -> bool:
-    return field.annotation is bool
 
 
 def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tuple[Section, list[str]]:
@@ -289,29 +307,27 @@ def flatten(values: dict, prefix: str = "", depth: int = 2) -> dict[str, Any]:
 
 
 def _read_yaml(command: str, config: type[Section], path: Path) -> tuple[dict, list[str]]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise ConfigError(f"--config {path}{place}: not YAML ({problem})") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: holds a {type(values).__name__}, expected sections such as 'model:'")
+    values = yaml_file.read_mapping(path, "config")
     values.pop(RECORDED, None)
     unused = sorted(set(values) & (_ELSEWHERE - set(config.model_fields)))
     for name in unused:
         del values[name]
+    for name, value in values.items():
+        if name in config.model_fields and _is_section(config.model_fields[name]):
+            values[name] = {} if value is None else value  # `train:` with nothing under it
+            if not isinstance(values[name], dict):
+                example = next(key for key in keys(config) if key.startswith(f"{name}."))
+                raise ConfigError(f"{path}: {name} is {value!r}, expected keys below it, such as {example}")
     for key in _unknown(values, config):
-        raise ConfigError(f"{path}: unknown key {key!r}; {did_you_mean(key, keys(config))}")
+        if key in keys(config):
+            raise ConfigError(f"{path}: {key!r} is written with a dot; nest it: {key.replace('.', ': {', 1)}: ...}}")
+        known = keys(config) if "." in key else config.model_fields
+        raise ConfigError(f"{path}: unknown key {key!r}; {did_you_mean(key, known)}")
     return values, [f"{path}: {command} does not use {', '.join(unused)}"] if unused else []
+
+
+def _is_section(field) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
 def _unknown(values: dict, config: type[Section], prefix: str = "") -> typing.Iterator[str]:
@@ -319,7 +335,7 @@ def _unknown(values: dict, config: type[Section], prefix: str = "") -> typing.It
         field = config.model_fields.get(name)
         if field is None:
             yield f"{prefix}{name}"
-        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        elif isinstance(value, dict) and _is_section(field):
             yield from _unknown(value, field.annotation, f"{prefix}{name}.")
 
 
@@ -330,8 +346,8 @@ def _from_text(text: str, annotation: Any, key: str) -> Any:
         return None
     if annotation is not str and text[:1] in ("[", "{"):
         try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
+            return yaml_file.parse(text)
+        except yaml_file.YAMLError:
             raise ConfigError(f"--{key} {text}: not a YAML list or mapping") from None
     return text
 
@@ -348,6 +364,7 @@ def _first_line(error: ValidationError, known: dict, overrides: dict, yaml_path:
         required = [k for k in needs if known[k].is_required()]
         return f"{', '.join(required or [key])} is required; give it as --{(required or [key])[0]} or in --config"
     if finding["type"] == "value_error":
-        return rule if rule.startswith(key) or "." not in key else f"{key}: {rule}"
+        line = rule if rule.startswith(key) or "." not in key else f"{key}: {rule}"
+        return f"{yaml_path}: {line}" if yaml_path and key not in overrides else line
     where = f"--{key}" if key in overrides else f"{yaml_path}: {key}"
     return f"{where}: {finding['input']!r} should be {rule}"

@@ -7,6 +7,7 @@ always gets one pair a micro-batch and no accumulation: where a global batch end
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,16 @@ ZERO_KEYS = frozenset(
     zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights model_persistence_threshold
     stage3_model_persistence_threshold save_muon_momentum_buffer_in_memory gather_16bit_weights_on_model_save""".split()
 )
-LEAST_BUCKET = 2**24  # elements, as a model of width 4096 gets by hidden_size**2; smaller messages cost more than they save
+LEAST_BUCKET = 2**24  # elements: width 4096 squared; smaller messages cost more time than they save memory
+# What people misspell; DeepSpeed itself ignores a top-level key that it does not know.
+TOP_KEYS = frozenset(
+    """activation_checkpointing aio amp bf16 checkpoint comms_logger communication_data_type compile csv_monitor
+    data_types dump_state flops_profiler fp16 gradient_accumulation_steps gradient_clipping
+    gradient_predivide_factor memory_breakdown optimizer prescale_gradients scheduler
+    seq_parallel_communication_data_type steps_per_print tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization""".split()
+)
 SCHEDULE_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -55,7 +65,7 @@ def read(path: str, key: str = "deepspeed.config") -> dict:
     if path == "none" and not Path(path).exists():
         raise ConfigError(f"--{key} none: training needs a DeepSpeed engine; ds_configs/ holds tested files")
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_object)
     except FileNotFoundError:
         raise ConfigError(f"--{key} {path}: no such file; ds_configs/ holds tested ones") from None
     except OSError as error:
@@ -64,9 +74,20 @@ def read(path: str, key: str = "deepspeed.config") -> dict:
         raise ConfigError(f"--{key} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"--{key} {path}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
+    except ValueError as error:
+        raise ConfigError(f"--{key} {path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--{key} {path}: holds a {type(values).__name__}, a DeepSpeed config is an object {{...}}")
     return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object in which no key stands twice; null counts as absent."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = next(key for i, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:i]])
+        raise ValueError(f"{repeated!r} is given twice in one object")
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def fill_policy(
@@ -117,24 +138,37 @@ def is_bf16(filled: dict) -> bool:
 
 def _check_common(config: dict, path: str, machine: Machine) -> list[str]:
     for section in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"):
-        if config.get(section) is not None and not isinstance(config[section], dict) and config[section] != AUTO:
+        if section in config and not isinstance(config[section], dict) and config[section] != AUTO:
             raise ConfigError(f"{path}: {section} is {config[section]!r}, DeepSpeed expects an object {{...}}")
-        if config.get(section, AUTO) in (AUTO, None):
-            config.pop(section, None)
+        if config.get(section) == AUTO:
+            del config[section]
+    for section in ("optimizer", "scheduler"):
+        params = config.get(section, {}).get("params", {})
+        if not isinstance(params, dict):
+            raise ConfigError(f"{path}: {section}.params is {json.dumps(params)}, DeepSpeed expects an object {{...}}")
     zero = config.get("zero_optimization", {})
     for key in zero:
         if key not in ZERO_KEYS:
             raise ConfigError(f"{path}: unknown key 'zero_optimization.{key}'; {did_you_mean(key, sorted(ZERO_KEYS))}")
     stage = zero.get("stage", AUTO)
-    if stage not in (AUTO, 3):
-        why = "its gradients are wrong under accumulation (DeepSpeed#7718)" if stage in (1, 2) else "it shards nothing"
-        raise ConfigError(f"{path}: zero_optimization.stage {stage!r} is refused, {why}; set it to 3 or leave it out")
-    if config.get("fp16", {}).get("enabled", AUTO) is True:
+    if stage != AUTO and (stage != 3 or type(stage) is not int):
+        shown = json.dumps(stage)
+        why = {1: "ZeRO-1 and 2 accumulate gradients wrongly (DeepSpeed#7718)", 0: "it shards nothing"}
+        reason = why.get(min(stage, 1), "") if type(stage) is int else "it must be the number 3"
+        raise ConfigError(f"{path}: zero_optimization.stage {shown} is refused, {reason}; set it to 3 or leave it out")
+    for section in ("fp16", "bf16"):
+        enabled = config.get(section, {}).get("enabled", AUTO)
+        if enabled != AUTO and not isinstance(enabled, bool):
+            raise ConfigError(f'{path}: {section}.enabled is {json.dumps(enabled)}, must be true, false or "auto"')
+    if config.get("fp16", {}).get("enabled") is True:
         raise ConfigError(f"{path}: fp16 is refused, its range is too small for log-probs; use bf16 or fp32")
-    if config.get("bf16", {}).get("enabled", AUTO) not in (AUTO, True, False):
-        raise ConfigError(f'{path}: bf16.enabled is {config["bf16"]["enabled"]!r}, must be true, false or "auto"')
-    if config.get("amp", {}):
-        raise ConfigError(f"{path}: amp is refused; use bf16 or fp32")
+    if config.get("amp", {}) or config.get("torch_autocast", {}).get("enabled"):
+        raise ConfigError(f"{path}: amp and torch_autocast are refused, they hide a type; use bf16 or fp32")
+    if zero.get("compute_grad_norm") is False:
+        raise ConfigError(f"{path}: zero_optimization.compute_grad_norm false is refused, the norm is logged")
+    for key in config.keys() - TOP_KEYS:
+        if close := difflib.get_close_matches(key, TOP_KEYS, n=1, cutoff=0.75):
+            raise ConfigError(f"{path}: unknown key {key!r}; did you mean {close[0]!r}?")
     config.pop("fp16", None)
     slow = config.get("bf16", {}).get("enabled") is True and not machine.has_bf16
     return [f"{path}: bf16 on a {machine.device} without bf16 arithmetic is about ten times slower than fp32"] * slow
@@ -145,6 +179,9 @@ def _check_batch(config: dict, path: str, run: TrainSection, machine: Machine) -
         config.get(key, AUTO)
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     )
+    for number in (total, micro, accumulation):
+        if number != AUTO and type(number) is not int:
+            raise ConfigError(f'{path}: batch size {json.dumps(number)} must be a whole number or "auto"')
     if total != AUTO and total != run.global_batch_size:
         raise ConfigError(
             f"{path}: train_batch_size {total} contradicts train.global_batch_size {run.global_batch_size}; "

@@ -34,7 +34,7 @@ def initialize_distributed(launch: Launch) -> torch.device:
     if get_accelerator().device_name() == "cpu":
         # Built with ninja and a compiler inside init_distributed otherwise; gloo gives the same bits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Left out by launchers other than deepspeed's; DeepSpeed would start numactl for every reduction to count ranks.
+        # The deepspeed program sets it; where it is missing, DeepSpeed starts numactl at every reduction to count them.
         os.environ.setdefault("LOCAL_SIZE", str(launch.local_world_size))
         device = torch.device("cpu")
     else:
@@ -51,7 +51,8 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls what torch renames
+    for caller in ("torch", "transformers", "deepspeed"):  # they call what each other will rename
+        warnings.filterwarnings("ignore", category=FutureWarning, module=caller)
 
 
 def finish_distributed() -> None:
@@ -74,6 +75,7 @@ class Policy:
         groups = parameter_groups(model, ds_config["optimizer"]["params"]["weight_decay"])
         self.padded_attention = model.causal_lm.config._attn_implementation
         self.engine = _initialize(model, ds_config, model_parameters=groups)
+        self.engine.train()  # models are loaded in evaluation mode, in which they do not checkpoint activations
         self.device = device
         self.has_run_backward = False
 
@@ -200,8 +202,8 @@ def check_head(model: Policy | FrozenModel) -> None:
 
 @contextlib.contextmanager
 def _leaving_no_trace(engine):
-    """For forwards before the first backward. From the first complete trace it sees, DeepSpeed 0.19.8 settles for good (an
-    lru_cache on __params_to_release) which parameters stay gathered from forward to backward; if that is a trace of
+    """For forwards before the first backward. From the first complete trace it sees, DeepSpeed 0.19.8 settles for good
+    (an lru_cache on __params_to_release) which parameters stay gathered from forward to backward; if that is a trace of
     forwards alone, none do, and every later step gathers every parameter twice.
     """
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()

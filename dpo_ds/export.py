@@ -85,7 +85,7 @@ def write_shards(
 ) -> None:
     """The tensors named in `sizes` (name -> bytes) as safetensors files of at most `limit` bytes, and their index.
 
-    `read` gives a tensor by name, or None to a rank that only helps to gather. A tensor above the limit is a file alone.
+    `read` gives a tensor by name, or None to a rank that only helps to gather. One above the limit is a file alone.
     """
     plan: list[list[str]] = []
     room = 0
@@ -98,19 +98,23 @@ def write_shards(
     weight_map = {}
     for number, names in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        shard: dict[str, torch.Tensor] = {}
-        for name in names:
-            tensor = read(name)
-            if tensor is not None:
-                # Experts are fused when a model is loaded; on disk each has a name of its own.
-                shard |= revert_weight_conversion(causal_lm, {name: tensor})
-        if shard:
-            contiguous = {name: tensor.contiguous() for name, tensor in shard.items()}
-            save_file(contiguous, folder / file, {"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
+        weight_map |= dict.fromkeys(_write_shard(folder / file, names, read, causal_lm), file)
     if len(plan) > 1 and weight_map:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, names: list[str], read: Callable[[str], torch.Tensor | None], causal_lm) -> list[str]:
+    """One file; the names in it, none on a rank that only helps to gather. Nothing of it stays in memory."""
+    shard: dict[str, torch.Tensor] = {}
+    for name in names:
+        tensor = read(name)
+        if tensor is not None:
+            # Experts are fused when a model is loaded; on disk each has a name of its own.
+            shard |= revert_weight_conversion(causal_lm, {name: tensor})
+    if shard:
+        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, path, {"format": "pt"})
+    return list(shard)
 
 
 def write_rest(folder: Path, causal_lm, dtype: torch.dtype, tokenizer, card: str) -> None:

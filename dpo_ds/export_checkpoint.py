@@ -1,4 +1,4 @@
-"""`dpo-ds export CHECKPOINT --to DIR`: a sharded checkpoint as a Hugging Face model, made by one process without a GPU."""
+"""`dpo-ds export CHECKPOINT --to DIR`: a sharded checkpoint as a Hugging Face model, by one process without a GPU."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def _own_weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Any]:
 
 def _check_mergeable(checkpoint: Checkpoint, section: ModelSection, config) -> None:
     if not section.lora.r:
-        raise ConfigError(f"--merge: {checkpoint.path} has no adapters, all its weights were trained; leave --merge out")
+        raise ConfigError(
+            f"--merge: {checkpoint.path} has no adapters, all its weights were trained; leave --merge out"
+        )
     now, then = model_id(section.path, config), checkpoint.manifest["identity"][MODEL]
     if now != then:
         raise ConfigError(f"--merge: {MODEL} is now {now}, in {checkpoint.path} it was {then}; put the same model back")

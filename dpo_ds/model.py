@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -63,8 +65,8 @@ def check_model(section: ModelSection, path: str, key: str = "model.path"):
         config = AutoConfig.from_pretrained(
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"--{key} {path}: no usable model config ({_first_sentence(error)})") from None
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"--{key} {path}: no usable model config ({_one_line(error)})") from None
     remote = section.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise ModelError(f"--{key} {path}: model_type {config.model_type!r} is no causal language model")
@@ -78,32 +80,33 @@ def load_tokenizer(section: ModelSection, config, path: str, key: str = "model.p
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"--{key} {path}: no usable tokenizer ({_first_sentence(error)})") from None
+        raise ModelError(f"--{key} {path}: no usable tokenizer ({_one_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"--{key} {path}: the tokenizer has no EOS token, so a completion could never end; "
             "set eos_token in its tokenizer_config.json"
         )
-    vocabulary = config.get_text_config().vocab_size
-    if tokenizer.eos_token_id >= vocabulary or len(tokenizer) > max(vocabulary, tokenizer.vocab_size):
+    if tokenizer.eos_token_id >= config.get_text_config().vocab_size:
         raise ModelError(
-            f"--{key} {path}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {vocabulary}"
+            f"--{key} {path}: the tokenizer's EOS is token {tokenizer.eos_token_id}, the model's vocab_size is "
+            f"{config.get_text_config().vocab_size}; they do not belong together"
         )
     return tokenizer
 
 
-def load_causal_lm(section: ModelSection, path: str, ds_config: dict, attn: str) -> PreTrainedModel:
+def load_causal_lm(section: ModelSection, ds_config: dict) -> PreTrainedModel:
     """The model with its parameters partitioned over the ranks as they are made (deepspeed.zero.Init), dropout off.
 
-    All ranks enter. `ds_config` decides the dtype; `attn` "auto" leaves transformers its choice.
+    All ranks enter. `ds_config` decides the dtype; section.attn "auto" leaves transformers its choice.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
     zero_init = HfDeepSpeedConfig(ds_config)  # held weakly by transformers: without this name, nothing is sharded
     bf16 = ds_config["bf16"]["enabled"]
     options = {"trust_remote_code": section.trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
-    if attn != "auto":
-        options["attn_implementation"] = attn
+    if section.attn != "auto":
+        options["attn_implementation"] = section.attn
+    path = section.path
     config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
     dropouts = switch_dropout_off(config)
     try:
@@ -111,9 +114,17 @@ def load_causal_lm(section: ModelSection, path: str, ds_config: dict, attn: str)
             torch.manual_seed(0)  # rank 0's draw is broadcast; seeded, so that policy and reference are the same model
             causal_lm = AutoModelForCausalLM.from_config(config, **options)
         else:
-            causal_lm = AutoModelForCausalLM.from_pretrained(path, config=config, revision=section.revision, **options)
+            causal_lm, loading = AutoModelForCausalLM.from_pretrained(
+                path, config=config, revision=section.revision, output_loading_info=True, **options
+            )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{path}: cannot be loaded ({_first_sentence(error)})") from None
+        raise ModelError(f"{path}: cannot be loaded ({_one_line(error)})") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ModelError(f"{path}: weights of other shapes than its config.json says ({_one_line(error)})") from None
+    if not section.from_config:
+        _check_complete(path, loading["missing_keys"])
     del zero_init
     causal_lm.dropouts = dropouts
     return causal_lm
@@ -142,7 +153,30 @@ def _check_folder(folder: Path, path: str, key: str, needs_weights: bool) -> Non
         raise ModelError(
             f"--{key} {path}: no weights ({WEIGHTS[0]} or its index); --model.from_config true starts at random"
         )
+    if needs_weights:
+        _check_weights(folder, path, key)
 
 
-def _first_sentence(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def _check_weights(folder: Path, path: str, key: str) -> None:
+    """The headers of the safetensors files, which tell a file that was cut short; shards that the index names."""
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for file in sorted(folder / name for name in names if index.is_file() or (folder / name).is_file()):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except FileNotFoundError:
+            raise ModelError(f"--{key} {path}: {file.name} is missing, {index.name} names it") from None
+        except SafetensorError as error:
+            raise ModelError(f"--{key} {path}: {file.name} is broken or cut short ({error}); copy it again") from None
+
+
+def _check_complete(path: str, missing: set[str]) -> None:
+    """transformers draws weights that it does not find at random, with a warning at most: here that is an error."""
+    if missing:
+        first = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"{path}: lacks the weights {first}, so it is no whole model of its config.json")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

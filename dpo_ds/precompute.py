@@ -29,7 +29,7 @@ from dpo_ds.data.batching import Layout
 from dpo_ds.errors import ConfigError, UserError
 from dpo_ds.launch import Launch
 from dpo_ds.model import check_model, load_tokenizer
-from dpo_ds.preflight import check_reference_model, prepare_data, speaker, this_machine
+from dpo_ds.preflight import check_reference_model, prepare_data, reference_section, speaker, this_machine
 from dpo_ds.reference.cache import (
     FORMAT,
     MANIFEST,
@@ -171,46 +171,55 @@ def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device)
 
     say = speaker(place)
     precision = work.engine or {"bf16": {"enabled": this_machine(place).has_bf16 and device.type == "cuda"}}
-    model = LogProbModel(load_causal_lm(run.model, run.reference.path or run.model.path, precision, run.model.attn))
+    model = LogProbModel(load_causal_lm(reference_section(run), precision))
     model = Replica(model, device) if work.engine is None else FrozenModel(model, work.engine, device)
     layout_name, note = settle_layout(run.precompute.layout, [model])
     say([note.replace("train.layout", "precompute.layout")] if note else [])
     layout = Layout(layout_name, PAIR, run.precompute.micro_batch_tokens, work.hidden_size)
 
-    folder = Path(run.reference.cache)
-    of_model = from_rank_0(work.identity)
-    used = {name: version for name, version in versions().items() if name in ("dpo_ds", "torch", "transformers")}
-    settings = {**kernels(model, layout_name), "micro_batch_tokens": layout.budget, "versions": used}
+    of_model, folder = from_rank_0(work.identity), Path(run.reference.cache)
+    threads, used = run.precompute.threads, versions()
+    settings = kernels(model, layout_name) | {"micro_batch_tokens": layout.budget, "threads": threads}
+    settings["versions"] = {name: used[name] for name in ("dpo_ds", "torch", "transformers")}
     head = {"format": FORMAT, "weights": of_model["weights"], "tokenizer": of_model["tokenizer"], **settings}
+    torch.set_num_threads(threads)
+    if device.type == "cpu" and place.threads > threads:
+        more = f"start more ranks, or give it --precompute.threads {place.threads}"
+        say([f"a rank computes on {threads} of its {place.threads} cores; {more}"])
     todo = from_rank_0(_unfinished(work, folder, head) if place.is_first else None)
     done = len(work.shards) - len(todo)
     say([f"{done} of {len(work.shards)} shards are there already"] if done else [])
+
     if work.engine is None:
         finish_distributed()  # from here on no rank waits for another
-        rounds = [[shard] for shard in todo[place.rank :: place.world_size]]
-    else:
-        rounds = [todo[begin : begin + place.world_size] for begin in range(0, len(todo), place.world_size)]
-    lane = 0 if work.engine is None else place.rank
-    mine = [shards[lane] for shards in rounds if lane < len(shards)]
-    progress = Progress(sum(int(work.lengths[work.shards[shard]].sum()) for shard in mine), place)
-    for shards in rounds:
-        # ZeRO-3 is collective: every rank runs as many forwards, on nothing where it has no pairs left.
-        forwards = max(len(micro_batches(work.lengths[work.shards[shard]], layout)) for shard in shards)
-        rows = work.shards[shards[lane]] if lane < len(shards) else work.shards[0][:0]
-        computed = compute(model, work, rows, forwards, layout, progress)
-        if len(rows):
-            write_shard(work.path(folder, shards[lane]), computed, head)
-    progress.close()
+        todo = todo[place.rank :: place.world_size]
+    rank, ranks = (0, 1) if work.engine is None else (place.rank, place.world_size)
+    compute_shards(model, work, todo, layout, folder, head, rank, ranks, place.is_first)
     if work.engine is not None:
         dist.barrier()
     paths = [work.path(folder, shard) for shard in range(len(work.shards))]
-    is_last = place.is_first if work.engine else all(path.exists() for path in paths)
-    if is_last:
-        build = {**settings, "shard_rows": run.precompute.shard_rows, "threads": place.threads}
-        build["shards"] = [{"file": path.name} for path in paths]
+    if place.is_first if work.engine else all(path.exists() for path in paths):  # of replicas, whoever ends last
+        build = {**settings, "shard_rows": run.precompute.shard_rows, "shards": [{"file": path.name} for path in paths]}
         before = [] if work.manifest is None else work.manifest.values["builds"]
         manifest = write_manifest(folder, of_model, [*before, build])
         print(f"dpo-ds: done: {folder}: {manifest.values['rows']} pairs, cache id {manifest.id}", flush=True)
+
+
+def compute_shards(
+    model, work: Work, todo: Sequence[int], layout: Layout, folder: Path, head: dict, rank: int, ranks: int, talks: bool
+) -> None:
+    """Writes the shards in `todo`, this rank every `ranks`th of them."""
+    rounds = [todo[begin : begin + ranks] for begin in range(0, len(todo), ranks)]
+    mine = [shards[rank] for shards in rounds if rank < len(shards)]
+    progress = Progress(sum(int(work.lengths[work.shards[shard]].sum()) for shard in mine), talks)
+    for shards in rounds:
+        # ZeRO-3 is collective: every rank runs as many forwards, on nothing where it has no pairs left.
+        forwards = max(len(micro_batches(work.lengths[work.shards[shard]], layout)) for shard in shards)
+        rows = work.shards[shards[rank]] if rank < len(shards) else work.shards[0][:0]
+        computed = compute(model, work, rows, forwards, layout, progress)
+        if len(rows):
+            write_shard(work.path(folder, shards[rank]), computed, head)
+    progress.close()
 
 
 def _unfinished(work: Work, folder: Path, head: dict) -> list[int]:
@@ -282,12 +291,12 @@ def compute(model, work: Work, rows: np.ndarray, forwards: int, layout: Layout, 
 class Progress:
     """A bar on a terminal, else a line now and then; rank 0's own share, which is every rank's up to a shard."""
 
-    def __init__(self, tokens: int, place: Launch):
+    def __init__(self, tokens: int, talks: bool):
         self.pairs, self.tokens = 0, 0
         self._started = self._last_line = time.monotonic()
-        self._total, self._talks = tokens, place.is_first
+        self._total, self._talks = tokens, talks
         self._bar = None
-        if place.is_first and sys.stderr.isatty():
+        if talks and sys.stderr.isatty():
             self._bar = tqdm(total=tokens, unit="token", unit_scale=True, dynamic_ncols=True)
 
     def add(self, pairs: int, tokens: int) -> None:

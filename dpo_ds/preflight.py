@@ -6,6 +6,7 @@ Every rank runs it; the first of each node prepares the data, the others wait fo
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from dpo_ds import checkpoint, data, ds_config, identity, stopping
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.checkpoint import Checkpoint
-from dpo_ds.config import DataSection, PrecomputeConfig, Section, TrainConfig
+from dpo_ds.config import DataSection, ModelSection, PrecomputeConfig, Section, SftConfig, TrainConfig
+from dpo_ds.data.batching import steps_per_epoch
 from dpo_ds.errors import ConfigError
 from dpo_ds.launch import Launch
 from dpo_ds.lora import check_lora
@@ -82,6 +84,7 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
 
     sides = PAIR if isinstance(run, TrainConfig) else CHOSEN_ONLY
     prepared = prepare_data(run.data, tokenizer, sides, place)
+    _check_fit(prepared, text_config, run, say)
     if place.is_first:
         _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
     known = identity.of_run(run, model_config, policy_config, prepared["train"])
@@ -116,7 +119,7 @@ def speaker(place: Launch) -> Say:
 
 
 def this_machine(place: Launch) -> ds_config.Machine:
-    has_cuda = torch.cuda.is_available()
+    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     has_bf16 = has_cuda and torch.cuda.is_bf16_supported()
     return ds_config.Machine(place.world_size, "cuda" if has_cuda else "cpu", has_bf16)
 
@@ -137,14 +140,48 @@ def prepare_data(section: DataSection, tokenizer, sides: tuple[str, ...], place:
     return prepared
 
 
+LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt")
+
+
+def _check_fit(prepared: dict[str, data.PairDataset], text_config, run: Section, say: Say) -> None:
+    """The tokens and the lengths that the data really has, against what the model has room for."""
+    for split, pairs in prepared.items():
+        token, longest = pairs.census.get("largest_token", 0), pairs.census.get("longest", 0)
+        if token >= text_config.vocab_size:
+            raise ConfigError(
+                f"{split} data holds token {token}, the model's vocab_size is {text_config.vocab_size}; "
+                "its tokenizer belongs to another model"
+            )
+        positions = getattr(text_config, "max_position_embeddings", None)
+        if positions is None or longest <= positions:
+            continue
+        if text_config.model_type in LEARNED_POSITIONS:
+            raise ConfigError(
+                f"{split} data has a completion that ends at token {longest}, the model knows {positions} positions; "
+                f"cut with --data.max_length {positions}"
+            )
+        say([f"{split} data is up to {longest} tokens long, the model was made for {positions}"])
+    sources, size = prepared["train"].sources, run.train.global_batch_size
+    if isinstance(run, SftConfig) and steps_per_epoch(sources, size) == 0:
+        raise ConfigError(f"data.train: the weights {[weight for *_, weight in sources]} leave no pair in an epoch")
+
+
+def reference_section(run: TrainConfig | PrecomputeConfig) -> ModelSection:
+    """Where the reference is loaded from; model.revision is of model.path alone."""
+    if run.reference.path in (None, run.model.path):
+        return run.model
+    return run.model.model_copy(update={"path": run.reference.path, "revision": None})
+
+
 def check_reference_model(run: TrainConfig | PrecomputeConfig, policy_config):
     """The reference's text config.
 
     Raises:
         UserError: no usable model, or one of another vocabulary than the policy's.
     """
-    path = run.reference.path or run.model.path
-    config = check_model(run.model, path, key="reference.path").get_text_config()
+    section = reference_section(run)
+    path = section.path
+    config = check_model(section, path, key="reference.path").get_text_config()
     if config.vocab_size != policy_config.vocab_size:
         raise ConfigError(
             f"--reference.path {path}: its vocabulary has {config.vocab_size} tokens, model.path's "

@@ -44,12 +44,7 @@ def start(command: str, run: Section) -> int:
     try:
         with _status(output_dir, place):
             with stopping.at_once():
-                try:
-                    prepared = preflight.prepare(run, place, output_dir)
-                except UserError:
-                    if not place.is_first:
-                        time.sleep(GRACE_SECONDS)  # leaving first would make the launcher stop rank 0 before its line
-                    raise
+                prepared = preflight.prepare(run, place, output_dir)
                 if not torch.accelerator.is_available():
                     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
                 from dpo_ds import engine  # deepspeed comes in here, after every check
@@ -64,6 +59,10 @@ def start(command: str, run: Section) -> int:
                 engine.finish_distributed()
     except Stopped:
         return stopping.EXIT_STOPPED
+    except UserError:
+        if not place.is_first:
+            time.sleep(GRACE_SECONDS)  # leaving first would make the launcher stop rank 0 before its line
+        raise
     return 0
 
 
@@ -84,7 +83,7 @@ def train(
 
     resume, notes = checkpoint.choose(from_rank_0(prepared.candidates))  # ranks must never load different checkpoints
     preflight.speaker(place)(notes)
-    causal_lm = load_causal_lm(run.model, run.model.path, prepared.policy_config, run.model.attn)
+    causal_lm = load_causal_lm(run.model, prepared.policy_config)
     if run.model.lora.r:
         lora.add_adapters(causal_lm, run.model.lora, run.train.seed)
     if run.train.activation_checkpointing:
@@ -97,8 +96,7 @@ def train(
         elif run.reference.kind == "adapter":
             reference = AdapterReference(policy)
         else:
-            path = run.reference.path or run.model.path
-            reference = live_reference(run.model, path, prepared.reference_config, run.model.attn, device)
+            reference = live_reference(preflight.reference_section(run), prepared.reference_config, device)
             models.append(reference)
         objective = PreferenceObjective(make_loss(run.loss), reference)
     else:

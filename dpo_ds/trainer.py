@@ -149,6 +149,8 @@ class Trainer:
                     sums += self.objective(self.policy, micro_batch)[1]
                     weight += self.objective.weight(micro_batch)
         means = metrics.reduce_sum(sums) / self._global(weight)
+        if not means.isfinite().all():
+            raise TrainingError(f"evaluation at step {step}: loss {means[0].item()} must be finite")
         return {f"eval_{name}": mean for name, mean in zip(self.objective.names, means.tolist(), strict=True)}
 
     def _evaluate_and_save(self, step: int, per_epoch: int, checkpoint_every: int) -> None:
@@ -171,7 +173,7 @@ class Trainer:
 
     def _micro_batches(self, data, rows: np.ndarray) -> list[Batch]:
         """This rank's share of the global batch; as many on every rank, some perhaps empty."""
-        lengths = Lengths(data.prompt_lengths[rows], data.chosen_lengths[rows], data.rejected_lengths[rows])
+        lengths = Lengths.of(data, rows)
         share = plan(lengths, self.layout, self.world_size)[self.rank]
         return [self.layout.collate([data[int(rows[position])] for position in members]) for members in share]
 

@@ -1,7 +1,7 @@
-"""Real ranks without the ten seconds that importing torch and deepspeed takes: one process imports, each rank is its fork.
+"""Real ranks without the ten seconds that importing torch and deepspeed takes: one process imports, ranks are its forks.
 
-`python -m tests.forkserver` reads jobs from stdin, a JSON object a line, and answers with the ranks' pids, then with their
-exit codes. The ranks share nothing but what was imported.
+`python -m tests.forkserver` reads jobs from stdin, a JSON object a line, and answers with the ranks' pids, then with
+their exit codes. The ranks share nothing but what was imported.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from threading import Timer
 from dpo_ds.launch import free_port
 from tests.ranks import ROOT
 
-IMPORTS = (
-    "deepspeed", "transformers.integrations", "torch.utils.tensorboard", "dpo_ds.run", "dpo_ds.export", "dpo_ds.elastic",
-    "dpo_ds.trainer", "dpo_ds.reference.live", "transformers.models.llama.modeling_llama",
-    # What these import at their first use.
-    "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.original_muon", "deepspeed.ops.op_builder.all_ops",
-    "torch._functorch.aot_autograd", "torch._inductor.codecache", "networkx", "dpo_ds.cli", "dpo_ds.precompute", "dpo_ds.reference.adapter", "peft",
-)  # fmt: skip
+IMPORTS = """
+    deepspeed transformers.integrations transformers.models.llama.modeling_llama torch.utils.tensorboard peft
+    dpo_ds.cli dpo_ds.run dpo_ds.export dpo_ds.elastic dpo_ds.trainer dpo_ds.precompute dpo_ds.reference.live
+    dpo_ds.reference.adapter
+""".split() + """
+    deepspeed.module_inject.auto_ep_layer deepspeed.runtime.zero.muon.original_muon deepspeed.ops.op_builder.all_ops
+    torch._functorch.aot_autograd torch._inductor.codecache networkx
+""".split()  # what the first ones import at their first use
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ def train_command(world: Path, out: str, **settings) -> list[str]:
     keys = {
         "model.path": world / "model", "data.train": world / "train.jsonl",
         "deepspeed.config": ROOT / "ds_configs/zero3_cpu.json", "train.global_batch_size": 8,
-        "train.micro_batch_tokens": 600, "train.learning_rate": 1e-3, "train.schedule": "constant", "output_dir": world / out,
+        "train.micro_batch_tokens": 600, "train.learning_rate": 1e-3, "train.schedule": "constant",
+        "output_dir": world / out,
     }  # fmt: skip
     keys |= {name.replace("__", "."): value for name, value in settings.items()}
     return ["train", *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]

@@ -1,6 +1,10 @@
 """Global batches from seed, epoch and data alone; their spread over ranks and micro-batches."""
 
+import contextlib
 import itertools
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +13,12 @@ from hypothesis import strategies as st
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.batching import Layout, Lengths, epoch_order, global_batches, plan, steps_per_epoch
+from dpo_ds.data.formats import BadRow, Row, hh
+from dpo_ds.data.sources import read_rows
 from tests.tiny import random_pairs
 
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+HH = Path(os.environ.get("DPO_DS_DATA", SHARED)) / "hh_harmless_train.jsonl.gz"
 lengths_of_a_pair = st.tuples(st.integers(1, 300), st.integers(1, 120), st.integers(1, 120))
 
 
@@ -47,6 +55,20 @@ def test_a_padded_micro_batch_holds_neighbours_in_length():
     assert plan(lengths, Layout("padded", PAIR, 500, 64), ranks=1) == [[[1, 3], [0, 2]]]
 
 
+def test_a_pair_beyond_the_budget_costs_one_round_only():
+    lengths = as_lengths([(10, 5, 5), (20000, 50, 50), (10, 5, 5), (10, 5, 5)])
+    shares = plan(lengths, Layout("packed", PAIR, 2048, 64), ranks=1)
+    assert sorted(map(sorted, shares[0])) == [[0, 2, 3], [1]]
+
+
+def test_squares_of_long_pairs_do_not_overflow():
+    class Data:
+        prompt_lengths = chosen_lengths = rejected_lengths = np.full(3, 30_000, dtype=np.int32)
+
+    # 90,000 tokens; attended (60000 * 60001 + 2 * 30000 * 30000 + 30000 * 30001) / 2 over 6 * 1000
+    assert Lengths.of(Data, np.array([1])).cost(1000).tolist() == [90_000 + 3_150_045_000 / 6000]
+
+
 def test_ranks_without_work_get_empty_micro_batches():
     shares = plan(as_lengths([(5, 5, 5)]), Layout("packed", PAIR, 500, 64), ranks=3)
     assert sorted(shares) == [[[]], [[]], [[0]]]
@@ -58,16 +80,30 @@ def test_cost_counts_attended_pairs():
     assert as_lengths([(2, 1, 3)]).cost(hidden_size=3).tolist() == [7.0]
 
 
+def imbalance(lengths: Lengths) -> float:
+    """Cost of the slowest of four ranks over their mean."""
+    shares = plan(lengths, Layout("packed", PAIR, 8192, 256), ranks=4)
+    loads = [lengths.cost(256)[list(itertools.chain(*share))].sum() for share in shares]
+    return max(loads) / np.mean(loads)
+
+
 def test_ranks_are_balanced_on_lengths_like_real_ones():
     generator = np.random.default_rng(0)
-    imbalance = []
-    for _ in range(20):
-        draw = [generator.lognormal(mean, 0.7, 64).astype(int) + 1 for mean in (4.6, 3.4, 3.6)]
-        lengths = Lengths(*draw)
-        shares = plan(lengths, Layout("packed", PAIR, 8192, 256), ranks=4)
-        loads = [lengths.cost(256)[list(itertools.chain(*share))].sum() for share in shares]
-        imbalance.append(max(loads) / np.mean(loads))
-    assert max(imbalance) < 1.05
+    batches = [[generator.lognormal(mean, 0.7, 64).astype(int) + 1 for mean in (4.6, 3.4, 3.6)] for _ in range(20)]
+    assert max(imbalance(Lengths(*draw)) for draw in batches) < 1.05
+
+
+@pytest.mark.skipif(not HH.is_file(), reason=f"no {HH} (set DPO_DS_DATA)")
+def test_ranks_are_balanced_on_hh_harmless():
+    triples = []
+    for _, row in read_rows(str(HH)):
+        with contextlib.suppress(BadRow):  # four have no answer
+            conversation = hh(Row(row, {}), pair=True)
+            texts = (conversation.prompt, conversation.chosen, conversation.rejected)
+            triples.append([len(re.findall(r"\w+|[^\w\s]", text)) for text in texts])  # near enough to tokens
+    triples = np.array(triples)
+    batches = itertools.islice(global_batches([(0, len(triples), 1.0)], 0, 64, 1), len(triples) // 64)
+    assert max(imbalance(as_lengths(triples[rows])) for _, rows in batches) < 1.05
 
 
 def test_an_epoch_is_a_permutation_that_seed_and_epoch_decide():

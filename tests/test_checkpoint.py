@@ -27,8 +27,8 @@ def make(folder: Path, step: int, **changes) -> Path:
     (path / "shard.pt").write_bytes(content)
     files = {"shard.pt": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     manifest = {
-        "format": 1, "step": step, "world_size": 2, "config": to_plain(RUN), "identity": {"the model in model.path": "abc"},
-        "versions": checkpoint.versions(), "files": files,
+        "format": 1, "step": step, "world_size": 2, "config": to_plain(RUN), "versions": checkpoint.versions(),
+        "identity": {"the model in model.path": "abc"}, "files": files,
     } | changes  # fmt: skip
     body = json.dumps(manifest)
     (path / "MANIFEST.json").write_text(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}")
@@ -48,7 +48,10 @@ def test_the_newest_complete_one_comes_first(tmp_path):
 
 
 DAMAGE = {
-    "truncated": (lambda path: (path / "shard.pt").write_bytes(b"shard"), "shard.pt has 5 bytes, MANIFEST.json says 15"),
+    "truncated": (
+        lambda path: (path / "shard.pt").write_bytes(b"shard"),
+        "shard.pt has 5 bytes, MANIFEST.json says 15",
+    ),
     "deleted": (lambda path: (path / "shard.pt").unlink(), "shard.pt is missing"),
     "no manifest": (lambda path: (path / "MANIFEST.json").unlink(), "no MANIFEST.json"),
     "half a manifest": (lambda path: os.truncate(path / "MANIFEST.json", 40), "MANIFEST.json is damaged"),

@@ -1,4 +1,4 @@
-"""Saving and resuming with real ranks: bit-equal at the same number, within rounding at another, on a full disk not at all."""
+"""Saving and resuming with real ranks: bit-equal at the same number of them, within rounding at another."""
 
 import json
 import shutil
@@ -74,20 +74,24 @@ def test_another_number_of_ranks_goes_on_within_rounding(forks, world, whole, pa
             assert f"saved by {path[stage - 1]} ranks, this run has {ranks}: resharding" in output
         before = world / out
     ours, theirs = steps(before), steps(whole)
-    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs], "the same samples in the same order"
+    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs], (
+        "the same samples in the same order"
+    )
     errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours, theirs, strict=True)]
     print(f"relative difference of losses, {path}: {max(errors):.1e}")
     assert max(errors) < 1e-5
 
 
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-SMALL_GROUPS = {"zero_optimization": {"sub_group_size": 3000}}  # several sub-groups, cut elsewhere for every number of ranks
+SMALL_GROUPS = {
+    "zero_optimization": {"sub_group_size": 3000}
+}  # several sub-groups, cut elsewhere for every number of ranks
 BF16 = {"bf16": {"enabled": True}}
 
 
 @pytest.mark.parametrize("precision", [{}, BF16], ids=["fp32", "bf16"])
 def test_resharding_moves_every_bit(forks, tmp_path, precision):
-    """Weights, both moments and Adam's step, through other numbers of ranks, other sub-groups, with and without offload."""
+    """Weights, both moments and Adam's step: through other numbers of ranks, other sub-groups, offload or none."""
     model = tmp_path / "model"
     random_model(tiny_config("qwen2", VOCAB, hidden=32, tie_word_embeddings=True)).save_pretrained(model)
     source, seen = "new", []
@@ -110,7 +114,9 @@ def test_resharding_moves_every_bit(forks, tmp_path, precision):
         assert shards.step_count == 2
         assert [(group["weight_decay"], group["lr"]) for group in shards.hyper_parameters] == [(0.1, 0.01), (0, 0.01)]
     assert all(values.dtype == torch.float32 for values in seen[0].values())
-    assert all(values.any() for (_, kind), values in seen[0].items() if kind == "exp_avg"), "no moment is trivially equal"
+    assert all(values.any() for (_, kind), values in seen[0].items() if kind == "exp_avg"), (
+        "no moment is trivially equal"
+    )
     for later in seen[1:]:
         assert later.keys() == seen[0].keys()
         assert [name for name in later if not torch.equal(later[name], seen[0][name])] == []

@@ -1,7 +1,9 @@
 """Keys, their sources and their mistakes: the config and the command line, without torch."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,13 +64,29 @@ def test_command_line_beats_yaml_beats_defaults_and_the_last_flag_wins(tmp_path)
     assert (run.train.learning_rate, run.train.seed, run.train.epochs, run.loss.beta) == (1e-4, 5, 2, 0.5)
 
 
+def test_empty_sections_dates_and_the_home_folder(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\noutput_dir: 2024-13-45\n")
+    run = cli.parse(["train", *REQUIRED[:-2], "--config", str(path), "--train.max_steps", "3"])[1]
+    assert (run.train.max_steps, run.output_dir) == (3, "2024-13-45")
+    assert parse("--output_dir", "~/out").output_dir == str(Path.home() / "out")
+
+
+def test_a_mistake_in_the_keys_does_not_leave_an_earlier_done(tmp_path):
+    status = tmp_path / "STATUS.json"
+    for argv in (["--output_dir", str(tmp_path), "--loss.nam", "x"], ["--loss.nam", "x", f"--output_dir={tmp_path}"]):
+        status.write_text('{"state": "done", "exit_code": 0}')
+        assert cli.main(["train", *argv]) == 2
+        assert json.loads(status.read_text())["state"] == "failed"
+
+
 def test_launchers_local_rank_before_the_command_is_taken_off():
     assert cli.parse(["--local_rank=1", "sft", *REQUIRED])[0] == "sft"
 
 
 def test_lists_with_weights_null_and_switches():
     run = parse("--data.train", "[a.jsonl, {path: b.jsonl, weight: 2}]", "--data.eval", "null", "--model.from_config")
-    assert run.data.train == ["a.jsonl", {"path": "b.jsonl", "weight": 2}]
+    assert run.data.train == ["a.jsonl", {"path": "b.jsonl", "weight": 2.0}]
     assert run.data.eval is None
     assert run.model.from_config is True
 
@@ -126,8 +144,12 @@ def test_each_mistake_is_one_line_with_the_value_and_the_remedy(argv, parts):
         (b"trian: {seed: 3}\n", ["unknown key 'trian'"]),
         (b"train: {seed: soon}\n", ["train.seed: 'soon'", "integer"]),
         (b"train: 3\n", ["train"]),
-        (b"train: {seed: 3\n", ["run.yaml:2:1", "not YAML"]),
+        (b"train: {seed: 3\n", ["run.yaml:2:1", "not usable YAML"]),
         (b"- a\n", ["holds a list"]),
+        (b"train: [1]\n", ["train is [1]", "expected keys below it"]),
+        (b"train: {seed: 1}\ntrain: {epochs: 2}\n", ["run.yaml:2:1", "'train' is given twice"]),
+        (b"train.seed: 1\n", ["'train.seed' is written with a dot"]),
+        (b"train: {max_steps: yes}\n", ["max_steps", "'true' is neither a number nor text"]),
         (b"model: {path: \xff}\n", ["not UTF-8 at byte 14"]),
     ],
 )

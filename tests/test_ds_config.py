@@ -79,8 +79,13 @@ def test_a_hugging_face_file_works_unchanged():
         ({"zero_optimization": {"stagee": 3}}, ["'zero_optimization.stagee'", "'stage'?"]),
         ({"zero_optimization": 3}, ["zero_optimization is 3", "object"]),
         ({"fp16": {"enabled": True}}, ["fp16 is refused", "bf16"]),
-        ({"bf16": {"enabled": "yes"}}, ["bf16.enabled is 'yes'"]),
-        ({"amp": {"enabled": True}}, ["amp is refused"]),
+        ({"bf16": {"enabled": "yes"}}, ["bf16.enabled is \"yes\""]),
+        ({"fp16": {"enabled": 1}}, ["fp16.enabled is 1"]),
+        ({"zero_optimization": {"stage": "3"}}, ['stage "3" is refused', "the number 3"]),
+        ({"zero_optimisation": {"stage": 3}}, ["'zero_optimisation'", "did you mean 'zero_optimization'?"]),
+        ({"train_batch_size": "64"}, ['batch size "64"', "whole number"]),
+        ({"optimizer": {"params": [1]}}, ["optimizer.params is [1]"]),
+        ({"amp": {"enabled": True}}, ["amp", "refused"]),
     ],
 )
 def test_contradictions_name_both_sides(given, parts):
@@ -97,7 +102,12 @@ def test_literals_that_agree_pass():
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [(b"{", "ds.json:1:2: not JSON"), (b"[]", "holds a list"), (b"\xff", "not UTF-8 at byte 0")],
+    [
+        (b"{", "ds.json:1:2: not JSON"),
+        (b"[]", "holds a list"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (b'{"bf16": {}, "bf16": {}}', "'bf16' is given twice"),
+    ],
 )
 def test_broken_files_are_named(tmp_path, text, part):
     path = tmp_path / "ds.json"

@@ -1,4 +1,4 @@
-"""From checkpoint to Hugging Face folder: the same bits as the gathered weights, one output shard in memory at a time."""
+"""From checkpoint to Hugging Face folder: the gathered weights' bits, one output shard in memory at a time."""
 
 import filecmp
 import json
@@ -107,8 +107,12 @@ def test_adapters_alone_or_merged(forks, world, tmp_path):
     codes, output = run(forks, world, "lora", train__max_steps=3, **keys)
     assert codes == [0, 0], output
     alone = export(world / "lora", tmp_path / "alone")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (alone / name).read_bytes() == (world / "lora" / "final" / name).read_bytes()
+    final = world / "lora" / "final"
+    assert (alone / "adapter_model.safetensors").read_bytes() == (final / "adapter_model.safetensors").read_bytes()
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (alone, final)]
+    for config in configs:
+        config["target_modules"].sort()
+    assert configs[0] == configs[1]
     base = AutoModelForCausalLM.from_pretrained(world / "model")
     before = {name: value.clone() for name, value in base.named_parameters()}
     expected = PeftModel.from_pretrained(base, alone).merge_and_unload().state_dict()
@@ -119,7 +123,8 @@ def test_adapters_alone_or_merged(forks, world, tmp_path):
     changed = {name for name in merged if not merged[name].equal(before[name])}
     assert changed == {name for name in before if "proj" in name}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generate(**tokenizer("A", return_tensors="pt"), max_new_tokens=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.generate(**tokenizer("A", return_tensors="pt"), max_new_tokens=2).shape[1] > 1
 
 
 def test_never_more_than_one_output_shard_is_held(tmp_path):
@@ -134,9 +139,9 @@ def test_never_more_than_one_output_shard_is_held(tmp_path):
         peak = max(peak, sum(alive.nbytes for alive in held))
         return tensor
 
-    write_shards(tmp_path, sizes, read, model, limit=4000)
+    write_shards(tmp_path, sizes, read, model, limit=5000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 4
-    assert peak <= 4000 < sum(sizes.values()) / 4
+    assert peak <= 5000 < sum(sizes.values()) / 4
 
 
 MOE = dict(
@@ -151,7 +156,10 @@ def test_experts_have_the_names_that_transformers_writes(tmp_path):
     (tmp_path / "ours").mkdir()
     parameters = dict(model.named_parameters())
     write_shards(
-        tmp_path / "ours", {name: p.nbytes for name, p in parameters.items()}, lambda name: parameters[name].detach(), model
+        tmp_path / "ours",
+        {name: p.nbytes for name, p in parameters.items()},
+        lambda name: parameters[name].detach(),
+        model,
     )
     theirs, ours = all_weights(tmp_path / "theirs"), all_weights(tmp_path / "ours")
     assert ours.keys() == theirs.keys() and "model.layers.0.mlp.experts.3.up_proj.weight" in ours

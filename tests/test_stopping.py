@@ -136,7 +136,9 @@ def test_a_second_ctrl_c_ends_at_once_but_not_inside_a_commit(monkeypatch, capfd
         flag._take(signum, lambda: calls.append("interrupted"))
     assert calls == [] and capfd.readouterr().err.count("ending with a checkpoint") == 1
     with flag.committing:
-        late = threading.Thread(target=lambda: pytest.raises(Ended, flag._take, signal.SIGINT, lambda: calls.append("i")))
+        late = threading.Thread(
+            target=lambda: pytest.raises(Ended, flag._take, signal.SIGINT, lambda: calls.append("i"))
+        )
         late.start()
         late.join(0.1)
         assert calls == [] and late.is_alive(), "it waits for the commit"

@@ -40,6 +40,12 @@ class Lengths:
     chosen: np.ndarray
     rejected: np.ndarray
 
+    @classmethod
+    def of(cls, data, rows: np.ndarray) -> Lengths:
+        """Of these rows of the tokenised data, which keeps int32: a square of a long pair would overflow."""
+        columns = (data.prompt_lengths, data.chosen_lengths, data.rejected_lengths)
+        return cls(*(column[rows].astype(np.int64) for column in columns))
+
     def cost(self, hidden_size: int) -> np.ndarray:  # [pairs]
         """Work of the packed pair in units of one token's matmuls: tokens, plus attention's (query, key) pairs.
 
@@ -130,25 +136,25 @@ def _padded_bins(lengths: Lengths, layout: Layout, ranks: int) -> list[list[int]
 
 def _packed_bins(lengths: Lengths, layout: Layout, ranks: int) -> list[list[int]]:
     """Heaviest pair first into the lightest bin that has room; more bins until all fit."""
-    tokens = lengths.prompt + lengths.chosen + lengths.rejected
+    tokens = np.minimum(lengths.prompt + lengths.chosen + lengths.rejected, layout.budget)  # a longer one fills a bin
     cost = lengths.cost(layout.hidden_size)
     order = np.argsort(-cost, kind="stable")
-    rounds = max(1, math.ceil(tokens.sum() / (layout.budget * ranks)))
+    count = max(1, math.ceil(tokens.sum() / (layout.budget * ranks))) * ranks
     while True:
-        bins: list[list[int]] = [[] for _ in range(rounds * ranks)]
-        room = np.full(len(bins), layout.budget)
-        load = np.zeros(len(bins))
+        bins: list[list[int]] = [[] for _ in range(count)]
+        room, load = np.full(count, layout.budget), np.zeros(count)
+        left = tokens.sum()
         for pair in order:
-            fits = [b for b in range(len(bins)) if tokens[pair] <= room[b] or not bins[b]]
-            if not fits:
+            lightest = int(np.where(room >= tokens[pair], load, np.inf).argmin())
+            if room[lightest] < tokens[pair]:
                 break
-            lightest = min(fits, key=lambda b: load[b])
+            left -= tokens[pair]
             bins[lightest].append(int(pair))
             room[lightest] -= tokens[pair]
             load[lightest] += cost[pair]
         else:
             return bins
-        rounds += 1
+        count += max(1, left // (2 * layout.budget * ranks)) * ranks  # half of what the rest needs: few tries, few bins
 
 
 def _deal(bins: list[list[int]], cost: np.ndarray, ranks: int) -> Plan:

@@ -10,19 +10,25 @@ from typing import Any
 import numpy as np
 
 from dpo_ds.data.formats import Location
+from dpo_ds.data.tokenize import Tokenized
 
 LISTED_BAD_ROWS = 300
 
 
 @dataclass
 class Census:
-    """Counts rows; rows_read = rows kept + rows dropped. Cuts are counted over the rows kept."""
+    """Counts rows; rows_read = rows kept + rows dropped. All else is of the rows kept.
+
+    largest_token: the largest token id. longest: tokens of the longest prompt with one of its completions.
+    """
 
     rows_read: int = 0
     rows_cut: int = 0
     prompts_cut: int = 0
     completions_cut: int = 0
     prompts_differ: int = 0
+    largest_token: int = 0
+    longest: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     bad_rows: list[dict[str, str]] = field(default_factory=list)
 
@@ -31,11 +37,15 @@ class Census:
         if len(self.bad_rows) < LISTED_BAD_ROWS:
             self.bad_rows.append({"location": str(location), "reason": problem})
 
-    def keep(self, prompt_cut: bool, completions_cut: int, prompts_differ: bool) -> None:
+    def keep(self, tokenized: Tokenized, prompts_differ: bool) -> None:
+        pair, prompt_cut, completions_cut = tokenized
         self.rows_cut += prompt_cut or completions_cut > 0
         self.prompts_cut += prompt_cut
         self.completions_cut += completions_cut
         self.prompts_differ += prompts_differ
+        self.longest = max(self.longest, len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            self.largest_token = max(self.largest_token, int(ids.max(initial=0)))
 
     def summary(self, lengths: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """JSON-serialisable; `lengths` are the token counts of the rows kept, by part."""
@@ -51,6 +61,8 @@ class Census:
             "bad_rows": self.bad_rows,
             "bad_rows_not_listed": dropped - len(self.bad_rows),
             "prompts_differ": self.prompts_differ,
+            "largest_token": self.largest_token,
+            "longest": self.longest,
             "tokens": {part: _percentiles(counts) for part, counts in lengths.items()},
         }
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from dpo_ds.data.formats import BadRow, Messages, shorten
+from dpo_ds.errors import ModelError
 
 # For a tokenizer without a template. Role lines as in Tulu 2 (arXiv 2311.10702), EOS after each assistant turn:
 #   <|user|>\nHello\n<|assistant|>\nHi</s>\n
@@ -42,11 +43,18 @@ class Rendered:
 
 
 def template_of(tokenizer: Any, tools: list | None = None) -> str:
-    return tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE
+    """ModelError where the tokenizer has several templates and none of them is the default."""
+    if not tokenizer.chat_template:
+        return DEFAULT_CHAT_TEMPLATE
+    try:
+        return tokenizer.get_chat_template(tools=tools)
+    except ValueError as error:
+        raise ModelError(f"{tokenizer.name_or_path}: no chat template to use: {_first_line(error)}") from error
 
 
 def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> Rendered:
-    """BadRow where the template refuses the conversation or leaves an assistant turn out.
+    """BadRow where the template refuses the conversation, fails on it or leaves an assistant turn out; ModelError
+    where the template is no Jinja.
 
     White space after the last EOS that the template writes is left off.
     """
@@ -54,8 +62,15 @@ def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list |
     messages = prompt + completion
     try:
         text = chat.text(messages)
-    except (TemplateError, TypeError) as error:
-        raise BadRow("refused by the chat template", f"the chat template refuses the conversation: {error}") from error
+    except TemplateSyntaxError as error:
+        problem = f"the chat template is not valid at its line {error.lineno}: {error.message}"
+        raise ModelError(f"{tokenizer.name_or_path}: {problem}; mend it in the tokenizer's folder") from error
+    except TemplateError as error:
+        problem = f"the chat template refuses the conversation: {_first_line(error)}"
+        raise BadRow("refused by the chat template", problem) from error
+    except Exception as error:  # a template is a program that comes with the model: it can fail in any way
+        problem = f"the chat template fails on the conversation: {type(error).__name__}: {_first_line(error)}"
+        raise BadRow("chat template failed", problem) from error
     trained, end = [], 0
     for i in range(len(prompt), len(messages)):
         if messages[i]["role"] == "assistant":
@@ -85,11 +100,17 @@ class _Chat:
         )
 
     def part(self, messages: Messages, generation_prompt: bool = False) -> str | None:
-        """The text of a conversation that need not be whole; None where the template refuses such a part."""
+        """The text of a conversation that need not be whole; None where the template refuses or fails on such a part."""
         try:
             return self.text(messages, generation_prompt)
-        except (TemplateError, TypeError):
+        except Exception:
             return None
+
+    def around(self, before: Messages) -> tuple[str | None, str]:
+        """What the template writes up to the text of an assistant turn that follows `before`, and behind that text."""
+        text = self.part([*before, {"role": "assistant", "content": SENTINEL}]) or ""
+        head, found, mark = text.partition(SENTINEL)
+        return (head, mark) if found else (None, "")
 
     def turn(self, text: str, messages: Messages, i: int, after: int) -> tuple[int, int]:
         """The characters of assistant turn `i`, from where generation would begin to its end-of-turn mark.
@@ -97,17 +118,17 @@ class _Chat:
         Usually the text up to the turn, and with the turn, are beginnings of the whole. Some templates show earlier
         turns otherwise (they drop <think> blocks): then the message's content is looked for behind its header.
         """
-        head = self.part(messages[:i], generation_prompt=True)
+        # Templates give no generation prompt to a conversation without messages.
+        head = self.part(messages[:i], generation_prompt=True) if i else self.around([])[0]
         head = head if head is not None and text.startswith(head) else None
         tail = text if i == len(messages) - 1 else self.part(messages[: i + 1])
         content = messages[i]["content"]
         if head is not None and tail is not None and text.startswith(tail) and len(head) < len(tail):
             end = max(len(tail.rstrip()), tail.rfind(content) + len(content) if content else 0)
             return len(head), max(end, len(head))
-        around = self.part([*messages[:i], {"role": "assistant", "content": SENTINEL}]) or ""
-        before, _, mark = around.partition(SENTINEL)
+        before, mark = self.around(messages[:i])
+        before, mark = before or "", mark.rstrip()
         start = len(head) if head is not None else max(after, len(before) if text.startswith(before) else 0)
-        mark = mark.rstrip()
         for shown in (content, content.strip(), content.rpartition("</think>")[2].strip()):
             found = text.find(shown, start) if shown else -1
             if found >= 0:
@@ -115,3 +136,7 @@ class _Chat:
                 end += len(mark) if text.startswith(mark, end) else 0
                 return start if head is not None else found, end
         raise BadRow("turn not shown by the chat template", f"the chat template leaves out the turn {shorten(content)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -90,6 +91,12 @@ class Row:
     def optional_text(self, name: str) -> str:
         return "" if self.get(name) is None else self.text(name)
 
+    def is_text(self, name: str) -> bool:
+        """Of a field that holds text or messages."""
+        if not isinstance(self[name], str | list):
+            raise _wrong_type(name, self[name], "text or a list of messages {role, content}")
+        return isinstance(self[name], str)
+
     def messages(self, name: str) -> Messages:
         if not isinstance(self[name], list):
             raise _wrong_type(name, self[name], "a list of messages {role, content}")
@@ -104,18 +111,24 @@ class Row:
             return None
         if not isinstance(tools, list):
             raise _wrong_type("tools", tools, "a list of tools, or JSON text of one")
+        for i, tool in enumerate(tools):
+            if not isinstance(tool, dict):
+                raise _wrong_type(f"tools[{i}]", tool, "an object that describes a tool")
         return _without_nulls(tools)
 
 
 @dataclass(frozen=True)
 class Format:
+    """`fields`: all that it reads of a row."""
+
+    fields: tuple[str, ...]
     fits: Callable[[Row], bool]
     read: Callable[[Row, bool], Conversation]  # the bool: is a rejected side wanted?
 
 
 def explicit(row: Row, pair: bool) -> Conversation:
     """prompt, chosen, rejected: three strings, or three message lists (and tools)."""
-    if isinstance(row["prompt"], str):
+    if row.is_text("prompt"):
         return Conversation(row.text("prompt"), row.text("chosen"), row.text("rejected") if pair else None)
     prompt, chosen = row.messages("prompt"), row.messages("chosen")
     return Conversation(prompt, chosen, row.messages("rejected") if pair else None, row.tools())
@@ -198,7 +211,7 @@ def alpaca(row: Row, pair: bool) -> Conversation:
 
 def completion(row: Row, pair: bool) -> Conversation:
     """Supervised: prompt and completion, two strings or two message lists."""
-    if isinstance(row["prompt"], str):
+    if row.is_text("prompt"):
         return Conversation(row.text("prompt"), row.text("completion"))
     return Conversation(row.messages("prompt"), row.messages("completion"), tools=row.tools())
 
@@ -221,18 +234,30 @@ def _has_prompt_messages(row: Row) -> bool:
     return isinstance(prompt, list) and not (prompt and row.get("chosen")[: len(prompt)] == prompt)
 
 
+def _is_hh(row: Row) -> bool:
+    return isinstance(row.get("chosen"), str) and HH_ANSWER in row.get("chosen")
+
+
+PAIR_FIELDS = ("chosen", "rejected")
 # In the order of detection: the first that fits a row's fields reads it.
 FORMATS: dict[str, Format] = {
-    "sharegpt": Format(lambda row: "conversations" in row, sharegpt),
-    "alpaca": Format(lambda row: "instruction" in row, alpaca),
-    "explicit": Format(_is_explicit, explicit),
-    "implicit": Format(lambda row: isinstance(row.get("chosen"), list), implicit),
-    "hh": Format(lambda row: isinstance(row.get("chosen"), str) and HH_ANSWER in row.get("chosen"), hh),
+    "sharegpt": Format(
+        ("conversations", "system", "tools", *PAIR_FIELDS), lambda row: "conversations" in row, sharegpt
+    ),
+    "alpaca": Format(
+        ("instruction", "input", "system", "history", "tools", *PAIR_FIELDS), lambda row: "instruction" in row, alpaca
+    ),
+    "explicit": Format(("prompt", "tools", *PAIR_FIELDS), _is_explicit, explicit),
+    "implicit": Format(("tools", *PAIR_FIELDS), lambda row: isinstance(row.get("chosen"), list), implicit),
+    "hh": Format(PAIR_FIELDS, _is_hh, hh),
 }
 SUPERVISED = {
-    "completion": Format(lambda row: "prompt" in row and "completion" in row, completion),
-    "messages": Format(lambda row: "messages" in row, messages),
+    "completion": Format(
+        ("prompt", "completion", "tools"), lambda row: "prompt" in row and "completion" in row, completion
+    ),
+    "messages": Format(("messages", "tools"), lambda row: "messages" in row, messages),
 }
+FIELDS = frozenset(field for known in (FORMATS | SUPERVISED).values() for field in known.fields)
 
 
 def formats(sides: tuple[str, ...]) -> dict[str, Format]:
@@ -243,9 +268,17 @@ def check_name(name: str, sides: tuple[str, ...]) -> None:
     """ConfigError for a data.format that is neither "auto" nor known; it names the nearest."""
     known = ["auto", *formats(sides)]
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"data.format is {name!r}: {hint}Known: {', '.join(known)}")
+        raise ConfigError(f"data.format is {name!r}: {_nearest(name, known)}")
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """ConfigError for a data.columns that renames a field which no format reads."""
+    for name in columns:
+        if name not in FIELDS:
+            raise ConfigError(
+                f"data.columns takes {name!r} from {columns[name]!r}, but no format reads {name!r}: "
+                f"{_nearest(name, sorted(FIELDS))}"
+            )
 
 
 def detect(row: Row, sides: tuple[str, ...]) -> str:
@@ -274,9 +307,21 @@ def read(row: Row, name: str, sides: tuple[str, ...]) -> Conversation:
     return conversation
 
 
+def unreadable(error: ValueError | RecursionError) -> BadRow:
+    """JSON that is right but more than Python reads."""
+    if isinstance(error, RecursionError):
+        return BadRow("nested too deep", "lists and objects are nested too deep to be read")
+    return BadRow("number too long", f"a whole number has more than {sys.get_int_max_str_digits()} digits")
+
+
 def shorten(value: Any, width: int = 60) -> str:
     shown = repr(value)
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}"
 
 
 def _require_answer(side: str, answer: str | Messages) -> None:
@@ -354,6 +399,8 @@ def _json(name: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRow("broken JSON in a field", f"{name!r} must be JSON but is {shorten(text)} ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise unreadable(error) from None
 
 
 def _wrong_type(name: str, value: Any, wanted: str) -> BadRow:

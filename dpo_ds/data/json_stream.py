@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dpo_ds.data.formats import unreadable
 from dpo_ds.errors import DataError
 
 CHUNK = 1 << 20  # bytes
 CUT_OFF = 16  # characters: an error this near the end of what is read may be a token cut by it, such as "\u12"
 DECODER = json.JSONDecoder()
+STRING_OR_MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
 
 
 class JsonArray:
@@ -28,13 +31,15 @@ class JsonArray:
         self.line, self.column = 1, 1  # of text[0]
 
     def elements(self) -> Iterator[tuple[int, Any]]:
-        """(number from 1, value)."""
+        """(number from 1, value), a BadRow for a value that Python cannot hold."""
         self._expect("[")
         number = 0
         if self._peek() == "]":
             self.at += 1
         else:
             while number == 0 or self._expect(",]") == ",":
+                if number and self._peek() == "]":
+                    raise self._error("a comma stands before the closing ]; remove it", self.at)
                 number += 1
                 yield number, self._value()
         if self._peek():
@@ -66,16 +71,32 @@ class JsonArray:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                in_string = error.msg.startswith("Unterminated")
+                in_string, offset = error.msg.startswith("Unterminated"), error.pos - self.at
                 if (in_string or error.pos >= len(self.text) - CUT_OFF) and self._more():
                     continue
-                if in_string or error.pos >= len(self.text):
+                if in_string or self.at + offset >= len(self.text):
                     raise self._cut_short() from error
-                raise self._error(error.msg, error.pos) from error
+                raise self._error(error.msg, self.at + offset) from error
+            except (ValueError, RecursionError) as error:
+                self._skip_value()
+                return unreadable(error)
             length = end - self.at
             if end < len(self.text) or not self._more():  # a number at the end may go on
                 self.at += length
                 return value
+
+    def _skip_value(self) -> None:
+        """Moves on to the comma or bracket that ends the element."""
+        while True:
+            depth = 0
+            for found in STRING_OR_MARK.finditer(self.text, self.at):
+                mark = found[0][0]
+                if depth == 0 and mark in ",]":
+                    self.at = found.start()
+                    return
+                depth += (mark in "[{") - (mark in "]}")
+            if not self._more():
+                raise self._cut_short()
 
     def _more(self) -> bool:
         """Reads on: at least as much again as is held, so that a long element is not scanned too often."""

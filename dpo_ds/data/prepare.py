@@ -1,7 +1,9 @@
 """A data source -> tokenised pairs on disk, once: later runs, ranks and nodes find them by a digest.
 
 The rank with `build` tokenises under a file lock. The others watch for the finished folder, which appears by one
-rename; they enter no collective, so nothing times out while millions of rows are read.
+rename; they enter no collective, so nothing times out while millions of rows are read. They also try the lock: where
+nobody has held it for a while and there is no folder, the rank that tokenises has ended, most often for a mistake in
+the data.
 """
 
 from __future__ import annotations
@@ -13,33 +15,36 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dpo_ds.batch import PAIR
 from dpo_ds.data.census import Census
 from dpo_ds.data.dataset import CENSUS, PairDataset, PairWriter
-from dpo_ds.data.formats import BadRow, Conversation, Location, Row, check_name, detect, read
+from dpo_ds.data.formats import FIELDS, BadRow, Conversation, Location, Row, check_columns, check_name, detect, read, unreadable
 from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
 from dpo_ds.errors import ConfigError, DataError
 
-FORMAT_VERSION = 1  # of the cache: raise it when the same rows would give other tokens or columns
+FORMAT_VERSION = 2  # of the cache: raise it when the same rows would give other tokens or columns
 BATCH = 1000  # rows tokenised together
 POLL_SECONDS = 0.2
 WAIT_SECONDS = 12 * 3600  # for the rank that tokenises
+ABANDONED_SECONDS = 120  # that nobody holds the lock: more than ranks differ in when they come to the data
+EQUAL = "equal after the cut"
 NOTHING_LEFT = "no trained token left after the cut"
 
 logger = logging.getLogger(__name__)
 
 
 class Options(Protocol):
-    """The run config's data section, as far as it is read here."""
+    """The run config's data section, as far as it is read here; the config has checked ranges and choices."""
 
     format: str
     columns: Mapping[str, str]
@@ -61,29 +66,43 @@ def prepare(
     """The tokenised pairs of `source`: a path or Hub id, or a list of them or of {"path", "weight"}.
 
     split, "train" or "eval", picks among the splits of a folder or Hub data set. Raises ConfigError, ModelError or
-    DataError for what the user can mend; TimeoutError where `build` is false and nobody finishes within WAIT_SECONDS.
+    DataError for what the user can mend, DataError too where `build` is false and the rank that tokenises has ended
+    without a data set; TimeoutError where it does not finish within WAIT_SECONDS.
     """
     check_name(options.format, sides)
-    if options.on_bad_row not in ("error", "skip"):
-        raise ConfigError(f"data.on_bad_row is {options.on_bad_row!r}; it must be error or skip")
+    check_columns(options.columns)
     tokenize = PairTokenizer(tokenizer, options.max_length, options.max_prompt_length, sides)
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"data.limit is {options.limit}; it must be at least 1, or null for all rows")
-    paths, weights = _items(source)
+    items = [source] if isinstance(source, str) else source
+    items = [{"path": item} if isinstance(item, str) else item for item in items]
+    paths = [item["path"] for item in items]
     sources = [open_source(path, split) for path in paths]
     folder = cache_root() / _digest(sources, options, sides, tokenizer)
-    if build:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                _build(folder, _Reader(sources, paths, options, sides), tokenize)
-    else:
-        wait_for(folder)
-    return PairDataset(folder, weights)
+    lock = f"{folder}.lock"
+    with _usable(folder.parent):
+        if build and not folder.exists():
+            with FileLock(lock):
+                if not folder.exists():
+                    _build(folder, _Reader(sources, paths, options, sides), tokenize)
+        elif not build:
+            wait_for(folder, lock)
+    return PairDataset(folder, [item.get("weight", 1.0) for item in items])
 
 
 def cache_root() -> Path:
     return Path(os.environ.get("DPO_DS_CACHE") or "~/.cache/dpo_ds").expanduser() / "tokenized"
+
+
+@contextmanager
+def _usable(root: Path) -> Iterator[None]:
+    """Makes the cache's folder; what its disk refuses, then or later, is a ConfigError."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        yield
+    except TimeoutError:  # an OSError too
+        raise
+    except OSError as error:
+        problem = f"the data cache {root} cannot be made or written ({error.strerror or error})"
+        raise ConfigError(f"{problem}; set DPO_DS_CACHE to a folder on a disk with room") from error
 
 
 @dataclass
@@ -100,7 +119,7 @@ class _Reader:
     def batches(self, i: int) -> Iterator[list[tuple[Location, Conversation]]]:
         """The conversations of source `i`; its format is decided once, on the first row that shows one."""
         limit = None if self.options.limit is None else self.options.limit - self.census.rows_read
-        rows = islice(self.sources[i].rows(), limit)
+        rows = islice(self.sources[i].rows(FIELDS | set(self.options.columns.values())), limit)
         before, name = self.census.rows_read, self.options.format
         while raw := list(islice(rows, BATCH)):
             batch = []
@@ -114,6 +133,8 @@ class _Reader:
                     batch.append((location, read(row, name, self.sides)))
                 except BadRow as error:
                     self.bad(location, error)
+                except RecursionError as error:
+                    self.bad(location, unreadable(error))
             yield batch
         if limit == 0:  # used up by the sources before
             return
@@ -154,8 +175,10 @@ def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, An
                         reader.bad(location, result)
                     elif not all(len(result.pair.target_positions(side)) for side in reader.sides):
                         census.drop(location, NOTHING_LEFT, NOTHING_LEFT)
+                    elif np.array_equal(result.pair.chosen, result.pair.rejected):  # or the template trims white space
+                        census.drop(location, EQUAL, EQUAL)
                     else:
-                        census.keep(result.prompt_cut, result.completions_cut, conversation.prompts_differ)
+                        census.keep(result, conversation.prompts_differ)
                         pairs.append(result.pair)
                         locations.append(location)
                 if pairs:
@@ -186,24 +209,6 @@ def _none_kept(reader: _Reader) -> str:
     )
 
 
-def _items(source: str | Sequence[str | Mapping[str, Any]]) -> tuple[list[str], list[float]]:
-    items = [source] if isinstance(source, str) else list(source)
-    if not items:
-        raise ConfigError("data.train or data.eval is an empty list; name at least one path or Hub id")
-    paths, weights = [], []
-    for item in items:
-        item = {"path": item} if isinstance(item, str) else dict(item)
-        path, weight = item.pop("path", None), item.pop("weight", 1.0)
-        if item or not isinstance(path, str):
-            wrong = f"{', '.join(item)} is unknown" if item else f"the path is {path!r}"
-            raise ConfigError(f"a data source is a path, or path and weight: {wrong}")
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
-            raise ConfigError(f"the weight of data source {path} is {weight!r}; it must be a number above 0")
-        paths.append(path)
-        weights.append(float(weight))
-    return paths, weights
-
-
 def _digest(sources: Sequence[Files | HuggingFace], options: Options, sides: tuple[str, ...], tokenizer: Any) -> str:
     wanted = [options.format, dict(options.columns), options.max_length, options.max_prompt_length]
     wanted += [options.limit, options.on_bad_row, sides]
@@ -212,9 +217,28 @@ def _digest(sources: Sequence[Files | HuggingFace], options: Options, sides: tup
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def wait_for(folder: Path) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not folder.exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{folder} did not appear within {WAIT_SECONDS} s: is the rank that tokenises gone?")
-        time.sleep(POLL_SECONDS)
+def wait_for(path: Path, lock: str | None = None) -> None:
+    """Returns once `path` is there.
+
+    lock: what the process that makes it holds meanwhile; DataError when nobody has held it for ABANDONED_SECONDS.
+    """
+    start = idle_since = time.monotonic()
+    while not path.exists():
+        now = time.monotonic()
+        if now - start > WAIT_SECONDS:
+            raise TimeoutError(f"{path} did not appear within {WAIT_SECONDS} s: is the rank that tokenises gone?")
+        if lock is not None and _is_held(lock):
+            idle_since = time.monotonic()
+        elif lock is not None and now - idle_since > ABANDONED_SECONDS:
+            raise DataError(f"{path}: the rank that tokenises ended without a data set; its own message says why")
+        else:
+            time.sleep(POLL_SECONDS)
+
+
+def _is_held(lock: str) -> bool:
+    """Is somebody at work under the lock? Another waiter holds it for an instant only, so this tries a little longer."""
+    try:
+        with FileLock(lock, timeout=POLL_SECONDS):
+            return False
+    except Timeout:
+        return True

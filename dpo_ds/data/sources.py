@@ -10,16 +10,17 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_ds.data.formats import BadRow, Location, shorten
+from dpo_ds.data.formats import BadRow, Location, shorten, unreadable
 from dpo_ds.data.json_stream import JsonArray
 from dpo_ds.errors import DataError
 
@@ -30,7 +31,8 @@ KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 UNNAMED = ""
 SPLITS = {"train": ("train", UNNAMED), "eval": ("test", "validation", "valid", "val", "eval", "dev")}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-PARQUET_BATCH = 1024  # rows
+BATCH = 1024  # rows of Arrow data converted together
+UNFINISHED = "unfinished object"
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class Files:
         """What the cache takes for the content: resolved path, size, modification time."""
         return [_identity(path) for path in self.paths]
 
-    def rows(self) -> Rows:
+    def rows(self, wanted: Collection[str] | None = None) -> Rows:
+        """wanted: the fields that will be used; others may come as None. All if not given."""
         for path in self.paths:
-            yield from _file_rows(path)
+            yield from _file_rows(path, wanted)
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,19 @@ class HuggingFace:
     def identity(self) -> list:
         return self.key
 
-    def rows(self) -> Rows:
-        for number, row in enumerate(self.data, 1):
-            yield Location(self.name, number), row
+    def rows(self, wanted: Collection[str] | None = None) -> Rows:
+        """As `Files.rows`."""
+        names = self.data.column_names
+        data, number = self.data.select_columns(_used(names, wanted)), 0
+
+        def read(start: int, stop: int) -> list[dict]:
+            columns = data[start:stop]
+            return [{name: values[i] for name, values in columns.items()} for i in range(stop - start)]
+
+        while number < len(data):
+            for row in _converted(read, number, min(number + BATCH, len(data)), names):
+                number += 1
+                yield Location(self.name, number), row
 
 
 def open_source(path: str, split: str = "train") -> Files | HuggingFace:
@@ -94,16 +107,18 @@ def read_rows(path: str, split: str = "train") -> Rows:
     return open_source(path, split).rows()
 
 
-def _file_rows(path: Path) -> Rows:
+def _file_rows(path: Path, wanted: Collection[str] | None) -> Rows:
     kind = _kind(path)
     if kind == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, wanted)
         return
-    last = 0
+    last, one_a_line = 0, kind.startswith(".jsonl")
     try:
         with gzip.open(path, "rb") if kind.endswith(".gz") else path.open("rb") as stream:
-            is_array = kind.startswith(".json") and not kind.startswith(".jsonl") and _begins_array(stream)
+            is_array = not one_a_line and _begins_array(stream)
             for number, row in JsonArray(stream, path).elements() if is_array else _lines(stream):
+                if last == 0 and not one_a_line and isinstance(row, BadRow) and row.reason == UNFINISHED:
+                    raise DataError(f"{path}:{number}: {row}, or wrap the objects of the file in [ ] with commas between")
                 last = number
                 yield Location(str(path), number), row if isinstance(row, dict | BadRow) else _not_an_object(row)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -133,8 +148,12 @@ def _line(line: bytes) -> Any:
         found = f"0x{line[error.start]:02x}"
         return BadRow("not UTF-8", f"not UTF-8 at byte {error.start} of the line ({found}); save the file as UTF-8")
     except json.JSONDecodeError as error:
+        if error.doc.startswith("{") and error.pos == len(error.doc):
+            return BadRow(UNFINISHED, "the object does not end on its line; write each object on one line")
         problem = f"the line is not JSON at column {error.pos + 1}: {error.msg} ({shorten(error.doc[:60])})"
         return BadRow("not JSON", problem)
+    except (ValueError, RecursionError) as error:
+        return unreadable(error)
 
 
 def _not_an_object(row: Any) -> BadRow:
@@ -142,17 +161,42 @@ def _not_an_object(row: Any) -> BadRow:
     return BadRow("not an object", problem)
 
 
-def _parquet_rows(path: Path) -> Rows:
+def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Rows:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(PARQUET_BATCH):
-                for row in batch.to_pylist():
+            names = file.schema_arrow.names
+            for batch in file.iter_batches(BATCH, columns=_used(names, wanted)):
+                for row in _converted(partial(_to_python, batch), 0, len(batch), names):
                     number += 1
                     yield Location(str(path), number), row
     except (pa.ArrowException, OSError) as error:
         problem = f"{path}: broken Parquet file after row {number} ({_first_line(error)})"
         raise DataError(f"{problem}; copy or download it again") from error
+
+
+def _used(names: list[str], wanted: Collection[str] | None) -> list[str]:
+    """Columns nobody asked for may hold what Python cannot: dates beyond its range, bytes that are not UTF-8."""
+    return [name for name in names if wanted is None or name in wanted] or names[:1]  # one still counts the rows
+
+
+def _to_python(batch: pa.RecordBatch, start: int, stop: int) -> list[dict]:
+    return batch.slice(start, stop - start).to_pylist()
+
+
+def _converted(
+    read: Callable[[int, int], list[dict]], start: int, stop: int, names: list[str]
+) -> list[dict[str, Any] | BadRow]:
+    """Rows start to stop, with None in columns left out; one by one where they cannot be converted together."""
+    try:
+        return [{**dict.fromkeys(names), **row} for row in read(start, stop)]
+    except (ValueError, OverflowError) as error:
+        if stop - start > 1:
+            return [row for i in range(start, stop) for row in _converted(read, i, i + 1, names)]
+        if isinstance(error, UnicodeDecodeError):
+            problem = f"not UTF-8 at byte {error.start} of {shorten(error.object)}; save the text as UTF-8"
+            return [BadRow("not UTF-8", problem)]
+        return [BadRow("not readable", f"a value cannot be read ({_first_line(error)})")]
 
 
 def _kind(path: Path) -> str | None:

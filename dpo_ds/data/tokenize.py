@@ -15,7 +15,7 @@ from tokenizers import Encoding, Tokenizer
 from dpo_ds.batch import PAIR, PreferencePair
 from dpo_ds.data.chat import DEFAULT_CHAT_TEMPLATE, Rendered, render
 from dpo_ds.data.formats import BadRow, Conversation
-from dpo_ds.errors import ConfigError, ModelError
+from dpo_ds.errors import ModelError
 
 
 class Tokenized(NamedTuple):
@@ -37,7 +37,7 @@ class _Side(NamedTuple):
 class PairTokenizer:
     """Tokenises conversations; lengths are in tokens, `sides` is ("chosen", "rejected") or ("chosen",).
 
-    Raises ModelError for a tokenizer without offsets or EOS, ConfigError where no token is left for the completion.
+    max_prompt_length is below max_length. Raises ModelError for a tokenizer without offsets or EOS.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, max_prompt_length: int, sides: tuple[str, ...] = PAIR):
@@ -46,11 +46,6 @@ class PairTokenizer:
             raise ModelError(f"{name}: a slow tokenizer gives no character offsets; use a model with a tokenizer.json")
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{name}: the tokenizer has no EOS token, so no completion could end; set eos_token")
-        if not 0 < max_prompt_length < max_length:
-            raise ConfigError(
-                f"data.max_prompt_length is {max_prompt_length} and data.max_length {max_length}: "
-                "the prompt must be shorter, or no token is left for the completion"
-            )
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
@@ -60,7 +55,10 @@ class PairTokenizer:
         self.prefix = _added_in_front(tokenizer, self.bare)
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Tokenized | BadRow]:
-        """One result each, in order; BadRow where the chat template cannot show the conversation."""
+        """One result each, in order; BadRow where the chat template cannot show the conversation.
+
+        Raises ModelError for a chat template that is not valid.
+        """
         rendered = [self._render(conversation) for conversation in conversations]
         texts = [side.text for sides in rendered if not isinstance(sides, BadRow) for side in sides]
         encodings = iter(self.bare.encode_batch(texts, add_special_tokens=False))

@@ -165,7 +165,7 @@ def spot_check(run: TrainConfig, policy, cached: CachedRows, layout: Layout) -> 
 
     data = cached.datasets[0]
     picked = np.random.default_rng(run.train.seed).permutation(len(data))[:SPOT_CHECK_PAIRS]
-    lengths = Lengths(data.prompt_lengths[picked], data.chosen_lengths[picked], data.rejected_lengths[picked])
+    lengths = Lengths.of(data, picked)
     worst = 0.0
     with policy.evaluating():
         for members in plan(lengths, layout, dist.get_world_size())[dist.get_rank()]:

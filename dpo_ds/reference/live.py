@@ -9,6 +9,6 @@ from dpo_ds.engine import FrozenModel
 from dpo_ds.model import LogProbModel, load_causal_lm
 
 
-def live_reference(section: ModelSection, path: str, ds_config: dict, attn: str, device: torch.device) -> FrozenModel:
+def live_reference(section: ModelSection, ds_config: dict, device: torch.device) -> FrozenModel:
     """All ranks enter. The same kernels as the policy's, so that at equal weights the log-probs are bit-equal."""
-    return FrozenModel(LogProbModel(load_causal_lm(section, path, ds_config, attn)), ds_config, device)
+    return FrozenModel(LogProbModel(load_causal_lm(section, ds_config)), ds_config, device)

@@ -96,7 +96,7 @@ class Workload:
 
 
 class Stopwatch:
-    """Cuts training into rounds; made when all is imported and no model is loaded yet, which is where memory counts from."""
+    """Cuts training into rounds. Memory counts from where it is made: all is imported, no model is loaded yet."""
 
     def __init__(self, work: Workload, results: TextIO):
         self.steps, self.left, self.results = work.steps, work.warm_up, results
@@ -167,26 +167,23 @@ def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
     engine.quiet_libraries()
     device = engine.initialize_distributed(place)
     prepared = preflight.prepare(run, place, Path(run.output_dir))
-    causal_lm = load_causal_lm(run.model, run.model.path, prepared.policy_config, run.model.attn)
+    causal_lm = load_causal_lm(run.model, prepared.policy_config)
     policy = engine.Policy(LogProbModel(causal_lm), prepared.policy_config, device)
     models, objective = [policy], ReferenceFree()
     if reference == "live":
-        models.append(live_reference(run.model, run.model.path, prepared.reference_config, run.model.attn, device))
+        models.append(live_reference(run.model, prepared.reference_config, device))
         objective = PreferenceObjective(DPO(BETA), models[1])
     settled = engine.settle_layout(layout, models)
     assert settled == (layout, ""), settled
     shape = Layout(layout, PAIR, work.micro_batch_tokens, prepared.hidden_size)
     try:
-        trainer = Trainer(
-            policy, objective, prepared.data, None, shape, run.train, writer=None, tracker=watch, stop=StopFlag(), peers=Silent()
-        )
-        trainer.train(1, 0)
+        Trainer(policy, objective, prepared.data, None, shape, run.train, None, watch, StopFlag(), Silent()).train(1, 0)
     finally:
         engine.finish_distributed()
 
 
 def trl(work: Workload, results: TextIO, precompute: bool) -> None:
-    """TRL's DPOTrainer. What it would log and check as well is left on; only the tokenising is ours, for equal pairs."""
+    """TRL's DPOTrainer with what it logs and checks by default; only tokenising is ours, so that pairs are equal."""
     import transformers
     from datasets import load_from_disk
     from trl import DPOConfig, DPOTrainer
@@ -235,7 +232,7 @@ def trl(work: Workload, results: TextIO, precompute: bool) -> None:
 
 
 def bare(work: Workload, results: TextIO) -> None:
-    """Forward and backward of this rank's packed micro-batches on a plain model: no DeepSpeed, no update, no other rank."""
+    """Forward and backward of this rank's packed micro-batches on a plain model: no DeepSpeed, update or other rank."""
     watch = Stopwatch(work, results)
     place, data = launch.from_environment(), work.dataset()
     torch.set_num_threads(place.threads)
@@ -265,7 +262,7 @@ def attention_ready(path: str, dtype: torch.dtype):
 
 def share(data: PairDataset, rows: np.ndarray, layout: Layout, place: launch.Launch) -> list[Batch]:
     """The micro-batches that the trainer gives this rank."""
-    lengths = Lengths(data.prompt_lengths[rows], data.chosen_lengths[rows], data.rejected_lengths[rows])
+    lengths = Lengths.of(data, rows)
     mine = plan(lengths, layout, place.world_size)[place.rank]
     return [layout.collate([data[int(rows[position])] for position in members]) for members in mine]
 

@@ -2,12 +2,12 @@
 
     python tests/benchmarks/train_throughput.py [--data FOLDER] [--rounds 5] [--steps 2] [--only NAME ...] [--out FILE]
 
-Every contender is a job of its own that stays alive between rounds (contenders.py); a round lets each of them in turn run
-the same steps: same pairs, same global batches, same model, same DeepSpeed JSON (ZeRO-3), no activation checkpointing.
-Ratios are medians over rounds of the ratio within a round. The losses of all that do the same mathematics are compared.
+Every contender is a job of its own that stays alive between rounds (contenders.py); in a round each of them in turn
+runs the same steps: same pairs, global batches, model and DeepSpeed JSON (ZeRO-3), no activation checkpointing.
+Ratios are medians over rounds of the ratio within a round. The losses of all that train by DPO are compared.
 
 On a CPU: two ranks, one thread each, fp32, a Llama of 6 layers, width 256 and 8k vocabulary. With CUDA: a rank a GPU,
-bf16, a Llama of 1.2 B parameters, and tokens/s and MFU besides. Both have random weights: speed does not depend on them.
+bf16, a Llama of 1.2 B parameters, and tokens/s and MFU besides. Weights are random: speed does not depend on them.
 Pairs are HH-harmless from --data (default $DPO_DS_DATA, else ../shared/data), generated reviews where that is absent.
 Memory is the most a rank holds beyond its imports (CPU: resident; CUDA: allocated). Tokens count each prompt once.
 """
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from dpo_ds.batch import PAIR  # noqa: E402
 from dpo_ds.config import DataSection  # noqa: E402
-from dpo_ds.data import PairDataset, prepare  # noqa: E402
+from dpo_ds.data import prepare  # noqa: E402
 from dpo_ds.data.sources import read_rows  # noqa: E402
 from dpo_ds.demo.corpus import preference_rows, write_jsonl  # noqa: E402
 from dpo_ds.demo.tiny import special_ids, train_tokenizer  # noqa: E402
@@ -50,6 +50,10 @@ ONE_BILLION = dict(
     vocab_size=128256, tie_word_embeddings=True,
 )  # fmt: skip
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, a GPU
+BARS = (  # (faster, than, times); the second is 1.3 times the seconds
+    ("packed, live reference", "TRL, live reference", 5.0),
+    ("packed, no reference", "bare forward+backward", 1 / 1.3),
+)
 AUTO = "auto"
 DEEPSPEED = {  # both trainers fill what is auto, from the same hyper-parameters
     "zero_optimization": {
@@ -80,7 +84,8 @@ def build(folder: Path, args: argparse.Namespace) -> Workload:
     tokenizer.save_pretrained(work.model)
     config = LlamaConfig(**(ONE_BILLION if cuda else SMALL), max_position_embeddings=4096, **special_ids(tokenizer))
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32).save_pretrained(work.model)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(work.model)
 
     adamw = DEEPSPEED["optimizer"]["params"] | ({} if cuda else {"torch_adam": True, "fused": True})
     deepspeed = DEEPSPEED | {"optimizer": {"type": "AdamW", "params": adamw}, "bf16": {"enabled": cuda}}
@@ -151,12 +156,13 @@ class Job:
 
 
 def measure(work: Workload, names: list[str]) -> dict[str, list[dict]]:
-    """For every contender its rounds: seconds of the slowest rank, losses, most memory of a rank. The warm-up is round 0."""
-    jobs = []
+    """Every contender's rounds: seconds of the slowest rank, memory of the largest, losses. Round 0 is warm-up."""
+    jobs, rounds = [], {}
     try:
-        for name in names:
+        for name in names:  # one after the other: each warms up undisturbed
             jobs.append(Job(name, work))
-        rounds = {job.name: [summary(job.reports())] for job in jobs}
+            rounds[name] = [summary(jobs[-1].reports())]
+            print(f"ready: {name}", flush=True)
         for number in range(1, work.rounds + 1):
             for job in jobs:
                 rounds[job.name].append(summary(job.run_round()))
@@ -191,16 +197,17 @@ def evaluate(work: Workload, rounds: dict[str, list[dict]]) -> dict:
             "tokens_per_second": statistics.median(tokens / seconds),
             "mfu": statistics.median(CONTENDERS[name].forwards * flops / seconds) / peak / work.ranks if peak else None,
             "times": {
-                other: statistics.median(theirs["seconds"] / mine for theirs, mine in zip(rounds[other][1:], seconds, strict=True))
-                for other in rounds
+                other: statistics.median(np.array([each["seconds"] for each in theirs[1:]]) / seconds)
+                for other, theirs in rounds.items()
             },
         }
-    losses = np.array([np.concatenate([each["losses"] for each in seen]) for name, seen in rounds.items() if CONTENDERS[name].is_dpo])
-    return {"results": results, "largest_loss_difference": float(np.ptp(losses, axis=0).max()) if len(losses) else None}
+    losses = [sum((each["losses"] for each in seen), []) for name, seen in rounds.items() if CONTENDERS[name].is_dpo]
+    difference = float(np.ptp(losses, axis=0).max()) if len(losses) > 1 else None
+    return {"results": results, "largest_loss_difference": difference}
 
 
 def work_of_rounds(work: Workload) -> tuple[np.ndarray, np.ndarray]:
-    """Of each round: FLOPs of one forward over its pairs, packed (each prompt once, head on completions only), and tokens."""
+    """Of each round: FLOPs of one forward over its pairs (prompts once, the head on completions), and tokens."""
     data, config = work.dataset(), LlamaConfig.from_pretrained(work.model)
     width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
     layer = 4 * width * (width + kv_width) + 6 * width * config.intermediate_size  # matmuls of a token
@@ -218,34 +225,37 @@ def work_of_rounds(work: Workload) -> tuple[np.ndarray, np.ndarray]:
 
 def table(report: dict) -> str:
     results = report["results"]
-    peer = next((name for name in ("TRL, live reference",) if name in results), None)
+    peer = "TRL, live reference" if "TRL, live reference" in results else None
     lines = ["| | pairs/s | times TRL live | s a step | memory MiB | tokens/s | MFU |", "| --- |" + " ---: |" * 6]
     for name, r in results.items():
         times = f"{r['times'][peer]:.2f}" if peer else "-"
         mfu = f"{100 * r['mfu']:.1f} %" if r["mfu"] else "-"
-        lines.append(
-            f"| {name} | {r['pairs_per_second']:.2f} | {times} | {r['step_seconds']:.3f} | {r['memory_bytes'] / 2**20:.0f} "
-            f"| {r['tokens_per_second']:.0f} | {mfu} |"
-        )
+        speed = f"{r['pairs_per_second']:.2f} | {times} | {r['step_seconds']:.3f}"
+        lines.append(f"| {name} | {speed} | {r['memory_bytes'] / 2**20:.0f} | {r['tokens_per_second']:.0f} | {mfu} |")
     return "\n".join(lines)
 
 
 def bars(report: dict) -> list[str]:
     """The speeds that this project promises on a CPU, and whether this run has them."""
     lines = []
-    for mine, other, least in (("packed, live reference", "TRL, live reference", 5.0), ("packed, no reference", "bare forward+backward", 1 / 1.3)):
+    for mine, other, least in BARS:
         if {mine, other} <= report["results"].keys():
             times = report["results"][mine]["times"][other]
-            lines.append(f"{mine}: {times:.2f} times the speed of {other}, promised {least:.2f}: {'yes' if times >= least else 'NO'}")
+            verdict = "reached" if times >= least else "MISSED"
+            lines.append(f"{mine}: {times:.2f} times the speed of {other}; promised {least:.2f}, {verdict}")
     return lines
 
 
 def environment(work: Workload) -> dict:
     packages = ("dpo-ds", "torch", "deepspeed", "transformers", "trl")
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU")
-    device = torch.cuda.get_device_name() if work.bf16 else cpu
-    load = os.getloadavg()[0]
-    return {"device": device, "cores": os.cpu_count(), "load_before": load, "python": platform.python_version()} | {p: version(p) for p in packages}
+    machine = {
+        "device": torch.cuda.get_device_name() if work.bf16 else cpu,
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+    }
+    return machine | {package: version(package) for package in packages}
 
 
 def main() -> None:
@@ -268,7 +278,8 @@ def main() -> None:
         report |= evaluate(work, rounds) | {"rounds": rounds}
     print(table(report))
     print("\n".join(bars(report)))
-    print(f"largest difference between two DPO losses of the same step: {report['largest_loss_difference']:.1e}")
+    if report["largest_loss_difference"] is not None:
+        print(f"DPO losses of the same step differ by {report['largest_loss_difference']:.1e} at most")
     if args.out:
         args.out.write_text(json.dumps(report, indent=1))
 

@@ -83,7 +83,9 @@ def damaged_on_disk(job: Job, out: str, rng: random.Random) -> str:
     what = _damage(folder / f"step-{step:08d}", rng)
     output = job.resume(out)
     check("trying the one before" in output and f"step-{step:08d}" in output, f"no line on {what}\n{output}")
-    check(f"resumed from {folder}/step-{step - EVERY:08d}" in output, f"{what}: not resumed from the one before\n{output}")
+    check(
+        f"resumed from {folder}/step-{step - EVERY:08d}" in output, f"{what}: not resumed from the one before\n{output}"
+    )
     return f"{what}; resumed from step {step - EVERY}"
 
 
@@ -117,7 +119,9 @@ def disk_full(job: Job, out: str, rng: random.Random) -> str:
     """A file system that holds one checkpoint and no second: told, training goes on, then a rank dies."""
     disk = job.world / out / "checkpoints"
     disk.mkdir(parents=True)
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", disk], capture_output=True, text=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", disk], capture_output=True, text=True
+    )
     if mount.returncode:
         return f"not tried: {mount.stderr.strip()}"
     try:

@@ -6,22 +6,23 @@ from pathlib import Path
 
 from dpo_ds import launch
 from dpo_ds.batch import packed_batch
-from dpo_ds.config import TrainSection
+from dpo_ds.config import ModelSection, TrainSection
+from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.ds_config import Machine, fill_policy
 from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
 from dpo_ds.model import LogProbModel, load_causal_lm
-from tests.tiny import random_pairs, save_tiny, tiny_config
-from tests.workers.gradients import Section
+from tests.tiny import VOCAB, random_pairs
 
 
 def main(out: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
     device = initialize_distributed(place)
-    path = save_tiny(Path(out).parent / "model", tiny_config("llama"))
+    path = str(Path(out).parent / "model")
+    random_model(tiny_config("llama", VOCAB)).save_pretrained(path)
     given = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    config, _ = fill_policy(given, "test", TrainSection(global_batch_size=4), Machine(1, "cpu", False), 32)
-    policy = Policy(LogProbModel(load_causal_lm(Section, path, config, "auto")), config, device)
+    config, _ = fill_policy(given, "test", TrainSection(global_batch_size=4), Machine(1, "cpu", False), 64)
+    policy = Policy(LogProbModel(load_causal_lm(ModelSection(path=path), config)), config, device)
     assert settle_layout("packed", [policy]) == ("packed", "")
     batch = packed_batch(random_pairs(4))
     kept = []

@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 
 from dpo_ds import launch
-from dpo_ds.config import TrainSection
+from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.ds_config import Machine, fill_policy, fill_reference
 from dpo_ds.engine import (
-    FrozenModel,
     Policy,
     check_head,
     finish_distributed,
@@ -30,6 +29,7 @@ from dpo_ds.export import gathered_state_dict
 from dpo_ds.losses import DPO
 from dpo_ds.metrics import preference_sums
 from dpo_ds.model import LogProbModel, load_causal_lm
+from dpo_ds.reference.live import live_reference
 from tests.oracle import dpo_by_autograd
 from tests.tiny import VOCAB, random_pairs
 
@@ -38,10 +38,6 @@ TRAITS = {  # windows shorter than the sequences, soft-caps that bend; dropout s
     "mistral": {"sliding_window": 5},
     "gemma2": {"sliding_window": 5, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0},
 }
-
-
-class Section:
-    revision, from_config, trust_remote_code = None, False, False
 
 
 def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str) -> dict:
@@ -61,10 +57,9 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
     policy_config, _ = fill_policy(given, "test", run, machine, 32)
     reference_config, _ = fill_reference(given, "test", machine, 32)
     attn = "eager" if family == "gemma2" else "auto"
-    policy = Policy(LogProbModel(load_causal_lm(Section, paths[0], policy_config, attn)), policy_config, device)
-    reference = FrozenModel(
-        LogProbModel(load_causal_lm(Section, paths[1], reference_config, attn)), reference_config, device
-    )
+    sections = [ModelSection(path=path, attn=attn) for path in paths]
+    policy = Policy(LogProbModel(load_causal_lm(sections[0], policy_config)), policy_config, device)
+    reference = live_reference(sections[1], reference_config, device)
 
     head = policy.causal_lm.get_output_embeddings()
     known, head.scale = head.scale, 1.5 * head.scale  # as if the family had a logit scale that install_head overlooks

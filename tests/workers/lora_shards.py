@@ -17,7 +17,7 @@ def main(model: str, out: str) -> None:
     device = initialize_distributed(place)
     given = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     config, _ = fill_policy(given, "test", TrainSection(), Machine(place.world_size, "cpu", False), 32)
-    causal_lm = load_causal_lm(ModelSection(path=model), model, config, "auto")
+    causal_lm = load_causal_lm(ModelSection(path=model), config)
     lora.add_adapters(causal_lm, LoraSection(r=4), seed=0)
     policy = Policy(LogProbModel(causal_lm), config, device)
     parameters = dict(policy.causal_lm.named_parameters())

@@ -1,4 +1,4 @@
-"""Three ranks that watch each other, of which rank 1 hangs, fails alone, or ends as the others do: usage peers.py WHAT."""
+"""Three ranks that watch each other; rank 1 hangs, fails alone, or ends as the others do: usage peers.py WHAT."""
 
 import threading
 

@@ -26,7 +26,7 @@ def main(model: str, ds_config: str, source: str, target: str) -> None:
     run = TrainConfig.model_validate(sections)
     settings = TrainSection(learning_rate=1e-2, weight_decay=0.1, global_batch_size=8)
     filled, _ = fill_policy(json.loads(ds_config), "test", settings, Machine(place.world_size, "cpu", False), 32)
-    policy = Policy(LogProbModel(load_causal_lm(run.model, model, filled, "auto")), filled, device)
+    policy = Policy(LogProbModel(load_causal_lm(run.model, filled)), filled, device)
     if source == "new":
         for seed in (1, 2):
             batch = padded_batch(random_pairs(3, seed=seed + 10 * place.rank))
