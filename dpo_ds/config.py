@@ -56,7 +56,7 @@ class ModelSection(Section):
 class DataSection(Section):
     train: str | list[str | dict[str, Any]] = Field(description="path, Hub id, or list of them with weights")
     eval: str | list[str | dict[str, Any]] | None = Field(None, description="the same, for evaluation")
-    format: str = Field("auto", description="auto, explicit, implicit, hh, sharegpt or alpaca")
+    format: str = Field("auto", description="auto, explicit, implicit, hh, sharegpt, alpaca; sft: completion, messages")
     columns: dict[str, str] = Field(default_factory=dict, description="renames: {chosen: better, rejected: worse}")
     max_length: int = Field(2048, gt=1, description="tokens of prompt plus one completion")
     max_prompt_length: int = Field(1024, gt=0, description="tokens of the prompt")

@@ -32,7 +32,6 @@ from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.preflight import check_reference_model, prepare_data, reference_section, speaker, this_machine
 from dpo_ds.reference.cache import (
     FORMAT,
-    MANIFEST,
     KeyIndex,
     Manifest,
     Shard,
@@ -48,6 +47,7 @@ from dpo_ds.reference.cache import (
 )
 from dpo_ds.reference.cached import check_identity, identity, kernels, refuse_random_weights
 from dpo_ds.reference.store import data_keys
+from dpo_ds.reference.verify import verify
 from dpo_ds.run import GRACE_SECONDS
 
 NO_DEEPSPEED = "none"
@@ -103,6 +103,8 @@ def start(run: PrecomputeConfig | VerifyConfig) -> int:
     if not work.shards:
         speaker(place)([f"{run.reference.cache}: complete, {work.manifest.values['rows']} pairs; nothing to compute"])
         return 0
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
     from dpo_ds import engine  # deepspeed comes in here, after every check
 
     engine.quiet_libraries()
@@ -316,34 +318,3 @@ class Progress:
         if self._talks and self.pairs:
             seconds = time.monotonic() - self._started
             print(f"dpo-ds: {self.pairs} pairs, {self.tokens} tokens in {seconds:.1f} s on rank 0", flush=True)
-
-
-def verify(folder: Path) -> None:
-    """Checks every hash and prints what the cache holds.
-
-    Raises:
-        ConfigError: no finished cache there, or a byte of it has changed.
-    """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ConfigError(f"--verify {folder}: no {MANIFEST}, so no finished cache; dpo-ds precompute finishes one")
-    check_shards(manifest)
-    rows, sums, counts, keys = 0, np.zeros(2), np.zeros(2), []
-    for shard in read_shards(manifest):
-        rows += len(shard.keys)
-        keys.append(np.array(shard.keys))
-        sums += [np.nansum(side, dtype=np.float64) for side in (shard.chosen, shard.rejected)]
-        counts += [np.isfinite(side).sum() for side in (shard.chosen, shard.rejected)]
-    unique = len(missing_rows(np.concatenate(keys), None))
-    values = manifest.values
-    if (rows, unique) != (values["rows"], values["rows"]):
-        raise ConfigError(f"--verify {folder}: {rows} rows, {unique} of them unique; {MANIFEST} says {values['rows']}")
-    print(f"{folder}: cache {manifest.id}, every hash is right")
-    print(f"  reference  {values['reference']}, weights {values['weights'][:12]}, tokenizer {values['tokenizer'][:12]}")
-    print(f"  pairs      {rows} in {len(manifest.shards)} shards, {sum(s['bytes'] for s in manifest.shards)} bytes")
-    for side, mean, count in zip(PAIR, sums / counts, counts, strict=True):
-        print(f"  {side:<10} {int(count)} tokens, mean log-prob {mean:.4f}")
-    for build in values["builds"]:
-        names = ("dtype", "layout", "attention", "logprobs", "device", "threads")
-        used = ", ".join(f"{name} {build[name]}" for name in names)
-        print(f"  build      {len(build['shards'])} shards: {used}; torch {build['versions']['torch']}")

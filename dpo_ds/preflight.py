@@ -146,7 +146,7 @@ LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt")
 def _check_fit(prepared: dict[str, data.PairDataset], text_config, run: Section, say: Say) -> None:
     """The tokens and the lengths that the data really has, against what the model has room for."""
     for split, pairs in prepared.items():
-        token, longest = pairs.census.get("largest_token", 0), pairs.census.get("longest", 0)
+        token, longest = pairs.census["largest_token"], pairs.census["longest"]
         if token >= text_config.vocab_size:
             raise ConfigError(
                 f"{split} data holds token {token}, the model's vocab_size is {text_config.vocab_size}; "

@@ -1,4 +1,4 @@
-"""Real ranks without the ten seconds that importing torch and deepspeed takes: one process imports, ranks are its forks.
+"""Real ranks without the ten seconds that importing torch and deepspeed takes: one process imports, and ranks fork it.
 
 `python -m tests.forkserver` reads jobs from stdin, a JSON object a line, and answers with the ranks' pids, then with
 their exit codes. The ranks share nothing but what was imported.

@@ -9,8 +9,9 @@ from dpo_ds.batch import packed_batch, padded_batch
 from dpo_ds.data import PairDataset
 from dpo_ds.data.dataset import PairWriter
 from dpo_ds.data.formats import Location
+from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.errors import ConfigError
-from dpo_ds.precompute import micro_batches, missing_rows, verify
+from dpo_ds.precompute import micro_batches, missing_rows
 from dpo_ds.reference.cache import (
     KeyIndex,
     Shard,
@@ -26,6 +27,7 @@ from dpo_ds.reference.cache import (
 )
 from dpo_ds.reference.cached import CachedRows
 from dpo_ds.reference.store import data_rows, open_store
+from dpo_ds.reference.verify import verify
 from tests.tiny import random_pairs
 
 IDENTITY = {"reference": "model", "weights": "w" * 64, "tokenizer": "t" * 64}
@@ -222,3 +224,34 @@ def test_micro_batches_are_full_and_a_long_pair_goes_alone():
     assert packed == [[0], [1, 2], [3, 4]]  # 120 | 60 + 40 | 30 + 15
     padded = [batch.tolist() for batch in micro_batches(lengths, Layout("padded", ("chosen", "rejected"), 170, 8))]
     assert padded == [[0], [1, 2], [3, 4]]  # 180 | 2 x 80 | 2 x 40, with a third pair 3 x 80
+
+
+def test_a_weights_digest_sees_every_byte_and_no_file_boundaries(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from dpo_ds.config import ModelSection
+    from dpo_ds.errors import ModelError
+    from dpo_ds.reference.weights import weights_digest
+
+    one, split = tmp_path / "one", tmp_path / "split"
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen2", 300, hidden=32))
+    model.save_pretrained(one)
+    model.save_pretrained(split, max_shard_size="20KB")
+    assert len(list(split.glob("*.safetensors"))) > 1
+
+    def digest(folder) -> str:
+        return weights_digest(ModelSection(path=str(folder)), str(folder))
+
+    before = digest(one)
+    assert digest(split) == before
+    file = one / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert digest(one) != before
+    file.write_bytes(content[:-1])
+    with pytest.raises(ModelError, match="cut off"):
+        digest(one)
+    (one / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no weights"):
+        digest(one)

@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dpo_ds import checkpoint
@@ -13,6 +14,8 @@ from dpo_ds.checkpoint import Checkpoint, check_config, check_identity, find, op
 from dpo_ds.config import TrainConfig, to_plain
 from dpo_ds.durable import HashingFile
 from dpo_ds.errors import ConfigError
+from dpo_ds.identity import data_id, model_id
+from tests.tiny import random_pairs
 
 RUN = TrainConfig.model_validate(
     {"model": {"path": "m"}, "data": {"train": "d"}, "deepspeed": {"config": "c"}, "output_dir": "o"}
@@ -123,6 +126,32 @@ def test_what_may_change_is_told_and_what_may_not_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="the model in model.path is now xyz, in .* it was abc"):
         check_identity(found, {"the model in model.path": "xyz"})
     check_identity(found, {"the model in model.path": "abc"})
+
+
+class Pairs(list):
+    """As much of a data set as its identity looks at."""
+
+    def __init__(self, pairs):
+        super().__init__(pairs)
+        for part in ("prompt", "chosen", "rejected"):
+            setattr(self, f"{part}_lengths", np.array([len(getattr(pair, part)) for pair in pairs]))
+
+
+def test_the_same_paths_with_other_contents_are_other_models_and_data(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(100))
+    before = model_id(str(folder), None)
+    assert model_id(str(folder), None) == before
+    flip(folder / "model.safetensors", 99)
+    assert model_id(str(folder), None) != before
+    pairs = random_pairs(5)
+    before = data_id(Pairs(pairs))
+    assert data_id(Pairs(random_pairs(5))) == before
+    assert data_id(Pairs(pairs[::-1])) != before and data_id(Pairs(pairs[:4])) != before
+    pairs[3].rejected[0] += 1
+    assert data_id(Pairs(pairs)) != before
 
 
 def test_what_a_resumption_leaves_behind_is_set_aside(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from dpo_ds.checkpoint import open_folder
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.elastic import KINDS, Shards
+from tests.ranks import ROOT
 from tests.small_jobs import exact, make_world, run, status, steps, weights
 from tests.tiny import VOCAB
 
@@ -26,7 +27,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("checkpoints"))
+    return make_world(tmp_path_factory.mktemp("checkpoints"), layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,21 @@ def test_resumed_at_the_same_number_of_ranks_every_bit_is_the_same(forks, world,
     evaluations = [[line["eval_loss"] for line in map(json.loads, log) if "eval_loss" in line] for log in logs]
     assert len(evaluations[0]) == 8 and evaluations[0] == evaluations[1]
     assert weights(world / "again") == weights(whole)
+
+
+def test_with_a_cached_reference_too(forks, world):
+    keys = {"model.path": world / "model", "data.train": world / "train.jsonl", "reference.cache": world / "cached"}
+    argv = [text for key, value in keys.items() for text in (f"--{key}", value)]
+    argv = ["precompute", *argv, "--deepspeed.config", ROOT / "ds_configs/zero3_cpu.json"]
+    codes, output = forks.run(argv, 2, world / "precompute.logs", DPO_DS_CACHE=str(world / "cache"))
+    assert codes == [0, 0], output
+    cached = KEYS | {"train__max_steps": 8, "reference__kind": "cached", "reference__cache": world / "cached"}
+    assert run(forks, world, "cached-whole", **cached)[0] == [0, 0]
+    copy_until(world / "cached-whole", world / "cached-again", 4)
+    codes, output = run(forks, world, "cached-again", **cached)
+    assert codes == [0, 0] and "step-00000004" in output, output
+    assert exact(world / "cached-again") == exact(world / "cached-whole")
+    assert weights(world / "cached-again") == weights(world / "cached-whole")
 
 
 @pytest.mark.parametrize("path", [(2, 1, 2), (1, 3, 2)], ids=str)
@@ -140,10 +156,10 @@ def test_a_full_disk_is_told_and_training_goes_on(forks, world, small_disk):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 900 KB."""
+    """A file system of 700 KB; a checkpoint has 420."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", folder], capture_output=True, text=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True, text=True)
     if mount.returncode:
         pytest.skip(f"no right to mount a small file system: {mount.stderr.strip()}")
     yield folder

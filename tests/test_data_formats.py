@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.data.formats import BadRow, Conversation, Location, Row, check_name, detect, read
+from dpo_ds.data.formats import BadRow, Conversation, Location, Row, check_columns, check_name, detect, read
 from dpo_ds.errors import ConfigError
 
 
@@ -204,7 +204,11 @@ MISTAKES = [
     ({"prompt": "p", "chosen": "a", "rejected": None}, "rejected is null", r"'rejected' is null"),
     ({"chosen": None, "rejected": "b"}, "chosen is null", r"'chosen' is null"),
     ({"prompt": "p", "chosen": 7, "rejected": "b"}, "wrong type", r"'chosen' is int 7; it must be text"),
-    ({"prompt": 1.5, "chosen": "a", "rejected": "b"}, "wrong type", r"'prompt' is float 1.5; it must be a list of"),
+    (
+        {"prompt": 1.5, "chosen": "a", "rejected": "b"},
+        "wrong type",
+        r"'prompt' is float 1.5; it must be text or a list of",
+    ),
     ({"prompt": "p", "chosen": "", "rejected": "b"}, "empty chosen", r"'chosen' is empty \(''\)"),
     ({"prompt": "p", "chosen": "a", "rejected": " \n"}, "empty rejected", r"'rejected' is empty \(' \\n'\)"),
     ({"prompt": "p", "chosen": "same", "rejected": "same"}, "chosen equals rejected", r"equals 'rejected' \('same'\)"),
@@ -235,6 +239,8 @@ MISTAKES = [
         r"'prompt\[0\].content' is list \[1\]; it must be",
     ),
     ({**CHAT, "tools": "{"}, "broken JSON in a field", r"'tools' must be JSON but is '\{'"),
+    ({**CHAT, "tools": ["f"]}, "wrong type", r"'tools\[0\]' is str 'f'; it must be an object that describes a tool"),
+    ({**CHAT, "tools": "[" + "1" * 5000 + "]"}, "number too long", r"a whole number has more than 4300 digits"),
     ({**CHAT, "tools": {"a": 1}}, "wrong type", r"'tools' is dict .* must be a list of tools"),
     (
         {"conversations": "x", "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
@@ -282,6 +288,7 @@ def test_mistakes(row, reason, message):
 
 def test_supervised_mistakes():
     for row, message in [
+        ({"prompt": 3, "completion": "x"}, "'prompt' is int 3; it must be text or a list of messages"),
         ({"messages": [user("x")]}, "'messages' has no assistant turn"),
         ({"prompt": "x", "completion": " "}, "'chosen' is empty"),
         ({"prompt": "x"}, "lacks 'chosen'"),
@@ -307,3 +314,9 @@ def test_format_names():
         check_name("sharegtp", PAIR)
     with pytest.raises(ConfigError, match="data.format is 'messages': .*Known: auto, sharegpt"):
         check_name("messages", PAIR)
+
+
+def test_columns_that_no_format_reads():
+    check_columns({"prompt": "q", "chosen": "a", "messages": "m", "history": "h"})
+    with pytest.raises(ConfigError, match="takes 'chosne' from 'x', but no format .*: did you mean 'chosen'?"):
+        check_columns({"chosne": "x"})

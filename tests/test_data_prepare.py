@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dpo_ds.batch import CHOSEN_ONLY
@@ -82,6 +85,7 @@ def test_pairs_come_back_as_tokenised(tmp_path, monkeypatch):
         "max": 32,
         "mean": pytest.approx(52 / 6),
     }
+    assert census["longest"] == 64  # of 4 + 8, ..., and the row that was cut to 32 + 32
     assert (census["format"], census["files"]) == ("explicit", [str(path)])
     assert json.loads(json.dumps(census)) == census
     assert "location_files" not in census
@@ -107,6 +111,16 @@ def test_masks_survive_the_disk(tmp_path):
         assert data[i].rejected_mask.all()
 
 
+@pytest.mark.parametrize("part", ["prompt", "chosen", "rejected"])
+def test_the_largest_token_of_any_part(tmp_path, part):
+    """The space's is the largest of these; EOS and letters are below it."""
+    row = {"prompt": "ab", "chosen": "cd", "rejected": "ef", part: "g hi"}
+    tok = tokenizer()
+    census = prepare(str(write_lines(tmp_path / "x.jsonl", [row])), options=options(), tokenizer=tok).census
+    assert census["largest_token"] == tok.convert_tokens_to_ids("Ġ")
+    assert census["longest"] == {"prompt": 4 + 3, "chosen": 2 + 5, "rejected": 2 + 5}[part]
+
+
 def test_a_bad_row_is_an_error_unless_skipped(tmp_path, cache):
     path = write_lines(tmp_path / "x.jsonl", [*pairs(1), {"prompt": "p", "chosen": "a"}, b"{", *pairs(1)])
     with pytest.raises(DataError) as caught:
@@ -117,7 +131,7 @@ def test_a_bad_row_is_an_error_unless_skipped(tmp_path, cache):
     )
     assert [p.name for p in cache.iterdir() if p.is_dir()] == []
     data = prepare(str(path), options=options(on_bad_row="skip"), tokenizer=tokenizer())
-    assert len(data) == 2 and data.census["dropped"] == {"no rejected": 1, "not JSON": 1}
+    assert len(data) == 2 and data.census["dropped"] == {"no rejected": 1, "unfinished object": 1}
 
 
 def test_a_refused_template_is_a_bad_row(tmp_path):
@@ -157,6 +171,40 @@ def test_a_pair_whose_cut_leaves_nothing_to_train_on_is_dropped(tmp_path):
     assert data.census["prompts_differ"] == 0  # of the rows kept
 
 
+def test_a_pair_that_is_equal_after_the_cut_is_dropped(tmp_path):
+    """Room for 3 tokens: "abcd" and "abce" both become "abc"."""
+    rows = [{"prompt": "p", "chosen": chosen, "rejected": "abce"} for chosen in ("abcd", "abxd")]
+    path = write_lines(tmp_path / "x.jsonl", rows)
+    data = prepare(str(path), options=options(max_length=4, max_prompt_length=2), tokenizer=tokenizer())
+    assert data.location(0) == f"{path}:2" and data.census["dropped"] == {"equal after the cut": 1}
+    assert data.census["bad_rows"] == [{"location": f"{path}:1", "reason": "equal after the cut"}]
+    assert (len(data), data.census["longest"], data.census["rows_cut"]) == (1, 4, 1)
+
+
+def test_rows_that_python_cannot_hold_are_skipped(tmp_path):
+    """Nested so deep that JSON reads it but what follows does not, or so deep that JSON does not."""
+    rows = []
+    for depth in (900, 100_000):
+        deep = "[" * depth + "]" * depth
+        rows.append(f'{{"prompt": [], "chosen": [], "rejected": [], "tools": [{{"a": {deep}}}]}}'.encode())
+    path = write_lines(tmp_path / "x.jsonl", [*pairs(1), *rows])
+    data = prepare(str(path), options=options(on_bad_row="skip"), tokenizer=tokenizer())
+    assert len(data) == 1 and data.census["dropped"] == {"nested too deep": 2}
+
+
+def test_odd_columns_beside_the_pair(tmp_path):
+    """Parquet: a time beyond Python's in a column that no format reads; the message still names all columns."""
+    when = pa.array([2**62], pa.timestamp("us"))
+    path = tmp_path / "x.parquet"
+    table = {"q": ["p"], "chosen": ["a"], "rejected": ["b"], "when": when}
+    pq.write_table(pa.table(table), path)
+    columns = {"prompt": "q"}
+    assert len(prepare(str(path), options=options(columns=columns), tokenizer=tokenizer())) == 1
+    pq.write_table(pa.table({"q": ["p"], "chosen": ["a"], "bad": ["b"], "when": when}), path)
+    with pytest.raises(DataError, match="lacks 'rejected'; it has 'q', 'chosen', 'bad', 'when'"):
+        prepare(str(path), options=options(columns=columns), tokenizer=tokenizer())
+
+
 def test_empty_data(tmp_path):
     path = tmp_path / "x.jsonl"
     for content in ["", "\n\n"]:
@@ -171,30 +219,13 @@ def test_empty_data(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_prompt_length": 64}, "data.max_prompt_length is 64 and data.max_length 64"),
+        ({"columns": {"chosne": "x"}}, "data.columns takes 'chosne' .* did you mean 'chosen'?"),
         ({"format": "hhh"}, "data.format is 'hhh': did you mean 'hh'?"),
-        ({"on_bad_row": "drop"}, "data.on_bad_row is 'drop'; it must be error or skip"),
-        ({"limit": 0}, "data.limit is 0; it must be at least 1"),
     ],
 )
 def test_wrong_options(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         prepare(str(tmp_path / "unread.jsonl"), options=options(**changes), tokenizer=tokenizer())
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ([], "an empty list"),
-        ([{"path": "a.jsonl", "weihgt": 2}], "weihgt is unknown"),
-        ([{"weight": 2}], "the path is None"),
-        ([{"path": "a.jsonl", "weight": 0}], "the weight of data source a.jsonl is 0; it must be a number above 0"),
-        ([{"path": "a.jsonl", "weight": "2"}], "the weight of data source a.jsonl is '2'"),
-    ],
-)
-def test_wrong_sources(source, message):
-    with pytest.raises(ConfigError, match=message):
-        prepare(source, options=options(), tokenizer=tokenizer())
 
 
 def test_mixtures_keep_their_rows_apart(tmp_path, no_reading):
@@ -303,11 +334,79 @@ def test_two_builders_build_once(tmp_path, monkeypatch):
     assert builds == [1]
 
 
+def test_a_waiter_ends_when_nobody_builds(tmp_path, monkeypatch):
+    """The builder fails on a bad row; two that wait see its lock free for ABANDONED_SECONDS in a row."""
+    monkeypatch.setattr(prepare_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(prepare_module, "ABANDONED_SECONDS", 0.1)
+    path = write_lines(tmp_path / "x.jsonl", [{"prompt": "p"}])
+    problems = []
+
+    def run(build):
+        with pytest.raises(DataError) as caught:
+            prepare(str(path), options=options(), tokenizer=tokenizer(), build=build)
+        problems.append(str(caught.value))
+
+    waiters = [threading.Thread(target=run, args=(False,)) for _ in range(2)]
+    for thread in waiters:
+        thread.start()
+    for thread in waiters:
+        thread.join(10)
+    run(True)
+    assert [("the rank that tokenises ended without a data set" in problem) for problem in problems] == [1, 1, 0]
+
+
+def test_a_waiter_stays_while_somebody_builds(tmp_path, monkeypatch):
+    """The build goes on until the waiter has found its lock taken 20 times: far longer than ABANDONED_SECONDS."""
+    monkeypatch.setattr(prepare_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(prepare_module, "ABANDONED_SECONDS", 0.05)
+    path = write_lines(tmp_path / "x.jsonl", pairs(2))
+    started, seen, looks = threading.Event(), threading.Event(), []
+    build, is_held = prepare_module._build, prepare_module._is_held
+
+    def slow_build(*args):
+        started.set()
+        assert seen.wait(30)
+        build(*args)
+
+    def counting(lock):
+        looks.append(is_held(lock))
+        if len(looks) == 20:
+            seen.set()
+        return looks[-1]
+
+    monkeypatch.setattr(prepare_module, "_build", slow_build)
+    monkeypatch.setattr(prepare_module, "_is_held", counting)
+    given = {"options": options(), "tokenizer": tokenizer()}
+    builder = threading.Thread(target=prepare, args=(str(path),), kwargs=given)
+    builder.start()
+    assert started.wait(30)
+    assert len(prepare(str(path), **given, build=False)) == 2
+    builder.join(10)
+    assert looks[:20] == [True] * 20
+
+
 def test_a_waiter_gives_up_at_last(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "WAIT_SECONDS", 0)
     path = write_lines(tmp_path / "x.jsonl", pairs(1))
     with pytest.raises(TimeoutError, match="did not appear within 0 s"):
         prepare(str(path), options=options(), tokenizer=tokenizer(), build=False)
+
+
+def test_a_cache_that_cannot_be_made_or_written(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "x.jsonl", pairs(2))
+    given = {"options": options(), "tokenizer": tokenizer()}
+    monkeypatch.setenv("DPO_DS_CACHE", str(path))  # a file
+    for build in (True, False):
+        with pytest.raises(ConfigError, match=f"data cache {path}/tokenized cannot be made or written .*DPO_DS_CACHE"):
+            prepare(str(path), **given, build=build)
+    monkeypatch.setenv("DPO_DS_CACHE", str(tmp_path / "full"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dataset.PairWriter, "write", full)
+    with pytest.raises(ConfigError, match=r"full/tokenized cannot be made or written \(No space left on device\)"):
+        prepare(str(path), **given)
 
 
 def test_a_killed_build_leaves_no_trace(tmp_path, cache):

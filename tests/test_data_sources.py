@@ -186,6 +186,9 @@ def test_empty_folder_and_unknown_kind(tmp_path):
     [
         (b'{"a": 1, "b" 2}', "not JSON", r"x.jsonl:2: the line is not JSON at column 14: Expecting ':' delimiter"),
         (b'{"a": "half', "not JSON", r"x.jsonl:2: the line is not JSON at column 7: Unterminated string"),
+        (b'{"a": [', "unfinished object", r"x.jsonl:2: the object does not end on its line; write each object on one"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "number too long", r"x.jsonl:2: a whole number has more than 4300 digits"),
+        (b'{"a": ' + b"[" * 100_000, "nested too deep", r"x.jsonl:2: lists and objects are nested too deep"),
         (b"[1, 2]", "not an object", r"x.jsonl:2: the row is list \[1, 2\]; it must be an object"),
         (b'{"a": "caf\xe9"}', "not UTF-8", r"x.jsonl:2: not UTF-8 at byte 10 of the line \(0xe9\)"),
     ],
@@ -221,6 +224,8 @@ def test_an_array_element_that_is_no_object(tmp_path):
         ),
         (b'[{"a": 1},\n\n {"a": bad}' + b" " * 99 + b"]", r"x.json:3: not JSON at column 8: Expecting value"),
         (b'[{"a": 1}] {"a": 2}', r"x.json:1: not JSON at column 12: text follows the array's end"),
+        (b'[{"a": 1},\n]', r"x.json:2: not JSON at column 1: a comma stands before the closing \]; remove it"),
+        (b'[{"a": 1},\n {"a": bad}]', r"x.json:2: not JSON at column 8: Expecting value"),
         (b'[{"a": "caf\xe9"}]', r"x.json: not UTF-8 at byte 11 \(0xe9\)"),
     ],
 )
@@ -230,6 +235,25 @@ def test_half_or_broken_array(tmp_path, monkeypatch, text, message, chunk):
     path = tmp_path / "x.json"
     path.write_bytes(text)
     assert re.search(message, error_of(path))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_array_elements_that_python_cannot_hold(tmp_path, monkeypatch, chunk):
+    """The element behind each is found by its brackets and strings; a string may hold brackets and quotes."""
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    deep, digits = "[" * 20_000 + "]" * 20_000, "1" * 5000
+    path = tmp_path / "x.json"
+    long = f'{{"b": "}}],\\"[", "a": {digits}, "c": "]}}"}}'
+    path.write_text(f'[{{"a": 1}}, {long}, {{"a": 2}}, {digits}, {{"a": {deep}}},{{"a": 3}}]')
+    found = [row.reason if isinstance(row, BadRow) else row["a"] for _, row in rows_of(path)]
+    assert found == [1, "number too long", 2, "number too long", "nested too deep", 3]
+
+
+def test_one_object_over_several_lines(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(ROWS[0], indent=2))
+    message = "the object does not end on its line; write each object on one line, or wrap all objects in [ ], "
+    assert error_of(path) == f"{path}:1: {message}with commas between them"
 
 
 def test_broken_gzip(tmp_path):
@@ -254,6 +278,54 @@ def test_broken_parquet(tmp_path):
     half = len(whole) // 2
     path.write_bytes(whole[:half] + b"\xff" * 2000 + whole[half + 2000 :])
     assert "broken Parquet file after row" in error_of(path)
+
+
+def strings(*values: bytes) -> pa.Array:
+    """As they are, UTF-8 or not."""
+    ends = [sum(map(len, values[:i])) for i in range(len(values) + 1)]
+    offsets = b"".join(end.to_bytes(4, "little") for end in ends)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.string(), len(values), buffers)
+
+
+def odd_table() -> pa.Table:
+    """Row 2 of three holds a time and a text that Python cannot."""
+    return pa.table(
+        {
+            "when": pa.array([0, 2**62, 0], pa.timestamp("us")),
+            "chosen": pa.array(["a", "b", "c"]),
+            "note": strings(b"x", b"caf\xe9", b"z"),
+        }
+    )
+
+
+def save(table, path):
+    import datasets
+
+    if path.suffix:
+        pq.write_table(table, path)
+    else:
+        datasets.Dataset(table).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "folder"])
+def test_columns_nobody_asked_for_are_not_converted(tmp_path, name):
+    save(odd_table(), tmp_path / name)
+    source = open_source(str(tmp_path / name))
+    rows = [row for _, row in source.rows({"chosen", "rejected"})]
+    assert rows == [{"when": None, "chosen": text, "note": None} for text in "abc"]
+    assert [row for _, row in source.rows({"rejected"})][0].keys() == {"when", "chosen", "note"}
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "folder"])
+def test_a_row_that_cannot_be_converted_can_be_skipped(tmp_path, name):
+    save(odd_table(), tmp_path / name)
+    source = open_source(str(tmp_path / name))
+    (_, first), (location, bad), (_, third) = source.rows({"note", "chosen"})
+    assert (first["note"], third["note"], location.row, bad.reason) == ("x", "z", 2, "not UTF-8")
+    assert str(bad) == r"not UTF-8 at byte 3 of b'caf\xe9'; save the text as UTF-8"
+    _, (_, bad), _ = source.rows({"when"})
+    assert bad.reason == "not readable" and "date value out of range" in str(bad)
 
 
 def test_unreadable_file(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.formats import BadRow, Conversation
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
-from dpo_ds.errors import ConfigError, ModelError
+from dpo_ds.errors import ModelError
 from tests.data_helpers import CHATML, EOS, tokenizer
 
 STRIPS_THINKING = (  # earlier assistant turns lose their <think> block, the last keeps it (as in Qwen 3)
@@ -258,6 +258,48 @@ def test_a_template_may_refuse_or_leave_out():
         )
 
 
+def test_a_template_that_fails():
+    """One that is no Jinja cannot show any row; one that fails while it runs may show others."""
+    conversation = Conversation([user("q")], [assistant("a")], [assistant("b")])
+    for template, message in [
+        ("\n{% for %}", "the chat template is not valid at its line 2: Expected an expression"),
+        ("{{ messages | nothing }}", "the chat template is not valid at its line 1: No filter named 'nothing'"),
+        ({"tool_use": CHATML}, "no chat template to use: "),
+    ]:
+        tok = tokenizer(template=template)
+        with pytest.raises(ModelError, match=message):
+            tokenize(conversation, tok)
+    for template, message in [
+        ("{{ 1 / 0 }}", "the chat template fails on the conversation: ZeroDivisionError: division by zero"),
+        ("{{ messages[0].content + 1 }}", "the chat template fails on the conversation: TypeError: "),
+        ("{{ messages[0].name.first }}", "the chat template refuses the conversation: .* has no attribute 'name'"),
+    ]:
+        with pytest.raises(BadRow, match=message):
+            tokenize(conversation, tokenizer(template=template))
+
+
+@pytest.mark.parametrize(
+    ("template", "header", "end"),
+    [
+        (None, "<|assistant|>\n", EOS),
+        (CHATML, "<|im_start|>assistant\n", "<|im_end|>"),
+        ("{{ bos_token }}" + CHATML, "<s><|im_start|>assistant\n", "<|im_end|>"),
+        ("{% if messages[0].role == 'user' %}U{% endif %}" + CHATML, "<|im_start|>assistant\n", "<|im_end|>"),
+    ],
+)
+def test_the_role_line_of_a_first_turn_is_not_trained_on(template, header, end):
+    """Whole conversations that have no turn in common: the assistant's header is all of the prompt."""
+    call = {"type": "function", "function": {"name": "f"}}
+    tok = tokenizer(template=template)
+    pair = tokenize(Conversation([], [assistant("one"), user("u"), assistant("two")], [assistant("x")]), tok).pair
+    assert tok.decode(pair.prompt) == header
+    assert trained(tok, pair, "chosen").removesuffix(EOS) == ("one" + end + "two" + end).removesuffix(EOS)
+    assert trained(tok, pair, "rejected").startswith("x" + end)
+    if template is None:
+        pair = tokenize(Conversation([], [{**assistant(""), "tool_calls": [call]}], [assistant("x")]), tok).pair
+        assert trained(tok, pair, "chosen") == '{"type": "function", "function": {"name": "f"}}' + EOS
+
+
 def test_results_keep_their_order_around_a_refused_row():
     tok = tokenizer(template="{% if messages | length > 2 %}{{ raise_exception('long') }}{% endif %}" + CHATML)
     good = Conversation([user("q")], [assistant("a")], [assistant("b")])
@@ -278,8 +320,6 @@ def test_user_mistakes():
         PairTokenizer(slow, 10, 5)
     with pytest.raises(ModelError, match="has no EOS token"):
         PairTokenizer(tokenizer(eos=None), 10, 5)
-    with pytest.raises(ConfigError, match="data.max_prompt_length is 10 and data.max_length 10"):
-        PairTokenizer(tokenizer(), 10, 10)
 
 
 def test_the_callers_tokenizer_is_left_alone():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ds.demo.corpus import preference_rows, write_jsonl
@@ -190,6 +191,14 @@ def test_sft_through_the_deepspeed_launcher(world):
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert set(steps[0]) == {key for key in TRAIN_KEYS if not key.startswith(("rewards/", "logps/"))}
     assert AutoModelForCausalLM.from_pretrained(world / "sft" / "final").config.vocab_size == 400
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(world):
+    shutil.copytree(world / "model", world / "headless")
+    file = world / "headless" / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "lm_head.weight"}, file, {"format": "pt"})
+    code, output = launch(world, "train", "headless_out", ranks=1, **{"model.path": world / "headless"})
+    assert code == 2 and "lacks the weights lm_head.weight" in output, output
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pairs(world):

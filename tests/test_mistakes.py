@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_ds.demo.corpus import preference_rows
-from dpo_ds.demo.tiny import save_tiny_model, tiny_llama, train_tokenizer
+from dpo_ds.demo.tiny import random_model, save_tiny_model, special_ids, tiny_config, tiny_llama, train_tokenizer
 from tests.ranks import ROOT, WORKERS
 
 GOOD = {"prompt": "Say yes.", "chosen": " yes", "rejected": " no"}
@@ -74,6 +74,14 @@ def outcomes(tmp_path_factory):
     bad_config.write_text("{")
     other = train_tokenizer(texts, vocab_size=280)
     save_tiny_model(folder / "other", other, tiny_llama(other, hidden=16, layers=1))
+    cut = save_tiny_model(folder / "cut_weights", tokenizer, model) / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    typed = save_tiny_model(folder / "typed_config", tokenizer, model) / "config.json"
+    typed.write_text(json.dumps(json.loads(typed.read_text()) | {"hidden_size": "wide"}))
+    few = random_model(tiny_config("gpt2", len(tokenizer), hidden=16, layers=1, n_positions=8, **special_ids(tokenizer)))
+    save_tiny_model(folder / "few_positions", tokenizer, few)
+    small = random_model(tiny_config("llama", 60, hidden=16, layers=1, **special_ids(tokenizer)))
+    save_tiny_model(folder / "small_vocabulary", tokenizer, small)
     tokenizer.eos_token = None
     save_tiny_model(folder / "no_eos", tokenizer, model)
 
@@ -95,6 +103,11 @@ def outcomes(tmp_path_factory):
         "model path is no model": {"model.path": folder / "empty"},
         "model without weights": {"model.path": folder / "no_weights"},
         "model with a broken config": {"model.path": folder / "bad_config"},
+        "weights cut short": {"model.path": folder / "cut_weights"},
+        "config of a wrong type": {"model.path": folder / "typed_config"},
+        "more tokens than positions": {"model.path": folder / "few_positions"},
+        "more tokens than the vocabulary": {"model.path": folder / "small_vocabulary"},
+        "weights that leave nothing": {"data.train": f"[{{path: {folder / 'good.jsonl'}, weight: 0.01}}]"},
         "tokenizer without EOS": {"model.path": folder / "no_eos"},
         "reference of another vocabulary": {"reference.path": folder / "other"},
         "missing DeepSpeed JSON": {"deepspeed.config": folder / "none.json"},
@@ -128,6 +141,11 @@ PARTS = {name: parts for name, (_, _, parts) in DATA.items()} | {
     "model path is no model": ["empty", "no config.json"],
     "model without weights": ["no weights", "--model.from_config true"],
     "model with a broken config": ["bad_config/config.json", "not JSON"],
+    "weights cut short": ["cut_weights", "model.safetensors", "cut short"],
+    "config of a wrong type": ["typed_config", "hidden_size", "wide"],
+    "more tokens than positions": ["8 positions", "--data.max_length 8"],
+    "more tokens than the vocabulary": ["vocab_size is 60"],
+    "weights that leave nothing": ["[0.01]", "no pair"],
     "tokenizer without EOS": ["no_eos", "EOS", "tokenizer_config.json"],
     "reference of another vocabulary": ["--reference.path", "280", "300"],
     "missing DeepSpeed JSON": ["none.json", "no such file"],

@@ -100,7 +100,7 @@ class _Chat:
         )
 
     def part(self, messages: Messages, generation_prompt: bool = False) -> str | None:
-        """The text of a conversation that need not be whole; None where the template refuses or fails on such a part."""
+        """The text of a conversation that need not be whole; None where the template cannot show such a part."""
         try:
             return self.text(messages, generation_prompt)
         except Exception:

@@ -27,7 +27,18 @@ from filelock import FileLock, Timeout
 from dpo_ds.batch import PAIR
 from dpo_ds.data.census import Census
 from dpo_ds.data.dataset import CENSUS, PairDataset, PairWriter
-from dpo_ds.data.formats import FIELDS, BadRow, Conversation, Location, Row, check_columns, check_name, detect, read, unreadable
+from dpo_ds.data.formats import (
+    FIELDS,
+    BadRow,
+    Conversation,
+    Location,
+    Row,
+    check_columns,
+    check_name,
+    detect,
+    read,
+    unreadable,
+)
 from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
 from dpo_ds.errors import ConfigError, DataError
@@ -236,7 +247,7 @@ def wait_for(path: Path, lock: str | None = None) -> None:
 
 
 def _is_held(lock: str) -> bool:
-    """Is somebody at work under the lock? Another waiter holds it for an instant only, so this tries a little longer."""
+    """Is somebody at work under the lock? Tries for a moment: another waiter that looks holds it for an instant."""
     try:
         with FileLock(lock, timeout=POLL_SECONDS):
             return False

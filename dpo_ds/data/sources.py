@@ -118,7 +118,7 @@ def _file_rows(path: Path, wanted: Collection[str] | None) -> Rows:
             is_array = not one_a_line and _begins_array(stream)
             for number, row in JsonArray(stream, path).elements() if is_array else _lines(stream):
                 if last == 0 and not one_a_line and isinstance(row, BadRow) and row.reason == UNFINISHED:
-                    raise DataError(f"{path}:{number}: {row}, or wrap the objects of the file in [ ] with commas between")
+                    raise DataError(f"{path}:{number}: {row}, or wrap all objects in [ ], with commas between them")
                 last = number
                 yield Location(str(path), number), row if isinstance(row, dict | BadRow) else _not_an_object(row)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -188,8 +188,9 @@ def _converted(
     read: Callable[[int, int], list[dict]], start: int, stop: int, names: list[str]
 ) -> list[dict[str, Any] | BadRow]:
     """Rows start to stop, with None in columns left out; one by one where they cannot be converted together."""
+    empty = dict.fromkeys(names)
     try:
-        return [{**dict.fromkeys(names), **row} for row in read(start, stop)]
+        return [empty | row for row in read(start, stop)]
     except (ValueError, OverflowError) as error:
         if stop - start > 1:
             return [row for i in range(start, stop) for row in _converted(read, i, i + 1, names)]

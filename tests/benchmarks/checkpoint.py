@@ -39,9 +39,8 @@ def main(folder: str) -> None:
             plain += [dd(work / "dd", size), dd(work / "dd", size)]
             print(f"round {number + 1}: {parameters / 1e6:.0f}M parameters, {size / 1e6:.0f} MB; saves ", end="")
             print(f"{blocked[0]:.2f} and {blocked[1]:.2f} s, dd {plain[-2]:.2f} and {plain[-1]:.2f} s", flush=True)
-    print(
-        f"medians: a save blocks {median(saves):.2f} s, dd takes {median(plain):.2f} s: {median(saves) / median(plain):.2f}"
-    )
+    blocks, takes = median(saves), median(plain)
+    print(f"medians: a save blocks {blocks:.2f} s, dd takes {takes:.2f} s: {blocks / takes:.2f}")
 
 
 def dd(path: Path, size: int) -> float:
