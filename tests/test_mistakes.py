@@ -78,9 +78,10 @@ def outcomes(tmp_path_factory):
     cut.write_bytes(cut.read_bytes()[:-100])
     typed = save_tiny_model(folder / "typed_config", tokenizer, model) / "config.json"
     typed.write_text(json.dumps(json.loads(typed.read_text()) | {"hidden_size": "wide"}))
-    few = random_model(tiny_config("gpt2", len(tokenizer), hidden=16, layers=1, n_positions=8, **special_ids(tokenizer)))
+    sizes = {"hidden": 16, "layers": 1, **special_ids(tokenizer)}
+    few = random_model(tiny_config("gpt2", len(tokenizer), n_positions=8, **sizes))
     save_tiny_model(folder / "few_positions", tokenizer, few)
-    small = random_model(tiny_config("llama", 60, hidden=16, layers=1, **special_ids(tokenizer)))
+    small = random_model(tiny_config("llama", 60, **sizes))
     save_tiny_model(folder / "small_vocabulary", tokenizer, small)
     tokenizer.eos_token = None
     save_tiny_model(folder / "no_eos", tokenizer, model)
