@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -161,8 +162,17 @@ def test_interrupting_the_demo_ends_what_the_launcher_started(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         job._teed(argv, tmp_path / "log")
     pid = int((tmp_path / "pid").read_text())
-    state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    deadline = time.monotonic() + 20  # a signal that was sent is acted on at the process's next turn on a core
+    while (alive := _is_alive(pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_the_demo_empties_only_its_own_folder(tmp_path, capsys):

@@ -276,8 +276,7 @@ def main() -> None:
         print(json.dumps(report["environment"]), flush=True)
         rounds = measure(work, args.only)
         report |= evaluate(work, rounds) | {"rounds": rounds}
-    print(table(report))
-    print("\n".join(bars(report)))
+    print("\n".join([table(report), *bars(report)]))
     if report["largest_loss_difference"] is not None:
         print(f"DPO losses of the same step differ by {report['largest_loss_difference']:.1e} at most")
     if args.out:
