@@ -73,40 +73,32 @@ def train(
     """Models into engines, the loop, the exported model; all ranks together."""
     from dpo_ds import elastic, export
     from dpo_ds.data.batching import Layout
-    from dpo_ds.engine import Policy, from_rank_0, settle_layout
+    from dpo_ds.engine import FrozenModel, Policy, from_rank_0, settle_layout
     from dpo_ds.losses import make_loss
     from dpo_ds.model import LogProbModel, load_causal_lm
-    from dpo_ds.reference.adapter import AdapterReference
-    from dpo_ds.reference.cached import CachedReference, spot_check
-    from dpo_ds.reference.live import live_reference
+    from dpo_ds.reference.cached import spot_check
     from dpo_ds.trainer import PreferenceObjective, SupervisedObjective, Trainer, total_steps
 
     resume, notes = checkpoint.choose(from_rank_0(prepared.candidates))  # ranks must never load different checkpoints
-    preflight.speaker(place)(notes)
+    say = preflight.speaker(place)
+    say(notes)
     causal_lm = load_causal_lm(run.model, prepared.policy_config)
     if run.model.lora.r:
         lora.add_adapters(causal_lm, run.model.lora, run.train.seed)
     if run.train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(LogProbModel(causal_lm), prepared.policy_config, device)
-    models = [policy]
     if isinstance(run, TrainConfig):
-        if run.reference.kind == "cached":
-            reference = CachedReference(prepared.cached, device)
-        elif run.reference.kind == "adapter":
-            reference = AdapterReference(policy)
-        else:
-            reference = live_reference(preflight.reference_section(run), prepared.reference_config, device)
-            models.append(reference)
+        reference = _reference(run, prepared, policy, device)
         objective = PreferenceObjective(make_loss(run.loss), reference)
     else:
-        objective = SupervisedObjective()
-    layout_name, note = settle_layout(run.train.layout, models)
-    if note and place.is_first:
-        print(f"dpo-ds: {note}", flush=True)
+        reference, objective = None, SupervisedObjective()
+    live = [reference] if isinstance(reference, FrozenModel) else []
+    layout_name, note = settle_layout(run.train.layout, [policy, *live])
+    say([note] if note else [])
     layout = Layout(layout_name, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
     if prepared.cached is not None:
-        preflight.speaker(place)(spot_check(run, policy, prepared.cached, layout))
+        say(spot_check(run, policy, prepared.cached, layout))
     if resume is not None:
         elastic.load(policy.engine, resume)
     first_step = 1 if resume is None else resume.step + 1
@@ -119,10 +111,10 @@ def train(
         _write_config(output_dir, run, used, place)
         tracker = Tracker(output_dir, first_step - 1, total_steps(prepared.data.sources, run.train))
         if resume is not None:
-            preflight.speaker(place)(checkpoint.set_aside_newer(output_dir, resume))
+            say(checkpoint.set_aside_newer(output_dir, resume))
             tracker.say(f"resumed from {resume.path}")
-    say = tracker.say if tracker else print
-    writer = checkpoint.CheckpointWriter(output_dir, run, prepared.identity, first_step - 1, stop.committing, say)
+    tell = tracker.say if tracker else print
+    writer = checkpoint.CheckpointWriter(output_dir, run, prepared.identity, first_step - 1, stop.committing, tell)
     trainer = Trainer(
         policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, tracker, stop, peers
     )
@@ -132,6 +124,19 @@ def train(
     if tracker:
         tracker.say(f"done: {output_dir / 'final'}")
         tracker.close()
+
+
+def _reference(run: TrainConfig, prepared: preflight.Prepared, policy, device):
+    """The reference strategy of reference.kind; all ranks together."""
+    from dpo_ds.reference.adapter import AdapterReference
+    from dpo_ds.reference.cached import CachedReference
+    from dpo_ds.reference.live import live_reference
+
+    if run.reference.kind == "cached":
+        return CachedReference(prepared.cached, device)
+    if run.reference.kind == "adapter":
+        return AdapterReference(policy)
+    return live_reference(preflight.reference_section(run), prepared.reference_config, device)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.faults import FAULTS, Broken, Job
+from tests.faults.faults import FAULTS, NOT_TRIED, Broken, Job
 from tests.forkserver import fork_server
 from tests.small_jobs import make_world
 
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the first fault; the others count on from it")
     args = parser.parse_args()
     first = args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
-    failures, started = [], time.monotonic()
+    failures, untried, started = [], 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dpo_ds-faults-") as folder, fork_server() as forks:
         job = Job(forks, make_world(Path(folder), hidden=16, layers=1))
         job.run_whole()
@@ -35,13 +35,15 @@ def main() -> int:
             out = f"fault-{number}"
             try:
                 outcome = fault(job, out, rng)
+                untried += NOT_TRIED in outcome
             except Broken as broken:
                 failures.append(first + number)
                 outcome = f"FAILED: {broken}"
             print(f"{number + 1}/{args.count} seed {first + number} {fault.__name__}: {outcome}", flush=True)
             shutil.rmtree(job.world / out, ignore_errors=True)
-    held = args.count - len(failures)
-    print(f"{held} of {args.count} faults held, {time.monotonic() - started:.0f} s", flush=True)
+    held = args.count - len(failures) - untried
+    seconds = time.monotonic() - started
+    print(f"{held} of {args.count} faults held, {untried} did not come about, {seconds:.0f} s", flush=True)
     for seed in failures:
         print(f"repeat: python -m tests.faults 1 --seed {seed}", flush=True)
     return 1 if failures else 0

@@ -16,6 +16,7 @@ from tests.small_jobs import exact, run, start, status, wait_for_step, weights
 STEPS, EVERY = 12, 2
 KEYS = {"train__max_steps": STEPS, "checkpoint__every": EVERY}
 ON_EVERY_RANK = ("save-begun", "shard-half-written", "shards-written")
+NOT_TRIED = "not tried"  # in the outcome of a fault that could not be brought about
 SMALL_DISK = "400k"  # a checkpoint has 250 KB
 
 
@@ -123,7 +124,7 @@ def disk_full(job: Job, out: str, rng: random.Random) -> str:
         ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", disk], capture_output=True, text=True
     )
     if mount.returncode:
-        return f"not tried: {mount.stderr.strip()}"
+        return f"{NOT_TRIED}: {mount.stderr.strip()}"
     try:
         ranks = start(job.forks, job.world, out, **KEYS)
         wait_for_step(job.world / out, rng.randint(6, STEPS - 1))
@@ -145,7 +146,7 @@ def check(holds: bool, complaint: str) -> None:
 def _died_and_resumed(job: Job, out: str, ranks, victims: list[int]) -> str:
     codes, output = ranks.codes(), ranks.output()
     if codes == [0, 0]:
-        died = "it ended before"
+        died = f"{NOT_TRIED}, the run ended before"
     else:
         check(all(codes[rank] == -signal.SIGKILL for rank in victims), f"ended with {codes}\n{output}")
         for rank in {0, 1} - set(victims):
