@@ -31,6 +31,7 @@ from dpo_ds.data.batching import Layout, Lengths, global_batches, plan  # noqa: 
 from dpo_ds.losses import DPO  # noqa: E402
 from dpo_ds.model import LogProbModel, load_causal_lm  # noqa: E402
 from dpo_ds.peers import Silent  # noqa: E402
+from dpo_ds.reference.cached import CachedReference  # noqa: E402
 from dpo_ds.reference.live import live_reference  # noqa: E402
 from dpo_ds.stopping import StopFlag  # noqa: E402
 from dpo_ds.trainer import PreferenceObjective, Trainer  # noqa: E402
@@ -75,7 +76,12 @@ class Workload:
         batches = global_batches(data.sources, 0, self.global_batch_size, first_step=1)
         return [rows for _, rows in itertools.islice(batches, self.total_steps)]
 
-    def config(self, layout: str) -> TrainConfig:
+    @property
+    def cache(self) -> str:
+        """The folder of the reference's precomputed log-probs."""
+        return f"{self.folder}/cache"
+
+    def config(self, layout: str, reference: str) -> TrainConfig:
         return TrainConfig.model_validate(
             {
                 "model": {"path": self.model},
@@ -90,6 +96,7 @@ class Workload:
                     "max_steps": self.total_steps + 1,  # the end is stdin's to say
                 },
                 "deepspeed": {"config": self.deepspeed},
+                "reference": {"kind": "cached", "cache": self.cache} if reference == "cached" else {},
                 "output_dir": self.folder,
             }
         )
@@ -163,7 +170,7 @@ class ReferenceFree:
 def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
     """dpo_ds.trainer.Trainer with the parts that `dpo-ds train` gives it."""
     watch = Stopwatch(work, results)
-    run, place = work.config(layout), launch.from_environment()
+    run, place = work.config(layout, reference), launch.from_environment()
     engine.quiet_libraries()
     device = engine.initialize_distributed(place)
     prepared = preflight.prepare(run, place, Path(run.output_dir))
@@ -173,6 +180,8 @@ def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
     if reference == "live":
         models.append(live_reference(run.model, prepared.reference_config, device))
         objective = PreferenceObjective(DPO(BETA), models[1])
+    if reference == "cached":
+        objective = PreferenceObjective(DPO(BETA), CachedReference(prepared.cached, device))
     settled = engine.settle_layout(layout, models)
     assert settled == (layout, ""), settled
     shape = Layout(layout, PAIR, work.micro_batch_tokens, prepared.hidden_size)
@@ -282,6 +291,7 @@ CONTENDERS = {
     "padded, live reference": Contender(partial(ours, layout="padded", reference="live"), 4, True),
     "TRL, live reference": Contender(partial(trl, precompute=False), 4, True),
     "TRL, precomputed reference": Contender(partial(trl, precompute=True), 3, True),
+    "packed, cached reference": Contender(partial(ours, layout="packed", reference="cached"), 3, True),
     "packed, no reference": Contender(partial(ours, layout="packed", reference="none"), 3, False),
     "bare forward+backward": Contender(bare, 3, False),
 }
