@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +108,15 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` in one move, durably."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    """`write_whole` of UTF-8 text."""
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content) -> None:
+    """The file appears with all of its bytes or not at all, also after a power cut; what was there is replaced."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # two ranks may write one manifest at once
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -103,7 +103,7 @@ class _Chat:
         """The text of a conversation that need not be whole; None where the template cannot show such a part."""
         try:
             return self.text(messages, generation_prompt)
-        except Exception:
+        except Exception:  # a template is a program and may fail on a part in any way; on the whole, `text` raises
             return None
 
     def around(self, before: Messages) -> tuple[str | None, str]:

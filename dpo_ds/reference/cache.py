@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 
 from dpo_ds.batch import PAIR
 from dpo_ds.data import PairDataset
-from dpo_ds.durable import sync_folder
+from dpo_ds.durable import write_whole
 from dpo_ds.errors import ConfigError
 from dpo_ds.reference.weights import file_digest
 
@@ -206,17 +205,6 @@ def check_shards(manifest: Manifest) -> None:
 
 def read_shards(manifest: Manifest) -> Iterator[Shard]:
     return (read_shard(manifest.folder / shard["file"])[0] for shard in manifest.shards)
-
-
-def write_whole(path: Path, content) -> None:
-    """The file appears with all of its bytes or not at all, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # two ranks may write the manifest at once
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def _with_ids(values: dict) -> dict:
