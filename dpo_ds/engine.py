@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from pydantic import ValidationError
 from torch import Tensor
 
-from dpo_ds.attention import CANARY_TOLERANCE, canary_pairs, packed_refusal
-from dpo_ds.batch import Batch, PairLogps, padded_batch
-from dpo_ds.errors import ConfigError, ModelError
+from dpo_ds.attention import canary_pairs, canary_tolerance, packed_refusal
+from dpo_ds.batch import PAIR, Batch, PairLogps, padded_batch
+from dpo_ds.errors import ConfigError, ModelError, UserError
 from dpo_ds.launch import Launch, complete_environment
+from dpo_ds.logprobs import TokenStatistics
 from dpo_ds.model import LogProbModel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -68,6 +70,15 @@ def from_rank_0(value):
     return box[0]
 
 
+def raise_together(mistake: UserError | None) -> None:
+    """Raises the mistake of the first rank that has one on every rank, so that rank 0 tells it. All ranks enter."""
+    found: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mistake)
+    first = next(filter(None, found), None)
+    if first is not None:
+        raise first
+
+
 class Policy:
     """The model being trained: log-probs forward, gradients backward, AdamW under ZeRO-3."""
 
@@ -86,9 +97,17 @@ class Policy:
     def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
         return self.engine(batch.to(self.device))
 
+    def token_statistics(self, batch: Batch) -> TokenStatistics:
+        """Token log-probs with what else one pass over the vocabulary tells."""
+        return TokenStatistics(*self.engine(batch.to(self.device), with_statistics=True))
+
     def logps(self, batch: Batch) -> PairLogps:
         batch = batch.to(self.device)
         return batch.pair_logps(self.engine(batch))
+
+    def scores(self, batch: Batch) -> Tensor:  # [pairs, 2] float32
+        """Of a RewardModel: chosen's and rejected's."""
+        return self.engine(batch.to(self.device)).view(-1, len(PAIR))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Adds the gradient; `is_last` says that an update follows. Gradients are averaged over ranks."""
@@ -136,6 +155,23 @@ class FrozenModel:
 
     def evaluating(self):
         return contextlib.nullcontext()
+
+    def slices(self) -> dict[str, Tensor]:
+        """This rank's ZeRO-3 slice of every parameter, not copied: flat, ceil(numel / ranks) elements, padded."""
+        return {name: parameter.ds_tensor for name, parameter in self.engine.module.named_parameters()}
+
+    @torch.no_grad()
+    def move_towards(self, policy: Policy, alpha: float) -> None:
+        """weights <- alpha policy + (1 - alpha) weights, each rank on its own slices: nothing is gathered."""
+        other = {name: parameter.ds_tensor for name, parameter in policy.engine.module.named_parameters()}
+        self.set_slices({name: own.lerp(other[name].to(own), alpha) for name, own in self.slices().items()})
+
+    @torch.no_grad()
+    def set_slices(self, slices: dict[str, Tensor]) -> None:
+        for name, parameter in self.engine.module.named_parameters():
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered until told otherwise
+                parameter.partition(has_been_updated=False)
+            parameter.ds_tensor.copy_(slices[name])
 
 
 class Replica:
@@ -185,18 +221,17 @@ def check_head(model: Policy | FrozenModel) -> None:
     All ranks enter, with the model's padded attention in place.
 
     Raises:
-        ModelError: the head's log-probs are not those of the model's own logits.
+        ModelError: the head's log-probs or scores are not those of the model's own logits.
     """
     batch = padded_batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size)).to(model.device)
     with model.evaluating():
         ours, own = model.engine(batch), model.engine(batch, own_logits=True)
     error = (ours - own).abs().mean().item()
-    tolerance = CANARY_TOLERANCE[next(p.dtype for p in model.causal_lm.parameters() if p.is_floating_point())]
+    tolerance = canary_tolerance(model.causal_lm, own)
     if not error <= tolerance:  # also when it is not a number
-        name = type(model.causal_lm).__name__
         raise ModelError(
-            f"{name} computes its logits in a way that dpo_ds does not know: log-probs differ by {error:.1e} nats a "
-            f"token from its own, more than {tolerance:.0e}"
+            f"{type(model.causal_lm).__name__} computes its logits in a way that dpo_ds does not know: what comes of "
+            f"them differs by {error:.1e} on average from its own, more than {tolerance:.0e}"
         )
 
 

@@ -1,9 +1,19 @@
-"""Preference losses: one frozen dataclass each, hyper-parameters as fields, the formula as __call__."""
+"""Preference losses: one frozen dataclass each, hyper-parameters as fields, the formula as __call__.
+
+A loss takes the policy's and the reference's summed log-probs and gives one value a pair. Below, c and r are the
+log-ratios log π - log π_ref of chosen and rejected, Δ = c - r, |y| the trained tokens of a completion, ε
+label_smoothing, σ the logistic function. What composes with every loss (an SFT term, LD, WPO, f-divergences) is in
+shaping.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -11,24 +21,325 @@ from dpo_ds.batch import PairLogps
 
 
 @dataclass(frozen=True)
-class DPO:
+class Loss:
+    """What all share.
+
+    needs_reference: false for losses of log π alone, whose `reference` is None. across_pairs: a pair's value depends on
+    the other pairs, so it is to be called with the whole global batch. of_differences: it depends on c and r through
+    their difference alone, so that an f-divergence's scores may stand for them (arXiv 2309.16240).
+    """
+
+    beta: float = 0.1
+    needs_reference: ClassVar[bool] = True
+    across_pairs: ClassVar[bool] = False
+    of_differences: ClassVar[bool] = False
+
+    def after_step(self, mean_reward: float) -> Loss:
+        """The loss of the next step, given β times the mean of all c and r of this step's global batch."""
+        return self
+
+    def state(self) -> dict[str, float]:
+        """What `after_step` has changed, for checkpoints; `with_state` takes it back."""
+        return {}
+
+    def with_state(self, state: dict[str, float]) -> Loss:
+        return replace(self, **state)
+
+
+@dataclass(frozen=True)
+class DPO(Loss):
     """Direct Preference Optimization, eq. 7 of arXiv 2305.18290; label_smoothing > 0 is cDPO (Mitchell 2023).
 
     Its gradient is -beta σ(r̂_l - r̂_w) (∇ log π(y_w|x) - ∇ log π(y_l|x)) with r̂ = beta log π/π_ref.
     """
 
-    beta: float = 0.1
     label_smoothing: float = 0.0
+    of_differences: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:  # [pairs]
         margin = self.beta * (policy.logratio - reference.logratio)
         return -(1 - self.label_smoothing) * logsigmoid(margin) - self.label_smoothing * logsigmoid(-margin)
 
 
-LOSSES = {"dpo": DPO}
+@dataclass(frozen=True)
+class Robust(Loss):
+    """Robust DPO, eq. 12 of arXiv 2403.00409: unbiased where a share label_smoothing of the labels is flipped."""
+
+    label_smoothing: float = 0.0
+    of_differences: ClassVar[bool] = True
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        margin = self.beta * (policy.logratio - reference.logratio)
+        kept, flipped = 1 - self.label_smoothing, self.label_smoothing
+        return (-kept * logsigmoid(margin) + flipped * logsigmoid(-margin)) / (1 - 2 * flipped)
 
 
-def make_loss(settings):
-    """The loss named by the config's loss section, given the fields it has."""
-    loss = LOSSES[settings.name]
-    return loss(**{field.name: getattr(settings, field.name) for field in fields(loss)})
+@dataclass(frozen=True)
+class Hinge(Loss):
+    """SLiC's hinge on DPO's margin, arXiv 2305.10425 and 2309.06657: max(0, 1 - βΔ)."""
+
+    of_differences: ClassVar[bool] = True
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        return torch.relu(1 - self.beta * (policy.logratio - reference.logratio))
+
+
+@dataclass(frozen=True)
+class IPO(Loss):
+    """Identity preference optimisation, eq. 17 of arXiv 2310.12036, on token means: (c/|y_c| - r/|y_r| - 1/(2β))²."""
+
+    of_differences: ClassVar[bool] = True
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        return (_mean_logratio(policy, reference) - 1 / (2 * self.beta)).square()
+
+
+@dataclass(frozen=True)
+class SigmoidNorm(Loss):
+    """DPO on token means: -log σ(β(c/|y_c| - r/|y_r|)) (Tulu 3, arXiv 2411.15124)."""
+
+    of_differences: ClassVar[bool] = True
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        return -logsigmoid(self.beta * _mean_logratio(policy, reference))
+
+
+@dataclass(frozen=True)
+class EXOPair(Loss):
+    """Exact optimisation on pairs, eq. 16 of arXiv 2402.00856: the reverse KL from σ(βΔ) to the smoothed label.
+
+    label_smoothing must be above 0.
+    """
+
+    label_smoothing: float = 1e-3
+    of_differences: ClassVar[bool] = True
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        margin = self.beta * (policy.logratio - reference.logratio)
+        kept, flipped = math.log1p(-self.label_smoothing), math.log(self.label_smoothing)
+        preferred = torch.sigmoid(margin) * (logsigmoid(margin) - kept)
+        return preferred + torch.sigmoid(-margin) * (logsigmoid(-margin) - flipped)
+
+
+@dataclass(frozen=True)
+class NCAPair(Loss):
+    """Noise contrastive alignment on pairs, arXiv 2402.05369: -log σ(βc) - ½ log σ(-βc) - ½ log σ(-βr)."""
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen, rejected = rewards(self.beta, policy, reference)
+        return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+@dataclass(frozen=True)
+class BCOPair(Loss):
+    """Binary classifier optimisation on pairs, eq. 10 of arXiv 2404.04656: -log σ(βc - δ) - log σ(-(βr - δ)).
+
+    delta is the moving average of the global batches' mean rewards before this step: the older ones count
+    delta_decay times what they did a step before.
+    """
+
+    delta_decay: float = 0.9
+    delta: float = 0.0
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen, rejected = rewards(self.beta, policy, reference)
+        return -logsigmoid(chosen - self.delta) - logsigmoid(self.delta - rejected)
+
+    def after_step(self, mean_reward: float) -> BCOPair:
+        return replace(self, delta=self.delta_decay * self.delta + (1 - self.delta_decay) * mean_reward)
+
+    def state(self) -> dict[str, float]:
+        return {"delta": self.delta}
+
+
+@dataclass(frozen=True)
+class SPPOHard(Loss):
+    """Self-play preference optimisation with hard labels, arXiv 2405.00675: (c - 1/(2β))² + (r + 1/(2β))²."""
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen, rejected = rewards(1.0, policy, reference)
+        return (chosen - 0.5 / self.beta).square() + (rejected + 0.5 / self.beta).square()
+
+
+@dataclass(frozen=True)
+class APOZero(Loss):
+    """Anchored preference optimisation for chosen answers better than the policy's, eq. 7 of arXiv 2408.06266:
+    1 - σ(βc) + σ(βr).
+    """
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen, rejected = rewards(self.beta, policy, reference)
+        return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+@dataclass(frozen=True)
+class APODown(Loss):
+    """Anchored preference optimisation for a policy better than the chosen answers, eq. 8 of arXiv 2408.06266:
+    σ(βc) + 1 - σ(βΔ).
+    """
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen, rejected = rewards(self.beta, policy, reference)
+        return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+@dataclass(frozen=True)
+class DiscoPOP(Loss):
+    """Log-ratio modulated loss, arXiv 2406.08414: -(1 - m) log σ(z) + m e^(-z), z = βΔ, m = σ(z/τ)."""
+
+    tau: float = 0.05
+    of_differences: ClassVar[bool] = True
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        margin = self.beta * (policy.logratio - reference.logratio)
+        modulation = torch.sigmoid(margin / self.tau)
+        return -(1 - modulation) * logsigmoid(margin) + modulation * torch.exp(-margin)
+
+
+@dataclass(frozen=True)
+class AOT(Loss):
+    """Alignment by optimal transport, paired, arXiv 2406.05882: DPO between the sorted log-ratios of both models.
+
+    δ = sort(log π(y_c) - log π(y_r)) - sort(the same of π_ref), over the global batch.
+    """
+
+    label_smoothing: float = 0.0
+    across_pairs: ClassVar[bool] = True
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        return _smoothed(self, policy.logratio.sort().values - reference.logratio.sort().values)
+
+
+@dataclass(frozen=True)
+class AOTUnpaired(Loss):
+    """Alignment by optimal transport, unpaired, arXiv 2406.05882: δ = sort(c) - sort(r), over the global batch."""
+
+    label_smoothing: float = 0.0
+    across_pairs: ClassVar[bool] = True
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen, rejected = rewards(1.0, policy, reference)
+        return _smoothed(self, chosen.sort().values - rejected.sort().values)
+
+
+@dataclass(frozen=True)
+class SimPO(Loss):
+    """Simple preference optimisation, eq. 6 of arXiv 2405.14734: -log σ(β(mean log π_c - mean log π_r) - γ)."""
+
+    gamma: float = 0.5
+    needs_reference: ClassVar[bool] = False
+
+    def __call__(self, policy: PairLogps, reference: None = None) -> Tensor:
+        chosen, rejected = _means(policy)
+        return -logsigmoid(self.beta * (chosen - rejected) - self.gamma)
+
+
+@dataclass(frozen=True)
+class ORPO(Loss):
+    """Odds ratio preference optimisation, eq. 6 and 7 of arXiv 2403.07691: the mean token's negative log-likelihood of
+    chosen, plus beta (the paper's λ) times -log σ(log odds_c - log odds_r), odds p / (1 - p) of the length-mean
+    probability.
+    """
+
+    needs_reference: ClassVar[bool] = False
+
+    def __call__(self, policy: PairLogps, reference: None = None) -> Tensor:
+        chosen, rejected = _means(policy)
+        log_odds_ratio = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+        return -chosen - self.beta * logsigmoid(log_odds_ratio)
+
+
+@dataclass(frozen=True)
+class CPO(Loss):
+    """Contrastive preference optimisation, eq. 7 of arXiv 2401.08417: -log σ(β(log π_c - log π_r)) + the mean token's
+    negative log-likelihood of chosen, times alpha.
+    """
+
+    alpha: float = 1.0
+    needs_reference: ClassVar[bool] = False
+
+    def __call__(self, policy: PairLogps, reference: None = None) -> Tensor:
+        return -logsigmoid(self.beta * policy.logratio) - self.alpha * _means(policy)[0]
+
+
+class WeightedSum:
+    """Several losses on the same pairs, each times its weight: as mixed preference optimisation (arXiv 2411.10442)."""
+
+    def __init__(self, losses: Sequence[Loss], weights: Sequence[float]):
+        self.losses, self.weights = tuple(losses), tuple(weights)
+        self.beta = losses[0].beta
+        self.needs_reference = any(loss.needs_reference for loss in losses)
+        self.across_pairs = any(loss.across_pairs for loss in losses)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
+        return sum(w * loss(policy, reference) for w, loss in zip(self.weights, self.losses, strict=True))
+
+    def after_step(self, mean_reward: float) -> WeightedSum:
+        return WeightedSum([loss.after_step(mean_reward) for loss in self.losses], self.weights)
+
+    def state(self) -> dict[int, dict]:
+        return {index: loss.state() for index, loss in enumerate(self.losses)}
+
+    def with_state(self, state: dict[int, dict]) -> WeightedSum:
+        return WeightedSum([loss.with_state(state[i]) for i, loss in enumerate(self.losses)], self.weights)
+
+
+LOSSES: dict[str, type[Loss]] = {
+    "dpo": DPO,
+    "robust": Robust,
+    "hinge": Hinge,
+    "ipo": IPO,
+    "sigmoid_norm": SigmoidNorm,
+    "exo_pair": EXOPair,
+    "nca_pair": NCAPair,
+    "bco_pair": BCOPair,
+    "sppo_hard": SPPOHard,
+    "aot": AOT,
+    "aot_unpaired": AOTUnpaired,
+    "apo_zero": APOZero,
+    "apo_down": APODown,
+    "discopop": DiscoPOP,
+    "simpo": SimPO,
+    "orpo": ORPO,
+    "cpo": CPO,
+}
+
+
+def make_loss(settings) -> Loss | WeightedSum:
+    """The loss, or sum of losses, of the config's loss section; a key left at null keeps the loss's own default."""
+    names = [settings.name] if isinstance(settings.name, str) else settings.name
+    losses = [_make(LOSSES[name], settings) for name in names]
+    return losses[0] if isinstance(settings.name, str) else WeightedSum(losses, settings.weights or [1.0] * len(losses))
+
+
+def _make(loss: type[Loss], settings) -> Loss:
+    given = {field.name: getattr(settings, field.name, None) for field in fields(loss)}
+    return loss(**{name: value for name, value in given.items() if value is not None})
+
+
+def rewards(beta: float, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
+    """β(log π - log π_ref) of chosen and rejected, [pairs] each; β log π without a reference."""
+    if reference is None:
+        return beta * policy.chosen, beta * policy.rejected
+    return beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+
+
+def _means(policy: PairLogps) -> tuple[Tensor, Tensor]:
+    """Log-probs a trained token of chosen and rejected, [pairs] each."""
+    return policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
+
+
+def _mean_logratio(policy: PairLogps, reference: PairLogps) -> Tensor:  # [pairs]
+    """c/|y_c| - r/|y_r|."""
+    chosen, rejected = rewards(1.0, policy, reference)
+    return chosen / policy.chosen_tokens - rejected / policy.rejected_tokens
+
+
+def _smoothed(loss: AOT | AOTUnpaired, difference: Tensor) -> Tensor:  # [pairs]
+    margin = loss.beta * difference
+    return -(1 - loss.label_smoothing) * logsigmoid(margin) - loss.label_smoothing * logsigmoid(-margin)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, accurate at both ends (Mächler 2012)."""
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

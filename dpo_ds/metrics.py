@@ -5,12 +5,14 @@ global batch.
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ds.batch import PairLogps
+from dpo_ds.losses import rewards
 
 PREFERENCE = (
     "loss",
@@ -24,18 +26,41 @@ PREFERENCE = (
 
 
 @torch.no_grad()
-def preference_sums(losses: Tensor, policy: PairLogps, reference: PairLogps, beta: float) -> Tensor:  # [PREFERENCE]
-    """Sums over a micro-batch's pairs in float64, in the order of PREFERENCE. Rewards are β (log π - log π_ref)."""
-    chosen = beta * (policy.chosen - reference.chosen)
-    rejected = beta * (policy.rejected - reference.rejected)
+def preference_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | None, beta: float) -> Tensor:
+    """[PREFERENCE] sums over a micro-batch's pairs in float64. Rewards are β (log π - log π_ref), β log π without a
+    reference.
+    """
+    chosen, rejected = rewards(beta, policy, reference)
     columns = (losses, chosen, rejected, chosen - rejected, chosen > rejected, policy.chosen, policy.rejected)
     return torch.stack([column.double().sum() for column in columns])
+
+
+def named(names: Sequence[str], means: Tensor) -> dict[str, float]:
+    """Name -> mean. A name that comes several times is an error in bins: their absolute means add up."""
+    values = zip(names, means.tolist(), strict=True)
+    found: dict[str, float] = {}
+    for name, mean in values:
+        found[name] = mean if names.count(name) == 1 else found.get(name, 0.0) + abs(mean)
+    return found
 
 
 def reduce_sum(values: Tensor) -> Tensor:
     """The sum over ranks; all ranks enter."""
     dist.all_reduce(values)
     return values
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows [n, columns] of all ranks, in their order, and where this rank's begin; all ranks enter."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    sizes = [int(count) for count in counts]
+    padded = rows.new_zeros(max(sizes), rows.shape[1])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    own = dist.get_rank()
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)]), sum(sizes[:own])
 
 
 def reduce_max(value: float, device: torch.device) -> float:

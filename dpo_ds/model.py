@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -31,22 +32,34 @@ class LogProbModel(nn.Module):
         install_head(causal_lm)
         self.causal_lm = causal_lm
 
-    def forward(self, batch: Batch, own_logits: bool = False) -> Tensor:  # [N] float32
-        """Token log-probs through the head; `own_logits`: from the logits of the model's own forward, as a check."""
+    def forward(
+        self, batch: Batch | None, own_logits: bool = False, with_statistics: bool = False, **inputs
+    ) -> Tensor | tuple:
+        """Token log-probs [N] float32 through the head, or TokenStatistics as a tuple; `own_logits`: from the logits of
+        the model's own forward, as a check. Without a batch: that forward itself on `inputs`, to generate.
+        """
+        if batch is None:
+            return self.causal_lm(**inputs)
         if own_logits:
             options = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask, "use_cache": False}
             logits = self.causal_lm(input_ids=batch.input_ids, **options).logits.flatten(0, 1)[batch.target_rows]
             return logits.float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-        layout = {} if batch.segments is None else {"segments": batch.segments}
-        hidden = self.causal_lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **layout,
-        ).last_hidden_state
-        rows = hidden.flatten(0, 1)[batch.target_rows]
-        return self.causal_lm.get_output_embeddings()(rows, batch.targets)
+        rows = hidden_states(self.causal_lm, batch)[batch.target_rows]
+        found = self.causal_lm.get_output_embeddings()(rows, batch.targets, with_statistics)
+        return tuple(found) if with_statistics else found
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:  # [rows * length, D]
+    """What the model without its head makes of a batch in either layout."""
+    layout = {} if batch.segments is None else {"segments": batch.segments}
+    hidden = model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+        **layout,
+    ).last_hidden_state
+    return hidden.flatten(0, 1)
 
 
 def check_model(section: ModelSection, path: str, key: str = "model.path"):
@@ -95,9 +108,16 @@ def load_tokenizer(section: ModelSection, config, path: str, key: str = "model.p
 
 
 def load_causal_lm(section: ModelSection, ds_config: dict) -> PreTrainedModel:
+    return load_model(AutoModelForCausalLM, section, ds_config)
+
+
+def load_model(
+    auto_class, section: ModelSection, ds_config: dict, settings: dict | None = None, new: Collection[str] = ()
+) -> PreTrainedModel:
     """The model with its parameters partitioned over the ranks as they are made (deepspeed.zero.Init), dropout off.
 
-    All ranks enter. `ds_config` decides the dtype; section.attn "auto" leaves transformers its choice.
+    All ranks enter. `ds_config` decides the dtype; section.attn "auto" leaves transformers its choice. settings: of the
+    transformers config, beside the folder's own. new: weights that the folder may lack; transformers draws them.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -108,13 +128,14 @@ def load_causal_lm(section: ModelSection, ds_config: dict) -> PreTrainedModel:
         options["attn_implementation"] = section.attn
     path = section.path
     config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    config.update(settings or {})
     dropouts = switch_dropout_off(config)
     try:
         if section.from_config:
             torch.manual_seed(0)  # rank 0's draw is broadcast; seeded, so that policy and reference are the same model
-            causal_lm = AutoModelForCausalLM.from_config(config, **options)
+            causal_lm = auto_class.from_config(config, **options)
         else:
-            causal_lm, loading = AutoModelForCausalLM.from_pretrained(
+            causal_lm, loading = auto_class.from_pretrained(
                 path, config=config, revision=section.revision, output_loading_info=True, **options
             )
     except (OSError, ValueError, ImportError) as error:
@@ -124,7 +145,7 @@ def load_causal_lm(section: ModelSection, ds_config: dict) -> PreTrainedModel:
             raise
         raise ModelError(f"{path}: weights of other shapes than its config.json says ({_one_line(error)})") from None
     if not section.from_config:
-        _check_complete(path, loading["missing_keys"])
+        _check_complete(path, set(loading["missing_keys"]) - set(new))
     del zero_init
     causal_lm.dropouts = dropouts
     return causal_lm

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ds import metrics
-from dpo_ds.batch import CHOSEN_ONLY, PAIR, Batch
+from dpo_ds.batch import CHOSEN_ONLY, Batch
 from dpo_ds.checkpoint import CheckpointWriter
 from dpo_ds.config import TrainSection
 from dpo_ds.data.batching import Layout, Lengths, global_batches, plan, steps_per_epoch
@@ -36,30 +35,29 @@ class Objective(Protocol):
     names: tuple[str, ...]  # of the sums, "loss" first
 
     def weight(self, batch: Batch) -> int: ...
-    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
-
-@dataclass(frozen=True)
-class PreferenceObjective:
-    """A preference loss against the reference; its mean is over the global batch's pairs."""
-
-    loss: object
-    reference: object
-    sides = PAIR
-    names = metrics.PREFERENCE
-
-    def weight(self, batch: Batch) -> int:
-        return batch.num_pairs
+    def begin(self, policy: Policy, micro_batches: Sequence[Batch]) -> None:
+        """Sees this rank's share of a global batch before its micro-batches come one by one. All ranks enter."""
 
     def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
-        reference = self.reference.logps(batch)
-        policy_logps = policy.logps(batch)
-        losses = self.loss(policy_logps, reference)
-        return losses.sum(), metrics.preference_sums(losses, policy_logps, reference, self.loss.beta)
+        """What to differentiate, and float64 sums of `names`."""
+
+    def after_step(self, step: int, means: dict[str, float]) -> None:
+        """Update `step` is made; means of `names` over its global batch. All ranks enter."""
+
+    def state(self) -> dict:
+        """What this rank's part of a checkpoint keeps of it."""
+        return {}
+
+    def load_state(self, states: Sequence[dict]) -> None:
+        """Takes back what every rank that saved gave, in their order."""
+
+    def for_evaluation(self) -> Objective:
+        """What an evaluation measures."""
+        return self
 
 
-@dataclass(frozen=True)
-class SupervisedObjective:
+class SupervisedObjective(Objective):
     """Maximum likelihood of the chosen completions; its mean is over the global batch's trained tokens."""
 
     sides = CHOSEN_ONLY
@@ -97,12 +95,14 @@ class Trainer:
             if step > self.total_steps:
                 break
             self.peers.progress(step)
+            self.writer.look()
             if reason := self.stop.agreed(self.policy.device):
                 self._save_and_stop(step - 1, reason)
             micro_batches = self._micro_batches(self.data, rows)
             weight = self._global(sum(map(self.objective.weight, micro_batches)))
             sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
             losses = []
+            self.objective.begin(self.policy, micro_batches)
             for micro_batch in micro_batches:
                 loss, micro_sums = self.objective(self.policy, micro_batch)
                 self.policy.backward(loss * self.world_size / weight, is_last=micro_batch is micro_batches[-1])
@@ -116,8 +116,9 @@ class Trainer:
             self._check_finite(step, means, grad_norm, losses)
             tokens = self._global(sum(batch.num_tokens for batch in micro_batches))
             peak = metrics.reduce_max(metrics.peak_memory_bytes(self.policy.device), self.policy.device)
-            seconds, step_ended = time.perf_counter() - step_ended, time.perf_counter()
             self.last_metrics = dict(zip(self.objective.names, means.tolist(), strict=True))
+            self.objective.after_step(step, self.last_metrics)
+            seconds, step_ended = time.perf_counter() - step_ended, time.perf_counter()
             if self.tracker:
                 self.tracker.step(
                     {
@@ -138,20 +139,28 @@ class Trainer:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Exact means over all of the evaluation data, each pair once, keys prefixed eval_. All ranks enter."""
-        sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
+        rows = np.arange(len(self.evaluation_data))
+        means = self.means(self.objective.for_evaluation(), self.evaluation_data, rows, step)
+        return {f"eval_{name}": mean for name, mean in means.items()}
+
+    def means(self, objective: Objective, data, rows: np.ndarray, step: int) -> dict[str, float]:
+        """Exact means of an objective's sums over these rows of `data`, without gradients. All ranks enter."""
+        sums = torch.zeros(len(objective.names), dtype=torch.float64, device=self.policy.device)
         weight = 0
         size = self.run.global_batch_size
         with self.policy.evaluating():
-            for start in range(0, len(self.evaluation_data), size):
-                rows = np.arange(start, min(start + size, len(self.evaluation_data)))
+            for start in range(0, len(rows), size):
                 self.peers.progress(step)
-                for micro_batch in self._micro_batches(self.evaluation_data, rows):
-                    sums += self.objective(self.policy, micro_batch)[1]
-                    weight += self.objective.weight(micro_batch)
+                micro_batches = self._micro_batches(data, rows[start : start + size])
+                objective.begin(self.policy, micro_batches)
+                for micro_batch in micro_batches:
+                    sums += objective(self.policy, micro_batch)[1]
+                    weight += objective.weight(micro_batch)
         means = metrics.reduce_sum(sums) / self._global(weight)
         if not means.isfinite().all():
-            raise TrainingError(f"evaluation at step {step}: loss {means[0].item()} must be finite")
-        return {f"eval_{name}": mean for name, mean in zip(self.objective.names, means.tolist(), strict=True)}
+            name, value = objective.names[0], means[0].item()
+            raise TrainingError(f"evaluation at step {step}: {name} {value} must be finite")
+        return metrics.named(objective.names, means)
 
     def _evaluate_and_save(self, step: int, per_epoch: int, checkpoint_every: int) -> None:
         is_last = step == self.total_steps
@@ -163,11 +172,14 @@ class Trainer:
                 size = {"eval_pairs": len(self.evaluation_data), "eval_seconds": time.perf_counter() - started}
                 self.tracker.evaluation({"step": step, "epoch": step / per_epoch, **evaluation, **size})
         if is_last or _is_due(step, checkpoint_every):
-            self.writer.save(self.policy.engine, step)
+            self.writer.save(self.policy.engine, step, self.objective.state(), wait=is_last)
 
     def _save_and_stop(self, step: int, reason: str) -> None:
         """Ends the run between two steps, with all that was done until `step` in a checkpoint."""
-        if self.writer.newest < step and not self.writer.save(self.policy.engine, step):
+        self.writer.finish()
+        if self.writer.newest < step:
+            self.writer.save(self.policy.engine, step, self.objective.state(), wait=True)
+        if self.writer.newest < step:
             raise TrainingError(f"{reason}, and the checkpoint of step {step} could not be saved")
         raise Stopped(reason, step)
 

@@ -1,13 +1,39 @@
 """Loss values against arithmetic by hand, and DPO's gradient against the paper's closed form."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from dpo_ds import config
-from dpo_ds.batch import PairLogps
-from dpo_ds.losses import DPO, LOSSES, make_loss
+from dpo_ds import config, losses
+from dpo_ds.batch import PairLogps, PreferencePair, packed_batch
+from dpo_ds.errors import ConfigError
+from dpo_ds.logprobs import TokenStatistics
+from dpo_ds.losses import (
+    AOT,
+    CPO,
+    DPO,
+    IPO,
+    LOSSES,
+    ORPO,
+    AOTUnpaired,
+    APODown,
+    APOZero,
+    BCOPair,
+    DiscoPOP,
+    EXOPair,
+    Hinge,
+    NCAPair,
+    Robust,
+    SigmoidNorm,
+    SimPO,
+    SPPOHard,
+    WeightedSum,
+    make_loss,
+)
+from dpo_ds.shaping import Shaping, wpo_weights
 
 
 def logps(chosen, rejected, dtype=torch.float32) -> PairLogps:
@@ -58,7 +84,183 @@ def test_gradient_is_the_papers_closed_form(label_smoothing):
 
 
 def test_config_knows_every_loss_and_its_fields():
-    assert set(config.LOSSES) == set(LOSSES)
+    assert list(config.LOSSES) == list(LOSSES)
+    for name, loss in LOSSES.items():
+        own = {field.name for field in dataclasses.fields(loss)} - {"beta", "delta"}
+        assert own == set(config.LOSSES[name]), name
+        assert loss.needs_reference == (name not in config.REFERENCE_FREE), name
+        assert loss.across_pairs == (name in config.ACROSS_PAIRS), name
+        assert loss.of_differences == (name in config.OF_DIFFERENCES), name
+        default = loss() if name != "exo_pair" else loss(label_smoothing=1e-3)
+        assert make_loss(config.LossSection(name=name)) == default, "a default is written twice and differs"
     section = config.LossSection(name="dpo", beta=0.2, label_smoothing=0.05)
     assert make_loss(section) == DPO(beta=0.2, label_smoothing=0.05)
-    assert make_loss(config.LossSection()) == DPO(), "a default is written twice and differs"
+    assert Shaping.of(config.LossSection()) == Shaping(), "a default is written twice and differs"
+
+
+# One pair: c = -10 - -12 = 2, r = -9 - -8 = -1, so Δ = 3; |y_c| = 4, |y_r| = 2; beta 0.5: βc = 1, βr = -0.5, βΔ = 1.5.
+POLICY = PairLogps(*(torch.tensor([x]) for x in (-10.0, -9.0, 4, 2)))
+REFERENCE = PairLogps(*(torch.tensor([x]) for x in (-12.0, -8.0, 4, 2)))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def nls(x: float) -> float:
+    """-log σ(x)."""
+    return math.log(1 + math.exp(-x))
+
+
+def odds(p: float) -> float:
+    return p / (1 - p)
+
+
+BY_HAND = {
+    "dpo": (DPO(0.5), nls(1.5)),
+    "robust": (Robust(0.5, label_smoothing=0.2), (0.8 * nls(1.5) - 0.2 * nls(-1.5)) / 0.6),
+    "hinge": (Hinge(0.1), 1 - 0.3),
+    "ipo": (IPO(0.25), (2 / 4 + 1 / 2 - 2) ** 2),
+    "sigmoid_norm": (SigmoidNorm(0.5), nls(0.5 * (2 / 4 + 1 / 2))),
+    "exo_pair": (
+        EXOPair(0.5, label_smoothing=0.1),
+        sigmoid(1.5) * math.log(sigmoid(1.5) / 0.9) + sigmoid(-1.5) * math.log(sigmoid(-1.5) / 0.1),
+    ),
+    "nca_pair": (NCAPair(0.5), nls(1) + 0.5 * nls(-1) + 0.5 * nls(0.5)),
+    "bco_pair": (BCOPair(0.5, delta=0.2), nls(1 - 0.2) + nls(0.5 + 0.2)),
+    "sppo_hard": (SPPOHard(0.5), (2 - 1) ** 2 + (-1 + 1) ** 2),
+    "apo_zero": (APOZero(0.5), 1 - sigmoid(1) + sigmoid(-0.5)),
+    "apo_down": (APODown(0.5), sigmoid(1) + 1 - sigmoid(1.5)),
+    "discopop": (
+        DiscoPOP(0.01, tau=0.05),
+        (1 - sigmoid(0.03 / 0.05)) * nls(0.03) + sigmoid(0.03 / 0.05) * math.exp(-0.03),
+    ),
+    "aot": (AOT(0.5, label_smoothing=0.1), 0.9 * nls(1.5) + 0.1 * nls(-1.5)),
+    "aot_unpaired": (AOTUnpaired(0.5), nls(1.5)),
+    "simpo": (SimPO(0.5, gamma=0.3), nls(0.5 * (-10 / 4 + 9 / 2) - 0.3)),
+    "orpo": (ORPO(0.5), 10 / 4 + 0.5 * nls(math.log(odds(math.exp(-10 / 4)) / odds(math.exp(-9 / 2))))),
+    "cpo": (CPO(0.5, alpha=2.0), nls(0.5 * (-10 + 9)) + 2.0 * 10 / 4),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_by_hand(name):
+    loss, expected = BY_HAND[name]
+    assert type(loss) is LOSSES[name]
+    assert loss(POLICY, REFERENCE if loss.needs_reference else None).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_aot_matches_by_rank_and_not_by_pair():
+    # log-ratios: policy 1, 4 and reference 3, -2; sorted 1, 4 and -2, 3: δ = 3, 1 (pair by pair it would be -2, 6)
+    policy, reference = logps([1.0, 4.0], [0.0, 0.0]), logps([3.0, -2.0], [0.0, 0.0])
+    assert AOT(1.0)(policy, reference).tolist() == pytest.approx([nls(3), nls(1)], rel=1e-6)
+    # c = -2, 6 and r = 0, 0: sorted differences -2, 6
+    assert AOTUnpaired(1.0)(policy, reference).tolist() == pytest.approx([nls(-2), nls(6)], rel=1e-6)
+
+
+@pytest.mark.parametrize("mean", [-1e-6, -50.0])
+def test_odds_are_stable_at_both_ends(mean):
+    chosen = torch.tensor([mean], dtype=torch.float64)
+    exact = math.log(-math.expm1(mean))
+    assert losses._log1mexp(chosen).item() == pytest.approx(exact, rel=1e-12)
+
+
+def test_bcos_shift_is_the_moving_average_of_rewards_before():
+    # 0.75 * 0 + 0.25 * 2 = 0.5; 0.75 * 0.5 + 0.25 * 4 = 1.375
+    loss = BCOPair(0.5, delta_decay=0.75).after_step(2.0).after_step(4.0)
+    assert loss.delta == 1.375
+    assert BCOPair(0.5, delta_decay=0.75).with_state(loss.state()) == loss
+    both = WeightedSum([DPO(0.5), BCOPair(0.5, delta_decay=0.75)], [1.0, 2.0])
+    moved = both.after_step(2.0).after_step(4.0)
+    assert moved.losses[1] == loss and both.with_state(moved.state()).losses[1] == loss
+
+
+def test_a_sum_counts_each_loss_by_its_weight():
+    both = WeightedSum([DPO(0.5), Hinge(0.1)], [2.0, 0.5])
+    assert both(POLICY, REFERENCE).item() == pytest.approx(2 * nls(1.5) + 0.5 * 0.7, rel=1e-6)
+
+
+SHORT = PreferencePair(
+    np.array([7]), *(np.array(ids) for ids in ([1, 2], [3, 4, 5])), *(np.ones(n, bool) for n in (2, 3))
+)
+
+
+def test_length_desensitised_sums_by_hand():
+    # chosen has 2 tokens, rejected 3: the third counts a quarter. -1 - 2 = -3; -4 - 8 - 0.25 * 16 = -16
+    sums = Shaping(ld_alpha=0.25).pair_logps(torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0]), packed_batch([SHORT]))
+    assert (sums.chosen.item(), sums.rejected.item(), sums.rejected_tokens.item()) == (-3.0, -16.0, 3)
+
+
+@pytest.mark.parametrize(
+    "shaping, score",
+    [
+        (Shaping(divergence="forward_kl"), lambda x: 1 - math.exp(-x)),
+        (Shaping(divergence="js"), lambda x: math.log(2 * sigmoid(x))),
+        (Shaping(divergence="alpha", divergence_alpha=0.25), lambda x: (math.exp(-0.75 * x) - 1) / -0.75),
+        (Shaping(divergence="alpha", divergence_alpha=2.0), lambda x: math.exp(x) - 1),
+        (Shaping(divergence="alpha", divergence_alpha=1 - 1e-4), lambda x: x * (1 - 1e-4 * x / 2)),
+    ],
+)
+def test_divergences_by_hand(shaping, score):
+    # c = 2, r = -1
+    policy, reference = shaping.scores(POLICY, REFERENCE)
+    assert policy.chosen.item() == pytest.approx(score(2.0), rel=1e-5)
+    assert policy.rejected.item() == pytest.approx(score(-1.0), rel=1e-5)
+    assert reference.logratio.item() == 0 and policy.chosen_tokens is POLICY.chosen_tokens
+
+
+def test_a_far_away_policy_keeps_its_divergence_finite():
+    policy = logps([-500.0], [-1.0])
+    scores, _ = Shaping(divergence="forward_kl").scores(policy, logps([-1.0], [-500.0]))
+    assert scores.chosen.isfinite() and scores.rejected.item() == 1.0
+
+
+def test_wpo_weights_by_hand():
+    # chosen: log p - log Σp² = -1 + 1.5 and -2 + 2.5: mean 0.5; rejected: -3 + 2 three times: mean -1; e^(0.5 - 1)
+    logps_N = torch.tensor([-1.0, -2.0, -3.0, -3.0, -3.0])
+    log_sum_p2 = torch.tensor([-1.5, -2.5, -2.0, -2.0, -2.0])
+    weights = wpo_weights(TokenStatistics(logps_N, logps_N, logps_N, log_sum_p2), packed_batch([SHORT]))
+    assert weights.tolist() == pytest.approx([math.exp(-0.5)], rel=1e-6)
+
+
+def test_the_sft_term_is_the_mean_token_of_chosen():
+    assert Shaping(sft_weight=0.4).sft(POLICY).item() == pytest.approx(0.4 * 10 / 4, rel=1e-6)
+
+
+MISTAKES = {
+    "loss.name: unknown loss 'simp'; did you mean 'simpo'?": {"loss.name": "simp"},
+    "loss.name: unknown loss 'sigmoid'; TRL's sigmoid is 'dpo' here": {"loss.name": "sigmoid"},
+    "loss.name: unknown loss 'aott'; did you mean 'aot'?": {"loss.name": "[dpo, aott]"},
+    "one weight for each loss": {"loss.name": "[dpo, ipo]", "loss.weights": "[1]"},
+    "loss.gamma 0.3: dpo has none; it is of simpo": {"loss.gamma": "0.3"},
+    "loss.label_smoothing 0.1: ipo has none": {"loss.name": "ipo", "loss.label_smoothing": "0.1"},
+    "exo_pair takes its logarithm": {"loss.name": "exo_pair", "loss.label_smoothing": "0"},
+    "loss.divergence js: not for nca_pair": {"loss.name": "nca_pair", "loss.divergence": "js"},
+    "that is loss.divergence reverse_kl": {"loss.divergence": "alpha", "loss.divergence_alpha": "1"},
+    "loss.wpo weights pairs": {"loss.name": "aot", "loss.wpo": "true"},
+    "loss.ld_alpha 0.5: for losses against a reference": {"loss.name": "simpo", "loss.ld_alpha": "0.5"},
+    "loss.name orpo needs no reference": {"loss.name": "orpo", "reference.kind": "live"},
+    "loss.name dpo needs one": {"reference.kind": "none"},
+    "only a whole, live reference can follow the policy": {
+        "reference.update_every": "5", "reference.kind": "cached", "reference.cache": "there",
+    },
+    "policy and reference must be one model": {"reference.update_every": "5", "reference.path": "other"},
+}  # fmt: skip
+NEEDED = {"model.path": "m", "data.train": "d", "deepspeed.config": "c", "output_dir": "o"}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_what_does_not_go_together_is_refused(message):
+    with pytest.raises(ConfigError) as refused:
+        config.load("train", None, NEEDED | MISTAKES[message])
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_reference_free_losses_have_no_reference_unasked():
+    for name in config.REFERENCE_FREE:
+        run, _ = config.load("train", None, NEEDED | {"loss.name": name})
+        assert run.reference.kind == "none"
+        again, _ = config.load("train", None, NEEDED | {"loss.name": name, "reference.kind": "none"})
+        assert again == run
+    assert config.load("train", None, NEEDED | {"loss.name": "[dpo, orpo]"})[0].reference.kind == "live"
+    assert config.load("train", None, NEEDED | {"loss.name": "exo_pair"})[0].loss.label_smoothing == 1e-3

@@ -1,1 +1,26 @@
-"""The frozen reference π_ref: where its log-probs come from."""
+"""The frozen model that the policy is compared with: live, cached, or the policy without its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dpo_ds.batch import Batch
+
+
+class Reference(Protocol):
+    """Where `PreferenceObjective` has the reference's log-probs from; all ranks enter."""
+
+    def token_logps(self, batch: Batch) -> Tensor: ...  # [N] float32 on the policy's device, without gradient
+
+    def after_step(self, step: int) -> None:
+        """Update `step` is made."""
+
+    def state(self) -> dict:
+        """What this rank's part of a checkpoint keeps of it."""
+        return {}
+
+    def load_state(self, states: Sequence[dict]) -> None:
+        """Takes back what every rank that saved gave, in their order."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from dpo_ds.batch import Batch, PairLogps
+from dpo_ds.batch import Batch
 from dpo_ds.engine import Policy
 from dpo_ds.lora import adapters_off
+from dpo_ds.reference import Reference
 
 
 @dataclass(frozen=True)
-class AdapterReference:
-    """The reference of `PreferenceObjective`; all ranks enter `logps`, before the policy's own forward."""
+class AdapterReference(Reference):
+    """All ranks enter `token_logps`, before the policy's own forward."""
 
     policy: Policy
 
     @torch.no_grad()
-    def logps(self, batch: Batch) -> PairLogps:
+    def token_logps(self, batch: Batch) -> Tensor:
         with adapters_off(self.policy.causal_lm):
-            return self.policy.logps(batch)
+            return self.policy.token_logps(batch)

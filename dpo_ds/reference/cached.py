@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo_ds import config
 from dpo_ds.attention import backend_for
-from dpo_ds.batch import Batch, PairLogps, sum_per_sequence
+from dpo_ds.batch import Batch, sum_per_sequence
 from dpo_ds.config import PrecomputeConfig, TrainConfig
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
@@ -23,6 +23,7 @@ from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
 from dpo_ds.launch import Launch
 from dpo_ds.metrics import reduce_max
+from dpo_ds.reference import Reference
 from dpo_ds.reference.cache import Manifest, check_shards, read_manifest
 from dpo_ds.reference.store import Store, data_rows, open_store
 from dpo_ds.reference.weights import weights_digest
@@ -55,14 +56,14 @@ class CachedRows:
 
 
 @dataclass(frozen=True)
-class CachedReference:
-    """The reference of `PreferenceObjective`."""
+class CachedReference(Reference):
+    """Log-probs that wait on disk."""
 
     cached: CachedRows
     device: torch.device
 
-    def logps(self, batch: Batch) -> PairLogps:
-        return batch.to(self.device).pair_logps(self.cached.token_logps(batch).to(self.device))
+    def token_logps(self, batch: Batch) -> Tensor:
+        return self.cached.token_logps(batch).to(self.device)
 
 
 def identity(run: TrainConfig | PrecomputeConfig, tokenizer) -> dict[str, str]:

@@ -31,10 +31,11 @@ from dpo_ds.data.batching import Layout, Lengths, global_batches, plan  # noqa: 
 from dpo_ds.losses import DPO  # noqa: E402
 from dpo_ds.model import LogProbModel, load_causal_lm  # noqa: E402
 from dpo_ds.peers import Silent  # noqa: E402
+from dpo_ds.preference import PreferenceObjective  # noqa: E402
 from dpo_ds.reference.cached import CachedReference  # noqa: E402
-from dpo_ds.reference.live import live_reference  # noqa: E402
+from dpo_ds.reference.live import LiveReference, frozen_model  # noqa: E402
 from dpo_ds.stopping import StopFlag  # noqa: E402
-from dpo_ds.trainer import PreferenceObjective, Trainer  # noqa: E402
+from dpo_ds.trainer import Objective, Trainer  # noqa: E402
 
 BETA = 0.1
 
@@ -154,7 +155,7 @@ def resident_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-class ReferenceFree:
+class ReferenceFree(Objective):
     """A loss of the policy alone: what is left of a step when the reference costs nothing."""
 
     sides, names = PAIR, ("loss",)
@@ -178,8 +179,8 @@ def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
     policy = engine.Policy(LogProbModel(causal_lm), prepared.policy_config, device)
     models, objective = [policy], ReferenceFree()
     if reference == "live":
-        models.append(live_reference(run.model, prepared.reference_config, device))
-        objective = PreferenceObjective(DPO(BETA), models[1])
+        models.append(frozen_model(run.model, prepared.reference_config, device))
+        objective = PreferenceObjective(DPO(BETA), LiveReference(models[1], policy, run.reference))
     if reference == "cached":
         objective = PreferenceObjective(DPO(BETA), CachedReference(prepared.cached, device))
     settled = engine.settle_layout(layout, models)

@@ -29,7 +29,7 @@ from dpo_ds.export import gathered_state_dict
 from dpo_ds.losses import DPO
 from dpo_ds.metrics import preference_sums
 from dpo_ds.model import LogProbModel, load_causal_lm
-from dpo_ds.reference.live import live_reference
+from dpo_ds.reference.live import frozen_model
 from tests.oracle import dpo_by_autograd
 from tests.tiny import VOCAB, random_pairs
 
@@ -59,7 +59,7 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
     attn = "eager" if family == "gemma2" else "auto"
     sections = [ModelSection(path=path, attn=attn) for path in paths]
     policy = Policy(LogProbModel(load_causal_lm(sections[0], policy_config)), policy_config, device)
-    reference = live_reference(sections[1], reference_config, device)
+    reference = frozen_model(sections[1], reference_config, device)
 
     head = policy.causal_lm.get_output_embeddings()
     known, head.scale = head.scale, 1.5 * head.scale  # as if the family had a logit scale that install_head overlooks

@@ -1,0 +1,32 @@
+"""Every loss on two ranks under ZeRO-3, uneven micro-batches with an empty one, against autograd in one process."""
+
+import json
+
+import pytest
+
+from dpo_ds.config import LOSSES
+from tests.ranks import run_worker
+
+PARTS = ("sum", "ld", "sft", "wpo", "forward_kl", "js", "alpha", "all")
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What one launch saw of every loss."""
+    folder = tmp_path_factory.mktemp("losses")
+    run_worker("losses.py", 2, folder, str(folder / "out.json"))
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize("case", [*LOSSES, *PARTS])
+def test_the_gradient_is_that_of_all_pairs_at_once(seen, case):
+    loss, expected = seen[case]["loss"]
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert seen[case]["gradient_error"] < 1e-5
+
+
+def test_a_reference_that_follows_is_the_mixture_of_both_models(seen):
+    assert seen["follow"]["weights"] < 1e-7
+    assert seen["follow"]["logps"] < 1e-4
+    assert seen["follow"]["moved"] > 1e-2, "the forward still used the old weights"

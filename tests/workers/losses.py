@@ -1,0 +1,172 @@
+"""Every loss and everything that composes with one, two ranks under ZeRO-3 against one process that sees all pairs at
+once, and a reference that follows the policy: usage losses.py OUT. Rank 0 writes what it saw to OUT as JSON; the test
+asserts on it.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from transformers import AutoModelForCausalLM
+
+from dpo_ds import launch, metrics
+from dpo_ds.batch import PairLogps, packed_batch
+from dpo_ds.config import LOSSES, LossSection, ModelSection, ReferenceSection, TrainSection
+from dpo_ds.demo.tiny import random_model, tiny_config
+from dpo_ds.ds_config import Machine, fill_policy, fill_reference
+from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
+from dpo_ds.export import gathered_state_dict
+from dpo_ds.losses import make_loss
+from dpo_ds.model import LogProbModel, load_causal_lm
+from dpo_ds.preference import PreferenceObjective
+from dpo_ds.reference.live import LiveReference, frozen_model
+from dpo_ds.shaping import Shaping
+from tests.tiny import VOCAB, random_pairs
+
+CASES = {name: {"name": name} for name in LOSSES} | {
+    "sum": {"name": ["dpo", "aot", "orpo"], "weights": [0.5, 2.0, 0.1]},
+    "ld": {"ld_alpha": 0.3},
+    "sft": {"sft_weight": 0.7},
+    "wpo": {"wpo": True},
+    "forward_kl": {"divergence": "forward_kl", "name": "ipo"},
+    "js": {"divergence": "js"},
+    "alpha": {"divergence": "alpha", "divergence_alpha": 0.5},
+    "all": {"ld_alpha": 0.3, "sft_weight": 0.7, "wpo": True, "divergence": "js", "name": ["dpo", "hinge"]},
+}
+PAIRS = random_pairs(7)
+SHARES = [[PAIRS[:3], PAIRS[3:4]], [PAIRS[4:], []]]  # rank 1's second micro-batch is empty
+SCORES = {
+    "reverse_kl": lambda x: x,
+    "forward_kl": lambda x: 1 - torch.exp(-x),
+    "js": lambda x: math.log(2) + torch.nn.functional.logsigmoid(x),
+    "alpha": lambda x: 2 * (1 - torch.exp(-x / 2)),  # (e^((α-1)x) - 1) / (α-1) at α = 1/2
+}
+
+
+def completion(model, pair, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the trained tokens of one completion: their log-probs, and log Σ p² where they stand."""
+    ids = torch.tensor([*pair.prompt, *pair.completion(side)])
+    positions = len(pair.prompt) + torch.from_numpy(pair.target_positions(side))
+    rows = model(input_ids=ids[None]).logits[0].log_softmax(-1)[positions - 1]
+    return rows.gather(1, ids[positions][:, None])[:, 0], (2 * rows).logsumexp(-1)
+
+
+def oracle(policy, reference, section: LossSection) -> float:
+    """The loss of all pairs in one call, and its gradient in `policy`; the parts written out here again."""
+    columns = {"policy": [], "reference": [], "plain": [], "weights": [], "counts": []}
+    for pair in PAIRS:
+        (chosen, chosen_p2), (rejected, rejected_p2) = (
+            completion(policy, pair, side) for side in ("chosen", "rejected")
+        )
+        with torch.no_grad():
+            anchors = [completion(reference, pair, side)[0] for side in ("chosen", "rejected")]
+        shorter = min(len(chosen), len(rejected))
+
+        def discounted(logps, shorter=shorter):
+            return logps[:shorter].sum() + section.ld_alpha * logps[shorter:].sum()
+
+        columns["policy"].append(torch.stack([discounted(chosen), discounted(rejected)]))
+        columns["reference"].append(torch.stack([discounted(anchor) for anchor in anchors]))
+        columns["plain"].append(chosen.sum())
+        columns["counts"].append(torch.tensor([len(chosen), len(rejected)]))
+        likeness = (chosen - chosen_p2).mean() + (rejected - rejected_p2).mean()
+        columns["weights"].append(likeness.detach().exp())
+    found = {name: torch.stack(values) for name, values in columns.items()}
+    counts = found["counts"].unbind(1)
+    logps, anchor = (PairLogps(*found[name].unbind(1), *counts) for name in ("policy", "reference"))
+    if section.divergence != "reverse_kl":
+        score = SCORES[section.divergence]
+        scores = (score(logps.chosen - anchor.chosen), score(logps.rejected - anchor.rejected))
+        zeros = torch.zeros(len(PAIRS))
+        logps, anchor = PairLogps(*scores, *counts), PairLogps(zeros, zeros, *counts)
+    losses = make_loss(section)(logps, anchor if section.needs_reference else None)
+    if section.wpo:
+        losses = losses * found["weights"]
+    loss = (losses - section.sft_weight * found["plain"] / counts[0]).mean()
+    policy.zero_grad()
+    loss.backward()
+    return loss.item()
+
+
+def check(policy: Policy, reference, section: LossSection, models, rank: int, ranks: int) -> dict:
+    objective = PreferenceObjective(
+        make_loss(section), reference if section.needs_reference else None, Shaping.of(section)
+    )
+    batches = [packed_batch(pairs) for pairs in SHARES[rank]]
+    objective.begin(policy, batches)
+    sums = 0
+    for index, batch in enumerate(batches):
+        loss, micro_sums = objective(policy, batch)
+        policy.backward(loss * ranks / len(PAIRS), is_last=index == 1)
+        sums = sums + micro_sums
+    loss = metrics.reduce_sum(sums)[0].item() / len(PAIRS)
+    gradients = {name: safe_get_full_grad(parameter) for name, parameter in policy.causal_lm.named_parameters()}
+    policy.step(0.0)
+    if rank != 0:
+        return {}
+    expected = oracle(*models, section)
+    worst = max(((gradients[name] - p.grad).norm() / p.grad.norm()).item() for name, p in models[0].named_parameters())
+    return {"loss": [loss, expected], "gradient_error": worst}
+
+
+def follow(policy: Policy, frozen, paths: list[str]) -> dict:
+    """The live reference after one soft update: its weights, and that its forward uses them."""
+    settings = ReferenceSection(update_every=3, update_alpha=0.25)
+    reference = LiveReference(frozen, policy, settings)
+    batch = packed_batch(PAIRS)
+    starts = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in paths]
+    reference.after_step(2)
+    before = reference.token_logps(batch)
+    reference.after_step(3)
+    after = reference.token_logps(batch)
+    weights = gathered_state_dict(frozen.causal_lm)
+    if not weights:
+        return {}  # on all ranks but the first
+    mixed = AutoModelForCausalLM.from_pretrained(paths[0])
+    mixed.load_state_dict({name: 0.25 * starts[0][name] + 0.75 * starts[1][name] for name in starts[0]})
+    mixed.eval()
+    expected = [completion(mixed, pair, side)[0] for pair in PAIRS for side in ("chosen", "rejected")]
+    return {
+        "weights": max((weights[name] - tensor).abs().max().item() for name, tensor in mixed.state_dict().items()),
+        "logps": (after - torch.cat(expected)).abs().max().item(),
+        "moved": (after - before).abs().max().item(),
+    }
+
+
+def main(out: str) -> None:
+    place = launch.from_environment()
+    quiet_libraries()
+    device = initialize_distributed(place)
+    config = tiny_config("llama", VOCAB, hidden=32)
+    paths = [str(Path(out).parent / name) for name in ("policy", "reference")]
+    if place.is_first:
+        for seed, path in enumerate(paths):
+            random_model(config, seed).save_pretrained(path)
+    dist.barrier()
+    machine = Machine(place.world_size, "cpu", False)
+    # Of the weights some stay gathered (norms) and some do not.
+    given = {"zero_optimization": {"stage3_param_persistence_threshold": 100}}
+    policy_config, _ = fill_policy(given, "test", TrainSection(global_batch_size=8), machine, 32)
+    reference_config, _ = fill_reference(given, "test", machine, 32)
+    policy = Policy(LogProbModel(load_causal_lm(ModelSection(path=paths[0]), policy_config)), policy_config, device)
+    frozen = frozen_model(ModelSection(path=paths[1]), reference_config, device)
+    assert settle_layout("packed", [policy, frozen]) == ("packed", "")
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in paths]
+    reference = LiveReference(frozen, policy, ReferenceSection())
+    results = {
+        name: check(policy, reference, LossSection(**{"beta": 0.5, **case}), models,
+                    place.rank, place.world_size)
+        for name, case in CASES.items()
+    }  # fmt: skip
+    results["follow"] = follow(policy, frozen, paths)
+    if place.is_first:
+        Path(out).write_text(json.dumps(results))
+    finish_distributed()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
