@@ -14,14 +14,17 @@ from pathlib import Path
 
 import yaml
 
-from dpo_ds import __version__, config, yaml_file
-from dpo_ds.errors import ConfigError, UserError
+from dpo_ds import __version__, config, launch, yaml_file
+from dpo_ds.errors import ConfigError, CutOff, UserError
 
 EXIT_DONE, EXIT_USER = 0, 2
 SUMMARY = {
     "sft": "supervised fine-tuning on chosen completions",
+    "reward": "a Bradley-Terry reward model on pairs",
     "train": "preference optimisation on pairs (DPO)",
+    "evaluate": "accuracy, KL, rewards and win rates, with a report",
     "export": "a sharded checkpoint as a Hugging Face model",
+    "sample": "completions of prompts, scored and ranked into pairs",
     "precompute": "the reference's log-probs, stored for reference.kind cached",
 }
 
@@ -103,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     talks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
-    def report(mistake: UserError) -> int:
-        if talks:
+    def report(mistake: UserError, speaks: bool = talks) -> int:
+        if speaks:
             print(f"dpo-ds: error: {mistake}", file=sys.stderr, flush=True)
         return EXIT_USER
 
@@ -122,9 +125,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(yaml.safe_dump(config.to_plain(run), sort_keys=False), end="")
         return EXIT_DONE
     try:
-        return _start(command, run)
+        place = launch.from_environment()
+        meeting = _meet(place)
+    except CutOff as mistake:
+        return report(mistake, place.is_first_on_node)
     except UserError as mistake:
+        if talks:
+            _leave_status(argv, str(mistake))
         return report(mistake)
+    try:
+        code = _start(command, run)
+    except UserError as mistake:
+        return report(mistake, meeting.speaks(str(mistake)) if meeting else True)
+    if code and meeting:
+        meeting.let_rank_0_go_first()
+    return code
+
+
+def _meet(place: launch.Launch):
+    """The meeting of all ranks; None, and no torch, where there is one rank."""
+    if place.world_size == 1:
+        return None
+    if not os.environ.get("DPO_DS_VERBOSE"):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of every socket, with C++ frames
+    from dpo_ds import rendezvous
+
+    return rendezvous.meet(place)
 
 
 def _start(command: str, run: config.Section) -> int:
@@ -133,6 +159,14 @@ def _start(command: str, run: config.Section) -> int:
         from dpo_ds import precompute
 
         return precompute.start(run)
+    if command == "sample":
+        from dpo_ds import sample
+
+        return sample.start(run)
+    if command == "evaluate":
+        from dpo_ds import evaluate
+
+        return evaluate.start(run)
     if command == "export":
         from dpo_ds import export_checkpoint
 

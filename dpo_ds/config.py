@@ -11,14 +11,37 @@ import shlex
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpo_ds import yaml_file
 from dpo_ds.errors import ConfigError
 
-LOSSES = ("dpo",)  # dpo_ds.losses.LOSSES by name; kept equal by a test, because that module imports torch
+# dpo_ds.losses.LOSSES with each one's own keys besides beta; kept equal by a test, because that module imports torch.
+LOSSES: dict[str, tuple[str, ...]] = {
+    "dpo": ("label_smoothing",),
+    "robust": ("label_smoothing",),
+    "hinge": (),
+    "ipo": (),
+    "sigmoid_norm": (),
+    "exo_pair": ("label_smoothing",),
+    "nca_pair": (),
+    "bco_pair": ("delta_decay",),
+    "sppo_hard": (),
+    "aot": ("label_smoothing",),
+    "aot_unpaired": ("label_smoothing",),
+    "apo_zero": (),
+    "apo_down": (),
+    "discopop": ("tau",),
+    "simpo": ("gamma",),
+    "orpo": (),
+    "cpo": ("alpha",),
+}
+REFERENCE_FREE = ("simpo", "orpo", "cpo")
+ACROSS_PAIRS = ("aot", "aot_unpaired")
+OF_DIFFERENCES = ("dpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop")
+EXO_LABEL_SMOOTHING = 1e-3
 
 
 def is_bool(field) -> bool:
@@ -37,6 +60,30 @@ class Section(BaseModel):
         return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
+def _above_zero(what: str, given, of: str) -> float:
+    try:
+        number = float(given)  # YAML reads 1e-1 as text
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{what} {given!r} of {of} must be a number above 0")
+    return number
+
+
+def _checked_source(source):
+    """A path or Hub id, or a list of them with weights."""
+    items = source if isinstance(source, list) else [source]
+    if not items:
+        raise ValueError("an empty list; name at least one path or Hub id")
+    for item in items:
+        if not isinstance(item, dict):
+            continue
+        if set(item) - {"path", "weight"} or not isinstance(item.get("path"), str):
+            raise ValueError(f"{item} is not a source; write {{path: ..., weight: 1.0}}")
+        item["weight"] = _above_zero("weight", item.get("weight", 1.0), item["path"])
+    return source
+
+
 class LoraSection(Section):
     r: int = Field(0, ge=0, description="rank of the adapters; 0: train all weights")
     alpha: float | None = Field(None, gt=0, description="adapters count alpha / r times; 2 r if not given")
@@ -44,44 +91,41 @@ class LoraSection(Section):
     target_modules: str | list[str] = Field("all-linear", description="names of linear layers, never the head")
 
 
-class ModelSection(Section):
+class ModelOptions(Section):
+    """How any model is loaded."""
+
+    attn: str = Field("auto", description="transformers' attention implementation of the padded layout")
+    trust_remote_code: bool = Field(False, description="run model code that comes with the folder")
+
+
+class ModelSection(ModelOptions):
     path: str = Field(description="Hugging Face folder or Hub id")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     from_config: bool = Field(False, description="random weights from the folder's config.json, for tests")
-    attn: str = Field("auto", description="transformers' attention implementation of the padded layout")
-    trust_remote_code: bool = Field(False, description="run model code that comes with the folder")
     lora: LoraSection = LoraSection()
 
 
-class DataSection(Section):
-    train: str | list[str | dict[str, Any]] = Field(description="path, Hub id, or list of them with weights")
-    eval: str | list[str | dict[str, Any]] | None = Field(None, description="the same, for evaluation")
+class PromptDataSection(Section):
+    """What of the data section prompts need."""
+
     format: str = Field("auto", description="auto, explicit, implicit, hh, sharegpt, alpaca; sft: completion, messages")
     columns: dict[str, str] = Field(default_factory=dict, description="renames: {chosen: better, rejected: worse}")
-    max_length: int = Field(2048, gt=1, description="tokens of prompt plus one completion")
     max_prompt_length: int = Field(1024, gt=0, description="tokens of the prompt")
-    limit: int | None = Field(None, gt=0, description="train on the first n rows read, before dropping")
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts them and lists them in the census")
 
-    @field_validator("train", "eval")
+
+class SampleDataSection(PromptDataSection):
+    limit: int | None = Field(None, gt=0, description="use the first n rows read, before dropping")
+
+
+class EvaluationDataSection(PromptDataSection):
+    eval: str | list[str | dict[str, Any]] | None = Field(None, description="pairs to evaluate on, given as data.train")
+    max_length: int = Field(2048, gt=1, description="tokens of prompt plus one completion")
+
+    @field_validator("train", "eval", check_fields=False)
     @classmethod
     def _weights(cls, source):
-        items = source if isinstance(source, list) else [source]
-        if not items:
-            raise ValueError("an empty list; name at least one path or Hub id")
-        for item in items:
-            if not isinstance(item, dict):
-                continue
-            if set(item) - {"path", "weight"} or not isinstance(item.get("path"), str):
-                raise ValueError(f"{item} is not a source; write {{path: ..., weight: 1.0}}")
-            given = item.get("weight", 1.0)
-            try:
-                item["weight"] = float(given)  # YAML reads 1e-1 as text
-            except (TypeError, ValueError):
-                item["weight"] = 0.0
-            if not 0 < item["weight"] < float("inf"):
-                raise ValueError(f"weight {given!r} of {item['path']} must be a number above 0")
-        return source
+        return _checked_source(source)
 
     @model_validator(mode="after")
     def _room_for_completions(self):
@@ -93,25 +137,92 @@ class DataSection(Section):
         return self
 
 
+class DataSection(EvaluationDataSection):
+    train: str | list[str | dict[str, Any]] = Field(description="path, Hub id, or list of them with weights")
+    limit: int | None = Field(None, gt=0, description="use the first n rows read, before dropping")
+
+
 class LossSection(Section):
-    name: str = Field("dpo", description=", ".join(LOSSES))
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO)")
+    name: str | list[str] = Field("dpo", description=f"{', '.join(LOSSES)}, or a list of them to add up")
+    weights: list[float] | None = Field(None, description="of the losses that name lists; 1 each if not given")
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference; orpo: weight of its odds ratio")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO); exo_pair: 0.001 if not given"
+    )
+    gamma: float | None = Field(None, ge=0, description="simpo: the margin to reach; 0.5 if not given")
+    alpha: float | None = Field(None, ge=0, description="cpo: weight of its SFT part; 1 if not given")
+    tau: float | None = Field(None, gt=0, description="discopop: temperature of its modulation; 0.05 if not given")
+    delta_decay: float | None = Field(
+        None, ge=0, lt=1, description="bco_pair: of the moving average of rewards; 0.9 if not given"
+    )
+    sft_weight: float = Field(0.0, ge=0, description="adds so much of chosen's mean negative log-likelihood (RPO)")
+    ld_alpha: float = Field(1.0, ge=0, le=1, description="what tokens beyond the shorter completion count (LD-DPO)")
+    wpo: bool = Field(False, description="weights pairs by how likely the policy finds them (WPO)")
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field(
+        "reverse_kl", description="the f-divergence to the reference (f-DPO)"
+    )
+    divergence_alpha: float = Field(0.5, ge=0, description="of loss.divergence alpha; 1 is reverse_kl")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exo_needs_smoothing(cls, values):
+        if isinstance(values, dict) and "exo_pair" in _names(values.get("name")):
+            return {"label_smoothing": EXO_LABEL_SMOOTHING, **values}
+        return values
 
     @field_validator("name")
     @classmethod
     def _known(cls, name):
-        if name not in LOSSES:
-            raise ValueError(f"unknown loss {name!r}; {did_you_mean(name, LOSSES)}")
+        if not name:
+            raise ValueError("an empty list; name at least one loss")
+        for given in _names(name):
+            if given not in LOSSES:
+                nearest = "TRL's sigmoid is 'dpo' here" if given == "sigmoid" else did_you_mean(given, LOSSES)
+                raise ValueError(f"unknown loss {given!r}; {nearest}")
         return name
+
+    @model_validator(mode="after")
+    def _parts_fit(self):
+        """What a loss would ignore or has no meaning for is refused."""
+        names = _names(self.name)
+        listed = ", ".join(names)
+        if self.weights is not None and (isinstance(self.name, str) or len(self.weights) != len(names)):
+            raise ValueError(f"loss.weights {self.weights}: one weight for each loss that loss.name lists ({listed})")
+        for key in ("label_smoothing", "gamma", "alpha", "tau", "delta_decay"):
+            owners = [name for name, own in LOSSES.items() if key in own]
+            if getattr(self, key) and not set(owners) & set(names):
+                raise ValueError(f"loss.{key} {getattr(self, key)}: {listed} has none; it is of {', '.join(owners)}")
+        if "exo_pair" in names and not self.label_smoothing:
+            raise ValueError("loss.label_smoothing 0: exo_pair takes its logarithm; leave it out or use 0.001")
+        if self.divergence != "reverse_kl" and not set(names) <= set(OF_DIFFERENCES):
+            raise ValueError(f"loss.divergence {self.divergence}: not for {listed}; for {', '.join(OF_DIFFERENCES)}")
+        if self.divergence == "alpha" and self.divergence_alpha == 1:
+            raise ValueError("loss.divergence_alpha 1: that is loss.divergence reverse_kl")
+        if self.wpo and set(names) & set(ACROSS_PAIRS):
+            raise ValueError(f"loss.wpo weights pairs, and {listed} matches completions across pairs; use one of them")
+        if self.ld_alpha != 1 and set(names) & set(REFERENCE_FREE):
+            raise ValueError(f"loss.ld_alpha {self.ld_alpha}: for losses against a reference; {listed} has none")
+        return self
+
+    @property
+    def needs_reference(self) -> bool:
+        return not set(_names(self.name)) <= set(REFERENCE_FREE)
+
+
+def _names(name) -> list[str]:
+    return name if isinstance(name, list) else [name]
 
 
 class ReferenceSection(Section):
-    kind: Literal["live", "cached", "adapter"] = Field(
-        "live", description="live: a second, inference-only engine; cached: from reference.cache; adapter: LoRA off"
+    kind: Literal["live", "cached", "adapter", "none"] = Field(
+        "live",
+        description="live: a second, inference-only engine; cached: from reference.cache; adapter: LoRA off; "
+        "none: only, and by default, for the losses that need no reference",
     )
     path: str | None = Field(None, description="the reference model; model.path if not given")
     cache: str | None = Field(None, description="folder that dpo-ds precompute fills and reference.kind cached reads")
+    update_every: int = Field(0, ge=0, description="steps between updates of a live reference (TR-DPO); 0: frozen")
+    update_alpha: float = Field(0.6, gt=0, le=1, description="share of the policy in such an update")
 
 
 class TrainSection(Section):
@@ -139,8 +250,11 @@ class TrainSection(Section):
         return betas
 
 
-class DeepSpeedSection(Section):
+class InferenceSection(Section):
     config: str = Field(description="a DeepSpeed JSON file; absent and auto keys are filled from this config")
+
+
+class DeepSpeedSection(InferenceSection):
     reference_config: str | None = Field(
         None, description="the reference's JSON file; derived from config if not given"
     )
@@ -153,9 +267,160 @@ class PrecomputeSection(Section):
     threads: int = Field(1, gt=0, description="CPU threads a rank; decides last bits, so it does not follow the ranks")
 
 
+class GenerationSection(Section):
+    """How completions are drawn (dpo_ds/generation.py)."""
+
+    max_new_tokens: int = Field(256, gt=0, description="tokens of a completion; a longer one is left unfinished")
+    min_new_tokens: int = Field(0, ge=0, description="no end of text before so many tokens")
+    temperature: float = Field(1.0, ge=0, description="divides the logits; 0: always the likeliest token")
+    top_k: int = Field(0, ge=0, description="draw among the k likeliest tokens; 0: all")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw among the fewest tokens of this total probability")
+    seed: int = Field(0, ge=0, description="of the draws")
+    batch_size: int = Field(64, gt=0, description="completions a rank draws together")
+
+
+class SampleSection(GenerationSection):
+    prompts: str | list[str | dict[str, Any]] = Field(
+        description="sample: file, folder or Hub id of prompts or preference data, or list of them with weights"
+    )
+    to: str = Field(min_length=1, description="sample: the folder to fill")
+    n: int = Field(2, gt=0, description="sample: completions a prompt")
+    score: str | None = Field(
+        None, description="module:function, regex:PATTERN or a reward model; null: no scores, no pairs"
+    )
+    pairs: Literal["best_worst", "bradley_terry"] = Field(
+        "best_worst", description="one pair a prompt; bradley_terry: every two completions, the better one drawn"
+    )
+    pair_temperature: float = Field(
+        1.0, gt=0, description="bradley_terry: a is chosen over b with probability σ((score_a - score_b) / this)"
+    )
+    unfinished: Literal["drop", "keep"] = Field(
+        "drop", description="completions that ran into max_new_tokens: not in pairs, or as if they had ended there"
+    )
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="vllm: where it is installed")
+    shard_rows: int = Field(256, gt=0, description="prompts a file: the most that a killed rank draws again")
+    threads: int = Field(1, gt=0, description="CPU threads a rank; decides last bits, so it does not follow the ranks")
+
+    @field_validator("prompts")
+    @classmethod
+    def _weights(cls, source):
+        return _checked_source(source)
+
+    @model_validator(mode="after")
+    def _can_differ(self):
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"sample.min_new_tokens {self.min_new_tokens} is above sample.max_new_tokens {self.max_new_tokens}"
+            )
+        if self.score is not None and self.n < 2:
+            raise ValueError(f"sample.n {self.n}: a pair needs two completions of a prompt; give 2 or more")
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"sample.temperature 0 draws {self.n} equal completions; give it --sample.n 1")
+        return self
+
+
+class PolicyChoice(NamedTuple):
+    """One of evaluate.policy; beta is the one it was trained with, None for loss.beta."""
+
+    path: str
+    name: str
+    beta: float | None
+
+
+ROWS = ("reference", "baseline")  # names of their own in an evaluation
+
+
+class EvaluateSection(GenerationSection):
+    policy: str | list[str | dict[str, Any]] = Field(
+        description="model to evaluate, or a list of them, each a path or {path: ..., name: ..., beta: ...}"
+    )
+    against: str | None = Field(None, description="the reference π_ref; null: only what needs none")
+    prompts: str | list[str | dict[str, Any]] | None = Field(
+        None, description="prompts to complete, given as sample.prompts, each once; null: those of data.eval"
+    )
+    n: int = Field(1, ge=0, description="evaluate: completions a prompt; 0: none, data.eval alone is looked at")
+    score: str | None = Field(None, description="rewards of completions, given as sample.score; null: none")
+    baseline: str | None = Field(
+        None, description="win rate against this model, or a file of prompt, completion; null: evaluate.against"
+    )
+    judge: str | None = Field(
+        None, description="module:function(prompts, first, second) -> preference for first, 0 to 1; null: higher score"
+    )
+    bootstrap: int = Field(1000, gt=0, description="resamples behind the win rate's interval")
+    layout: Literal["packed", "padded"] = Field("packed", description="of log-probs, as train.layout")
+    micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
+    threads: int = Field(1, gt=0, description="CPU threads a rank; decides last bits, so it does not follow the ranks")
+
+    @field_validator("prompts")
+    @classmethod
+    def _weights(cls, source):
+        return _checked_source(source)
+
+    @field_validator("policy")
+    @classmethod
+    def _policies(cls, given):
+        if not given:
+            raise ValueError("an empty list; name at least one model")
+        for item in given if isinstance(given, list) else []:
+            if not isinstance(item, dict):
+                continue
+            if set(item) - {"path", "name", "beta"} or not isinstance(item.get("path"), str):
+                raise ValueError(f"{item} is not a policy; write {{path: ..., name: ..., beta: 0.1}}")
+            if not isinstance(item.get("name", ""), str):
+                raise ValueError(f"name {item['name']!r} of {item['path']} must be text; put it in quotes")
+            if "beta" in item:
+                item["beta"] = _above_zero("beta", item["beta"], item["path"])
+        return given
+
+    @model_validator(mode="after")
+    def _parts_fit(self):
+        names = [policy.name for policy in self.policies]
+        for place, name in enumerate(names):
+            if name in (*names[:place], *ROWS):
+                raise ValueError(f"evaluate.policy: {name!r} names two models; give names: {{path: ..., name: ...}}")
+        if self.n == 0 and (self.score or self.judge or self.baseline):
+            raise ValueError("evaluate.n 0 draws no completions, so there is nothing to score or to compare")
+        if self.judge and not (self.baseline or self.against):
+            raise ValueError(f"evaluate.judge {self.judge} compares with evaluate.baseline or .against; give one")
+        if self.baseline and not (self.judge or self.score):
+            raise ValueError(f"evaluate.baseline {self.baseline} is compared by evaluate.score or .judge; give one")
+        return self
+
+    @property
+    def policies(self) -> list[PolicyChoice]:
+        """A name not given is that of the folder, or of the run for its final/; the whole path where two are equal."""
+        items = [self.policy] if isinstance(self.policy, str) else self.policy
+        items = [{"path": item} if isinstance(item, str) else item for item in items]
+        short = [item.get("name") or _short_name(item["path"]) for item in items]
+        names = [
+            item["path"] if "name" not in item and short.count(name) > 1 else name
+            for item, name in zip(items, short, strict=True)
+        ]
+        return [PolicyChoice(i["path"], name, i.get("beta")) for i, name in zip(items, names, strict=True)]
+
+
+def _short_name(path: str) -> str:
+    *folders, name = Path(path).parts or (path,)
+    return folders[-1] if name == "final" and folders else name
+
+
+class RewardSection(Section):
+    margin_column: str | None = Field(
+        None, description="raw column of how much better chosen is (0 or more): the margin that rewards must differ by"
+    )
+    centering: float = Field(0.0, ge=0, description="weight of (r_w + r_l)² in the loss, which keeps rewards near 0")
+    calibration: str | None = Field(
+        None, description="pairs on which the mean reward, stored as reward_mean, is taken; those of data.train if null"
+    )
+    calibration_rows: int | None = Field(
+        1024, gt=0, description="so many of these pairs, spread evenly over them; null: all"
+    )
+
+
 class CheckpointSection(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
     keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
+    asynchronous: bool = Field(True, description="write from a copy in host memory while training goes on")
     resume: str = Field("auto", description="auto: the newest complete one, else start; never; or a checkpoint folder")
     save_before_end_seconds: int = Field(0, ge=0, description="save and exit 75 so long before the time limit; 0: off")
     time_limit_seconds: int = Field(0, ge=0, description="of this process; 0: Slurm's SLURM_JOB_END_TIME alone")
@@ -172,14 +437,49 @@ class SftConfig(Section):
     output_dir: str = Field(min_length=1, description="everything the run writes goes there")
 
 
+class RewardConfig(SftConfig):
+    """A Bradley-Terry reward model on pairs: a score for every completion, normalised to mean zero."""
+
+    reward: RewardSection = RewardSection()
+
+
 class TrainConfig(SftConfig):
     """Preference optimisation of a policy on pairs, against a frozen reference."""
 
     loss: LossSection = LossSection()
     reference: ReferenceSection = ReferenceSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_by_default(cls, values):
+        """A loss that needs no reference loads none, unasked."""
+        loss = values.get("loss")
+        names = _names(loss.get("name")) if isinstance(loss, dict) else []
+        if names and set(names) <= set(REFERENCE_FREE) and not values.get("reference"):
+            return {**values, "reference": {"kind": "none"}}
+        return values
+
     @model_validator(mode="after")
     def _reference_fits(self):
+        wanted = self.reference
+        if not self.loss.needs_reference and (wanted.kind != "none" or wanted.path or wanted.cache):
+            raise ValueError(
+                f"reference.kind {wanted.kind}: loss.name {self.loss.name} needs no reference; leave out the section "
+                "reference, or set reference.kind none alone"
+            )
+        if self.loss.needs_reference and wanted.kind == "none":
+            raise ValueError(f"reference.kind none: loss.name {self.loss.name} needs one: live, cached or adapter")
+        if wanted.update_every and (wanted.kind != "live" or self.model.lora.r):
+            why = f"reference.kind {wanted.kind}" if wanted.kind != "live" else "LoRA"
+            raise ValueError(
+                f"reference.update_every {wanted.update_every}: only a whole, live reference can follow the policy; "
+                f"this run has {why}"
+            )
+        if wanted.update_every and wanted.path not in (None, self.model.path):
+            raise ValueError(
+                f"reference.update_every {wanted.update_every}: policy and reference must be one model; leave out "
+                f"reference.path {wanted.path}"
+            )
         if self.reference.kind == "cached" and self.reference.cache is None:
             raise ValueError("reference.kind cached needs --reference.cache, a folder filled by dpo-ds precompute")
         if self.reference.kind == "adapter" and not self.model.lora.r:
@@ -208,6 +508,43 @@ class PrecomputeConfig(Section):
         return self
 
 
+def reference_section(run: TrainConfig | PrecomputeConfig) -> ModelSection:
+    """Where the reference is loaded from; model.revision is of model.path alone."""
+    if run.reference.path in (None, run.model.path):
+        return run.model
+    return run.model.model_copy(update={"path": run.reference.path, "revision": None})
+
+
+class SampleConfig(Section):
+    """Completions of prompts, scored, and the pairs that the scores make: what train takes."""
+
+    model: ModelSection
+    data: SampleDataSection = SampleDataSection()
+    sample: SampleSection
+    deepspeed: InferenceSection
+
+
+class ImplicitRewardSection(Section):
+    beta: float = Field(LossSection.model_fields["beta"].default, gt=0, description="of the implicit rewards")
+
+
+class EvaluateConfig(Section):
+    """Accuracy and margins on pairs, KL to the reference, reward and win rate of samples; with a report to look at."""
+
+    evaluate: EvaluateSection
+    model: ModelOptions = ModelOptions()
+    data: EvaluationDataSection = EvaluationDataSection()
+    loss: ImplicitRewardSection = ImplicitRewardSection()
+    deepspeed: InferenceSection
+    output_dir: str = Field(min_length=1, description="everything the run writes goes there")
+
+    @model_validator(mode="after")
+    def _has_something_to_measure(self):
+        if self.data.eval is None and (self.evaluate.prompts is None or self.evaluate.n == 0):
+            raise ValueError("nothing to evaluate on: give preference pairs as data.eval, or evaluate.prompts")
+        return self
+
+
 class ExportConfig(Section):
     """From a sharded checkpoint to a Hugging Face folder, on one process without a GPU."""
 
@@ -225,18 +562,23 @@ class VerifyConfig(Section):
 
 COMMANDS: dict[str, type[Section]] = {
     "sft": SftConfig,
+    "reward": RewardConfig,
     "train": TrainConfig,
     "precompute": PrecomputeConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
     "export": ExportConfig,
 }
-_ELSEWHERE = {name for config in COMMANDS.values() for name in config.model_fields}
 RECORDED = "environment"  # config.yaml's record of versions and machine; not a key, ignored when the file is used again
 
 
 def keys(config: type[Section], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> pydantic field, in the order of declaration: what flags and README are made from."""
+    """Dotted key -> pydantic field, in the order of declaration, a section's required keys first: what flags and README
+    are made from.
+    """
     found = {}
-    for name, field in config.model_fields.items():
+    fields = config.model_fields.items()
+    for name, field in sorted(fields, key=lambda item: prefix != "" and not item[1].is_required()):
         if _is_section(field):
             found |= keys(field.annotation, f"{prefix}{name}.")
         else:
@@ -309,7 +651,8 @@ def flatten(values: dict, prefix: str = "", depth: int = 2) -> dict[str, Any]:
 def _read_yaml(command: str, config: type[Section], path: Path) -> tuple[dict, list[str]]:
     values = yaml_file.read_mapping(path, "config")
     values.pop(RECORDED, None)
-    unused = sorted(set(values) & (_ELSEWHERE - set(config.model_fields)))
+    elsewhere = {name for other in COMMANDS.values() for name in _names_below(other)}
+    unused = sorted(set(values) & (elsewhere - set(config.model_fields) - set(keys(config))))
     for name in unused:
         del values[name]
     for name, value in values.items():
@@ -318,12 +661,31 @@ def _read_yaml(command: str, config: type[Section], path: Path) -> tuple[dict, l
             if not isinstance(values[name], dict):
                 example = next(key for key in keys(config) if key.startswith(f"{name}."))
                 raise ConfigError(f"{path}: {name} is {value!r}, expected keys below it, such as {example}")
-    for key in _unknown(values, config):
+    for key in list(_unknown(values, config)):
+        if key in elsewhere and key not in values:
+            unused.append(key)
+            _remove(values, key)
+            continue
         if key in keys(config):
             raise ConfigError(f"{path}: {key!r} is written with a dot; nest it: {key.replace('.', ': {', 1)}: ...}}")
         known = keys(config) if "." in key else config.model_fields
         raise ConfigError(f"{path}: unknown key {key!r}; {did_you_mean(key, known)}")
     return values, [f"{path}: {command} does not use {', '.join(unused)}"] if unused else []
+
+
+def _names_below(config: type[Section], prefix: str = "") -> typing.Iterator[str]:
+    """Every key and every section, dotted."""
+    for name, field in config.model_fields.items():
+        yield prefix + name
+        if _is_section(field):
+            yield from _names_below(field.annotation, f"{prefix}{name}.")
+
+
+def _remove(values: dict, key: str) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        values = values[section]
+    del values[leaf]
 
 
 def _is_section(field) -> bool:

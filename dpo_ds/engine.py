@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import warnings
@@ -19,6 +20,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from pydantic import ValidationError
 from torch import Tensor
 
+from dpo_ds import rendezvous
 from dpo_ds.attention import canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.batch import PAIR, Batch, PairLogps, padded_batch
 from dpo_ds.errors import ConfigError, ModelError, UserError
@@ -32,6 +34,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 def initialize_distributed(launch: Launch) -> torch.device:
     """Joins the process group and returns this rank's device. All ranks enter."""
     complete_environment(launch)
+    rendezvous.wait_for_all()
     torch.set_num_threads(launch.threads)
     if get_accelerator().device_name() == "cpu":
         # Built with ninja and a compiler inside init_distributed otherwise; gloo gives the same bits.
@@ -192,6 +195,22 @@ class Replica:
 
     def evaluating(self):
         return contextlib.nullcontext()
+
+
+def let_go(model: FrozenModel | Replica) -> None:
+    """Frees the memory of a model that nobody needs any more.
+
+    Dropping the last reference is not enough: an lru_cache in DeepSpeed 0.19.8 (on
+    PartitionedParameterCoordinator.__params_to_release) holds the coordinator, and with it the module, for ever.
+    """
+    if isinstance(model, FrozenModel):
+        model.engine.destroy()
+    for parameter in model.causal_lm.parameters():
+        for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            held.data = held.new_empty(0)
+    gc.collect()  # modules hold each other
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def settle_layout(wanted: str, models: Sequence[Policy | FrozenModel | Replica]) -> tuple[str, str]:

@@ -16,6 +16,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from dpo_ds import __version__, lora
 
 SHARD_BYTES = 5 * 10**9
+SCORING = """
+A text is prompt, completion and EOS; it is scored at its last token, so pad on the right. The reward has mean zero over
+the calibration data:
+
+    model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
+    ids = tokenizer([prompt + completion + tokenizer.eos_token], padding=True, return_tensors="pt")
+    reward = model(**ids).logits[:, 0] - model.config.reward_mean
+"""
 
 
 def gathered_state_dict(causal_lm) -> dict[str, torch.Tensor]:
@@ -38,32 +46,36 @@ def gathered_state_dict(causal_lm) -> dict[str, torch.Tensor]:
     return state
 
 
-def export(causal_lm, tokenizer, folder: Path, card: str) -> None:
+def export(causal_lm, tokenizer, folder: Path, card: str, merge: bool = False) -> None:
     """`folder` becomes a Hugging Face model, gathered parameter by parameter, one output shard in memory at a time.
 
-    It appears in one move, whole. All ranks enter. A model with adapters gives those alone, as peft saves them.
+    It appears in one move, whole. All ranks enter. A model with adapters gives those alone, as peft saves them, or,
+    with `merge`, its own weights with theirs added.
     """
     import deepspeed
 
     is_first = dist.get_rank() == 0
-    tensors = dict(causal_lm.named_parameters()) | persistent_buffers(causal_lm)
+    held = tensors = dict(causal_lm.named_parameters()) | persistent_buffers(causal_lm)
 
     def read(name: str) -> torch.Tensor | None:
-        with deepspeed.zero.GatheredParameters([tensors[name]] if hasattr(tensors[name], "ds_id") else []):
-            return tensors[name].detach().cpu().clone() if is_first else None
+        with deepspeed.zero.GatheredParameters([held[name]] if hasattr(held[name], "ds_id") else []):
+            return held[name].detach().cpu().clone() if is_first else None
 
     temporary = folder.with_name(folder.name + ".tmp")
     if is_first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    if lora.is_adapted(causal_lm):
+    adapters_alone = lora.is_adapted(causal_lm) and not merge
+    if adapters_alone:
         lora.write_adapters(temporary, causal_lm, read)
         if is_first:
             write_words(temporary, tokenizer, card)
     else:
+        if lora.is_adapted(causal_lm):
+            tensors, read = lora.merged(causal_lm, held, read)
         sizes = {name: getattr(t, "ds_numel", t.numel()) * t.element_size() for name, t in tensors.items()}
         write_shards(temporary, sizes, read, causal_lm)
-    if is_first and not lora.is_adapted(causal_lm):
+    if is_first and not adapters_alone:
         for name, rate in causal_lm.dropouts.items():
             setattr(causal_lm.config, name, rate)
         write_rest(temporary, causal_lm, causal_lm.dtype, tokenizer, card)
@@ -136,19 +148,21 @@ def write_words(folder: Path, tokenizer, card: str) -> None:
 
 def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
     """README.md of final/: what it was made from and how, in the form that the Hub reads."""
-    loss = run.get("loss", {"name": "sft"})
+    loss = run.get("loss", {"name": command} | run.get("reward", {}))
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
-    title = "Supervised fine-tuning" if command == "sft" else f"Preference optimisation ({loss['name']})"
+    titles = {"sft": "Supervised fine-tuning", "reward": "Reward model"}
+    title = titles.get(command, f"Preference optimisation ({loss['name']})")
+    adapters_alone = run["model"]["lora"]["r"] and command != "reward"
     return f"""---
-library_name: {"peft" if run["model"]["lora"]["r"] else "transformers"}
+library_name: {"peft" if adapters_alone else "transformers"}
 base_model: {run["model"]["path"]}
 tags: [dpo_ds, {loss["name"]}]
 ---
 # {title} of {run["model"]["path"]}
 
 Trained by dpo_ds {__version__} on {run["data"]["train"]}.
-
+{SCORING if command == "reward" else ""}
 | last metric | value |
 | --- | --- |
 {rows}

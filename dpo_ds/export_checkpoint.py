@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from dpo_ds import lora
-from dpo_ds.checkpoint import MANIFEST, Checkpoint, find, open_folder
 from dpo_ds.config import ExportConfig, ModelSection
 from dpo_ds.elastic import ENGINE_PREFIX, Shards
 from dpo_ds.errors import ConfigError
 from dpo_ds.export import SHARD_BYTES, model_card, persistent_buffers, write_rest, write_shards, write_words
 from dpo_ds.identity import MODEL, model_id
+from dpo_ds.manifest import MANIFEST, Checkpoint, open_folder
 from dpo_ds.model import check_model, load_tokenizer
+from dpo_ds.resume import find
+from dpo_ds.reward_model import REWARD_MEAN, settle_padding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,18 +41,27 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
     section = ModelSection.model_validate(checkpoint.manifest["config"]["model"])
     config = check_model(section, section.path)
     tokenizer = load_tokenizer(section, config, section.path)
+    is_reward = "reward" in checkpoint.manifest["config"]
+    if is_reward:
+        config.update({"num_labels": 1, REWARD_MEAN: 0.0})
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+        auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+        causal_lm = auto_class.from_config(config, trust_remote_code=section.trust_remote_code)
+    if is_reward:
+        unnormalised = f"{REWARD_MEAN} is 0: the mean over calibration data is taken where a run ends, for final/"
+        for note in filter(None, [unnormalised, settle_padding(causal_lm, tokenizer)]):
+            print(f"dpo-ds: {note}", flush=True)
+    merge = run.merge or (is_reward and section.lora.r > 0)  # adapters alone would lack the head
     if (Path(section.path) / "generation_config.json").is_file():
         causal_lm.generation_config = GenerationConfig.from_pretrained(section.path)
-    if run.merge:
+    if merge:
         _check_mergeable(checkpoint, section, config)
     shards = Shards(checkpoint)
     precision = checkpoint.manifest["identity"]["the precision"] if run.dtype == "auto" else run.dtype
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if run.merge:
+    if merge:
         write_merged(temporary, shards, causal_lm, section, DTYPES[precision], shard_bytes)
         write_rest(temporary, causal_lm, DTYPES[precision], tokenizer, _card(checkpoint))
     elif section.lora.r:
@@ -87,17 +98,22 @@ def write_weights(folder: Path, shards: Shards, causal_lm, dtype: torch.dtype, s
 def write_merged(
     folder: Path, shards: Shards, causal_lm, section: ModelSection, dtype: torch.dtype, shard_bytes: int
 ) -> None:
-    """The model's own weights with alpha / r * B A added where a layer was adapted, summed in fp32."""
+    """The model's own weights with alpha / r * B A added where a layer was adapted, summed in fp32; a reward model's
+    head as it was trained.
+    """
     scale = (2 * section.lora.r if section.lora.alpha is None else section.lora.alpha) / section.lora.r
     with contextlib.ExitStack() as files:
         own = _own_weights(Path(section.path), files)
         tensors = dict(causal_lm.named_parameters())
-        if missing := sorted(tensors.keys() - own.keys()):
+        whole = {name for name in tensors if f"{ENGINE_PREFIX}{name}" in shards.places}
+        if missing := sorted(tensors.keys() - own.keys() - whole):
             raise ConfigError(
                 f"--merge: {section.path} has no safetensors weight named {missing[0]}; merge the adapters with peft"
             )
 
         def read(name: str) -> torch.Tensor:
+            if name in whole:
+                return shards.whole(f"{ENGINE_PREFIX}{name}", dtype)
             weight = own[name].get_tensor(name)
             layer = f"{ENGINE_PREFIX}{name.removesuffix('.weight')}"
             a, b = (f"{layer}.lora_{side}.{lora.ADAPTER}.weight" for side in "AB")
@@ -145,4 +161,5 @@ def _card(checkpoint: Checkpoint) -> str:
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     line = next((metrics for metrics in map(json.loads, lines) if metrics["step"] == checkpoint.step), {})
     shown = {name: value for name, value in line.items() if name == "loss" or "/" in name}
-    return model_card("train" if "loss" in run else "sft", run, shown, checkpoint.manifest["versions"])
+    command = next((name for section, name in (("loss", "train"), ("reward", "reward")) if section in run), "sft")
+    return model_card(command, run, shown, checkpoint.manifest["versions"])

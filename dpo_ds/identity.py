@@ -33,8 +33,8 @@ def model_id(path: str, config) -> str:
 
 
 def data_id(dataset) -> str:
-    """Of prepared pairs: every length, in order, and the tokens of pairs spread evenly over the data."""
-    digest = hashlib.sha256()
+    """Of prepared pairs: every length and margin, in order, and the tokens of pairs spread evenly over the data."""
+    digest = hashlib.sha256(b"" if dataset.margins is None else dataset.margins)
     for lengths in (dataset.prompt_lengths, dataset.chosen_lengths, dataset.rejected_lengths):
         digest.update(np.ascontiguousarray(lengths, dtype=np.int64))
     for row in np.unique(np.linspace(0, len(dataset) - 1, PAIRS).astype(int)):

@@ -25,7 +25,7 @@ def check_lora(section: LoraSection) -> None:
         raise ConfigError(f"--model.lora.r {section.r} needs peft: pip install 'dpo-ds[lora]'")
 
 
-def add_adapters(causal_lm: PreTrainedModel, section: LoraSection, seed: int) -> None:
+def add_adapters(causal_lm: PreTrainedModel, section: LoraSection, seed: int, task: str = "CAUSAL_LM") -> None:
     """Freezes the model and gives its linear layers adapters, equal on all ranks and without effect yet (B = 0).
 
     Works on a model whose own weights are partitioned: DeepSpeed partitions the adapters when it takes the model.
@@ -40,7 +40,7 @@ def add_adapters(causal_lm: PreTrainedModel, section: LoraSection, seed: int) ->
         lora_alpha=2 * section.r if section.alpha is None else section.alpha,
         lora_dropout=section.dropout,
         target_modules=section.target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     torch.manual_seed(seed)
     try:
@@ -76,6 +76,30 @@ def adapters_off(causal_lm: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def merged(
+    causal_lm: PreTrainedModel, tensors: dict[str, Tensor], read: Callable[[str], Tensor | None]
+) -> tuple[dict[str, Tensor], Callable[[str], Tensor | None]]:
+    """The model's own tensors under transformers' names, and what reads one with alpha / r * B A added, in fp32.
+
+    tensors: by the name they have while the model is adapted. `read` takes such a name; it gives None to a rank that
+    only helps to gather, and so does what is returned.
+    """
+    adapted = {name.replace(".base_layer.", "."): name for name in tensors if ".lora_" not in name}
+    config = causal_lm.peft_config[ADAPTER]
+
+    def read_merged(name: str) -> Tensor | None:
+        weight = read(adapted[name])
+        layer = adapted[name].removesuffix("base_layer.weight")
+        if layer == adapted[name]:
+            return weight
+        b, a = (read(f"{layer}lora_{side}.{ADAPTER}.weight") for side in "BA")
+        if weight is None:
+            return None
+        return (weight.float() + config.lora_alpha / config.r * (b.float() @ a.float())).to(weight.dtype)
+
+    return {name: tensors[own] for name, own in adapted.items()}, read_merged
 
 
 def write_adapters(folder: Path, causal_lm: PreTrainedModel, read: Callable[[str], Tensor | None]) -> None:

@@ -165,7 +165,8 @@ def switch_dropout_off(config) -> dict[str, float]:
 
 def _check_folder(folder: Path, path: str, key: str, needs_weights: bool) -> None:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"--{key} {path}: no config.json in this folder, so it is no Hugging Face model")
+        problem = "no config.json in this folder, so it is no Hugging Face model"
+        raise ModelError(f"--{key} {path}: {problem}{_remedy(folder)}")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -176,6 +177,18 @@ def _check_folder(folder: Path, path: str, key: str, needs_weights: bool) -> Non
         )
     if needs_weights:
         _check_weights(folder, path, key)
+
+
+def _remedy(folder: Path) -> str:
+    """For folders of ours and of peft that lead to a model."""
+    if (folder / "final" / "config.json").is_file():
+        return f"; it is a run's output_dir, whose model is {folder / 'final'}"
+    if (folder / "adapter_config.json").is_file():
+        run = folder.parent if folder.name == "final" else "OUTPUT_DIR"
+        return f" but a LoRA adapter; make a whole one of both: dpo-ds export {run} --merge true --to DIR"
+    if (folder / "checkpoints").is_dir() or (folder / "MANIFEST.json").is_file():
+        return f"; it holds sharded checkpoints; make a model of one: dpo-ds export {folder} --to DIR"
+    return ""
 
 
 def _check_weights(folder: Path, path: str, key: str) -> None:

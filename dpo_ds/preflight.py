@@ -5,6 +5,7 @@ Every rank runs it; the first of each node prepares the data, the others wait fo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -13,20 +14,31 @@ from pathlib import Path
 
 import torch
 
-from dpo_ds import checkpoint, data, ds_config, identity, stopping
+from dpo_ds import data, ds_config, identity, resume, stopping
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.checkpoint import Checkpoint
-from dpo_ds.config import DataSection, ModelSection, PrecomputeConfig, Section, SftConfig, TrainConfig
+from dpo_ds.config import (
+    DataSection,
+    PrecomputeConfig,
+    RewardConfig,
+    RewardSection,
+    Section,
+    SftConfig,
+    TrainConfig,
+    reference_section,
+)
 from dpo_ds.data.batching import steps_per_epoch
 from dpo_ds.errors import ConfigError
 from dpo_ds.launch import Launch
 from dpo_ds.lora import check_lora
+from dpo_ds.manifest import Checkpoint
 from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.reference import cached
 from dpo_ds.reference.cached import CachedRows
+from dpo_ds.reward_model import check_reward_model
 
 Say = Callable[[Iterable[str]], None]
 CACHE = "the cache in reference.cache"  # among what a checkpoint remembers
+CALIBRATION = "calibration"  # beside train and eval
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Prepared:
 
     candidates are the checkpoints to resume from, best first, and identity what the config's paths stand for;
     policy_config and reference_config are DeepSpeed's, filled; reference_config belongs to a live reference, cached to
-    one that was computed before.
+    one that was computed before. calibration_data is a reward model's own, if it has any.
     """
 
     tokenizer: object
@@ -47,6 +59,7 @@ class Prepared:
     candidates: list[Checkpoint]
     identity: dict[str, str]
     cached: CachedRows | None
+    calibration_data: object | None = None
 
 
 def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
@@ -62,6 +75,8 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
     model_config = check_model(run.model, run.model.path)
     text_config = model_config.get_text_config()
     check_lora(run.model.lora)
+    if isinstance(run, RewardConfig):
+        check_reward_model(run.model, model_config)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
     machine = this_machine(place)
     policy_config, notes = ds_config.fill_policy(
@@ -69,7 +84,7 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
     )
     say(notes)
     reference_config = manifest = None
-    if isinstance(run, TrainConfig):
+    if isinstance(run, TrainConfig) and run.reference.kind != "none":
         reference_text_config = check_reference_model(run, text_config)
         if run.reference.kind == "live":
             reference_config = _reference_config(run, reference_text_config, given, machine, policy_config, say)
@@ -77,14 +92,15 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
             manifest = cached.check_cache(run, tokenizer, place)
 
     stopping.check_end(run.checkpoint)
-    candidates, notes = checkpoint.find(output_dir, run.checkpoint.resume)
+    candidates, notes = resume.find(output_dir, run.checkpoint.resume)
     say(notes)
     if candidates:
-        say(checkpoint.check_config(candidates[0], run, place.world_size))
+        say(resume.check_config(candidates[0], run, place.world_size))
 
-    sides = PAIR if isinstance(run, TrainConfig) else CHOSEN_ONLY
-    prepared = prepare_data(run.data, tokenizer, sides, place)
-    _check_fit(prepared, text_config, run, say)
+    sides = PAIR if isinstance(run, TrainConfig | RewardConfig) else CHOSEN_ONLY
+    prepared = prepare_data(run.data, tokenizer, sides, place, run.reward if isinstance(run, RewardConfig) else None)
+    check_fit(prepared, text_config, say)
+    _check_an_epoch(prepared["train"].sources, run)
     if place.is_first:
         _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
     known = identity.of_run(run, model_config, policy_config, prepared["train"])
@@ -92,7 +108,7 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
         recorded = candidates[0].manifest["identity"].get(CACHE) if candidates else None
         known[CACHE] = recorded if recorded in manifest.ids else manifest.id  # a cache may have grown since
     if candidates:
-        checkpoint.check_identity(candidates[0], known)
+        resume.check_identity(candidates[0], known)
     rows = None if manifest is None else cached.find_rows(run, manifest, list(prepared.values()), place)
     return Prepared(
         tokenizer,
@@ -104,6 +120,7 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
         candidates,
         known,
         rows,
+        prepared.get(CALIBRATION),
     )
 
 
@@ -124,14 +141,26 @@ def this_machine(place: Launch) -> ds_config.Machine:
     return ds_config.Machine(place.world_size, "cuda" if has_cuda else "cpu", has_bf16)
 
 
-def prepare_data(section: DataSection, tokenizer, sides: tuple[str, ...], place: Launch) -> dict[str, data.PairDataset]:
-    """The tokenised pairs of data.train and, if given, data.eval; rank 0 prints what was kept and dropped."""
-    given = {"train": section.train} | ({} if section.eval is None else {"eval": section.eval})
-    options = {"train": section, "eval": section.model_copy(update={"limit": None})}  # limit is for training
+def prepare_data(
+    section: DataSection, tokenizer, sides: tuple[str, ...], place: Launch, reward: RewardSection | None = None
+) -> dict[str, data.PairDataset]:
+    """The tokenised pairs of data.train and, if given, data.eval and reward.calibration; rank 0 prints what was kept
+    and dropped.
+    """
+    given = {"train": section.train, "eval": section.eval, CALIBRATION: reward and reward.calibration}
+    given = {split: source for split, source in given.items() if source is not None}
+    unlimited = section.model_copy(update={"limit": None})  # limit is for training
+    options = {"train": section, "eval": unlimited, CALIBRATION: unlimited}
     prepared, rows = {}, 0
     for split, source in given.items():
         prepared[split] = data.prepare(
-            source, options=options[split], tokenizer=tokenizer, sides=sides, split=split, build=place.is_first_on_node
+            source,
+            options=options[split],
+            tokenizer=tokenizer,
+            sides=sides,
+            split="eval" if split == "eval" else "train",
+            build=place.is_first_on_node,
+            margin_column=reward.margin_column if reward and split != CALIBRATION else None,
         )
         prepared[split].first_index = rows
         rows += len(prepared[split])
@@ -140,10 +169,21 @@ def prepare_data(section: DataSection, tokenizer, sides: tuple[str, ...], place:
     return prepared
 
 
+def make_writable(folder: Path, key: str) -> None:
+    """ConfigError where `--KEY FOLDER` cannot be made or written into."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        why = f"not writable ({error.strerror}); choose another folder"
+        raise ConfigError(f"--{key} {folder}: {why}") from None
+
+
 LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt")
 
 
-def _check_fit(prepared: dict[str, data.PairDataset], text_config, run: Section, say: Say) -> None:
+def check_fit(prepared: dict[str, data.PairDataset], text_config, say: Say) -> None:
     """The tokens and the lengths that the data really has, against what the model has room for."""
     for split, pairs in prepared.items():
         token, longest = pairs.census["largest_token"], pairs.census["longest"]
@@ -161,16 +201,11 @@ def _check_fit(prepared: dict[str, data.PairDataset], text_config, run: Section,
                 f"cut with --data.max_length {positions}"
             )
         say([f"{split} data is up to {longest} tokens long, the model was made for {positions}"])
-    sources, size = prepared["train"].sources, run.train.global_batch_size
-    if isinstance(run, SftConfig) and steps_per_epoch(sources, size) == 0:
+
+
+def _check_an_epoch(sources, run: Section) -> None:
+    if isinstance(run, SftConfig) and steps_per_epoch(sources, run.train.global_batch_size) == 0:
         raise ConfigError(f"data.train: the weights {[weight for *_, weight in sources]} leave no pair in an epoch")
-
-
-def reference_section(run: TrainConfig | PrecomputeConfig) -> ModelSection:
-    """Where the reference is loaded from; model.revision is of model.path alone."""
-    if run.reference.path in (None, run.model.path):
-        return run.model
-    return run.model.model_copy(update={"path": run.reference.path, "revision": None})
 
 
 def check_reference_model(run: TrainConfig | PrecomputeConfig, policy_config):

@@ -18,17 +18,19 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from dpo_ds import checkpoint, launch, lora, preflight, stopping
-from dpo_ds.checkpoint import versions
-from dpo_ds.config import RECORDED, Section, TrainConfig, to_plain
+from dpo_ds import launch, lora, preflight, stopping
+from dpo_ds.checkpoint import CheckpointWriter
+from dpo_ds.config import RECORDED, RewardConfig, Section, SftConfig, TrainConfig, reference_section, to_plain
+from dpo_ds.diagnostics import ChosenFalls
 from dpo_ds.errors import ConfigError, UserError
 from dpo_ds.launch import Launch
+from dpo_ds.manifest import versions
 from dpo_ds.peers import PeerWatch, Silent
+from dpo_ds.resume import choose, set_aside_newer
 from dpo_ds.stopping import StopFlag, Stopped
 from dpo_ds.tracking import Tracker, write_status
 
 PIDS = "pids"  # folder in output_dir: a file HOST-RANK for every running rank, for scripts that signal them
-GRACE_SECONDS = 30  # a rank that finds a user's mistake before rank 0 does leaves it the time to say so
 
 
 def start(command: str, run: Section) -> int:
@@ -42,7 +44,7 @@ def start(command: str, run: Section) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     started = time.time()
     try:
-        with _status(output_dir, place):
+        with keeping_status(output_dir, place):
             with stopping.at_once():
                 prepared = preflight.prepare(run, place, output_dir)
                 if not torch.accelerator.is_available():
@@ -59,10 +61,6 @@ def start(command: str, run: Section) -> int:
                 engine.finish_distributed()
     except Stopped:
         return stopping.EXIT_STOPPED
-    except UserError:
-        if not place.is_first:
-            time.sleep(GRACE_SECONDS)  # leaving first would make the launcher stop rank 0 before its line
-        raise
     return 0
 
 
@@ -71,36 +69,29 @@ def train(
     peers: PeerWatch | Silent,
 ) -> None:  # fmt: skip
     """Models into engines, the loop, the exported model; all ranks together."""
-    from dpo_ds import elastic, export
+    from dpo_ds import elastic, export, reward
     from dpo_ds.data.batching import Layout
-    from dpo_ds.engine import FrozenModel, Policy, from_rank_0, settle_layout
-    from dpo_ds.losses import make_loss
-    from dpo_ds.model import LogProbModel, load_causal_lm
+    from dpo_ds.engine import from_rank_0, settle_layout
     from dpo_ds.reference.cached import spot_check
-    from dpo_ds.trainer import PreferenceObjective, SupervisedObjective, Trainer, total_steps
+    from dpo_ds.reference.live import LiveReference
+    from dpo_ds.trainer import Trainer, TrainingError, total_steps
 
-    resume, notes = checkpoint.choose(from_rank_0(prepared.candidates))  # ranks must never load different checkpoints
+    resume, notes = choose(from_rank_0(prepared.candidates))  # ranks must never load different checkpoints
     say = preflight.speaker(place)
     say(notes)
-    causal_lm = load_causal_lm(run.model, prepared.policy_config)
-    if run.model.lora.r:
-        lora.add_adapters(causal_lm, run.model.lora, run.train.seed)
-    if run.train.activation_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(LogProbModel(causal_lm), prepared.policy_config, device)
-    if isinstance(run, TrainConfig):
-        reference = _reference(run, prepared, policy, device)
-        objective = PreferenceObjective(make_loss(run.loss), reference)
-    else:
-        reference, objective = None, SupervisedObjective()
-    live = [reference] if isinstance(reference, FrozenModel) else []
+    policy = _policy(run, prepared, device)
+    reference = _reference(run, prepared, policy, device) if isinstance(run, TrainConfig) else None
+    objective = _objective(run, prepared, reference, device)
+    live = [reference.model] if isinstance(reference, LiveReference) else []
     layout_name, note = settle_layout(run.train.layout, [policy, *live])
     say([note] if note else [])
     layout = Layout(layout_name, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
     if prepared.cached is not None:
         say(spot_check(run, policy, prepared.cached, layout))
     if resume is not None:
-        elastic.load(policy.engine, resume)
+        extras = elastic.load(policy.engine, resume)
+        if extras[0]:
+            objective.load_state(extras)
     first_step = 1 if resume is None else resume.step + 1
 
     used = versions()
@@ -108,35 +99,80 @@ def train(
     if place.is_first:
         if run.checkpoint.resume == "never":
             _set_aside(output_dir)
-        _write_config(output_dir, run, used, place)
-        tracker = Tracker(output_dir, first_step - 1, total_steps(prepared.data.sources, run.train))
+        write_config(output_dir, run, used, place)
+        watch = ChosenFalls(run.loss.beta, reference is not None) if isinstance(run, TrainConfig) else None
+        tracker = Tracker(output_dir, first_step - 1, total_steps(prepared.data.sources, run.train), watch)
         if resume is not None:
-            say(checkpoint.set_aside_newer(output_dir, resume))
+            say(set_aside_newer(output_dir, resume))
             tracker.say(f"resumed from {resume.path}")
     tell = tracker.say if tracker else print
-    writer = checkpoint.CheckpointWriter(output_dir, run, prepared.identity, first_step - 1, stop.committing, tell)
+    writer = CheckpointWriter(
+        output_dir, run, prepared.identity, first_step - 1, stop.committing, tell, peers.progress
+    )
     trainer = Trainer(
         policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, tracker, stop, peers
     )
-    trainer.train(first_step, run.checkpoint.every)
+    try:
+        trainer.train(first_step, run.checkpoint.every)
+    except TrainingError:
+        writer.finish()  # the checkpoint that is being written stays, too
+        raise
+    if isinstance(run, RewardConfig):
+        say(reward.finish(trainer, run.reward, prepared))
     card = export.model_card(command, to_plain(run), trainer.last_metrics, used)
-    export.export(policy.causal_lm, prepared.tokenizer, output_dir / "final", card)
+    merge = isinstance(run, RewardConfig)  # adapters alone would lack the head
+    export.export(policy.causal_lm, prepared.tokenizer, output_dir / "final", card, merge)
     if tracker:
         tracker.say(f"done: {output_dir / 'final'}")
         tracker.close()
 
 
+def _policy(run: SftConfig, prepared: preflight.Prepared, device):
+    """The model that is trained, in its engine; all ranks together."""
+    from dpo_ds.engine import Policy
+    from dpo_ds.model import LogProbModel, load_causal_lm
+    from dpo_ds.reward_model import RewardModel, load_classifier
+
+    is_reward = isinstance(run, RewardConfig)
+    if is_reward:
+        model = load_classifier(run.model, prepared.policy_config, run.train.seed)
+    else:
+        model = load_causal_lm(run.model, prepared.policy_config)
+    if run.model.lora.r:
+        lora.add_adapters(model, run.model.lora, run.train.seed, "SEQ_CLS" if is_reward else "CAUSAL_LM")
+    if run.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy((RewardModel if is_reward else LogProbModel)(model), prepared.policy_config, device)
+
+
+def _objective(run: SftConfig, prepared: preflight.Prepared, reference, device):
+    from dpo_ds.losses import make_loss
+    from dpo_ds.preference import PreferenceObjective
+    from dpo_ds.reward import RewardObjective
+    from dpo_ds.shaping import Shaping
+    from dpo_ds.trainer import SupervisedObjective
+
+    if isinstance(run, TrainConfig):
+        return PreferenceObjective(make_loss(run.loss), reference, Shaping.of(run.loss))
+    if isinstance(run, RewardConfig):
+        return RewardObjective.of(run.reward, [prepared.data, prepared.evaluation_data], device)
+    return SupervisedObjective()
+
+
 def _reference(run: TrainConfig, prepared: preflight.Prepared, policy, device):
-    """The reference strategy of reference.kind; all ranks together."""
+    """The reference strategy of reference.kind, None for none; all ranks together."""
     from dpo_ds.reference.adapter import AdapterReference
     from dpo_ds.reference.cached import CachedReference
-    from dpo_ds.reference.live import live_reference
+    from dpo_ds.reference.live import LiveReference, frozen_model
 
+    if run.reference.kind == "none":
+        return None
     if run.reference.kind == "cached":
         return CachedReference(prepared.cached, device)
     if run.reference.kind == "adapter":
         return AdapterReference(policy)
-    return live_reference(preflight.reference_section(run), prepared.reference_config, device)
+    frozen = frozen_model(reference_section(run), prepared.reference_config, device)
+    return LiveReference(frozen, policy, run.reference)
 
 
 @contextlib.contextmanager
@@ -169,7 +205,7 @@ def _watched(output_dir: Path, place: Launch, stop: StopFlag) -> Iterator[PeerWa
 
 
 @contextlib.contextmanager
-def _status(output_dir: Path, place: Launch):
+def keeping_status(output_dir: Path, place: Launch):
     """STATUS.json from running to done or failed, on rank 0."""
     if not place.is_first:
         yield
@@ -215,7 +251,7 @@ def _set_aside(output_dir: Path) -> None:
         print(f"dpo-ds: starting over; the run that was in {output_dir} is now in {aside}", flush=True)
 
 
-def _write_config(output_dir: Path, run: Section, used: dict, place: Launch) -> None:
+def write_config(output_dir: Path, run: Section, used: dict, place: Launch) -> None:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None

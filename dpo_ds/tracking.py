@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dpo_ds.diagnostics import ChosenFalls
+
 PLAIN_LINE_SECONDS = 10
 
 
@@ -19,14 +21,14 @@ class Tracker:
     `resumed_step`: lines beyond it are cut first; 0 starts an empty file.
     """
 
-    def __init__(self, output_dir: Path, resumed_step: int, total_steps: int):
+    def __init__(self, output_dir: Path, resumed_step: int, total_steps: int, watch: ChosenFalls | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
         path = output_dir / "metrics.jsonl"
         _keep_until(path, resumed_step)
         self._jsonl = path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
-        self._total = total_steps
+        self._total, self._watch = total_steps, watch
         self._first = resumed_step
         self._started = self._last_line = time.monotonic()
         self._bar = (
@@ -36,6 +38,8 @@ class Tracker:
     def step(self, line: dict) -> None:
         """One update's metrics."""
         self._record(line)
+        if self._watch is not None and (text := self._watch.observe(line)):
+            self.say(text)
         shown = {"loss": line["loss"], "accuracy": line.get("rewards/accuracies"), "pairs/s": line["pairs_per_second"]}
         text = " ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
         if self._bar is not None:

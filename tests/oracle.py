@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
 @dataclass
@@ -41,8 +41,30 @@ def dpo_by_autograd(policy_path, reference_path, pairs, beta, label_smoothing=0.
             anchor = sequence_logp(reference, *chosen) - sequence_logp(reference, *rejected)
         logit = beta * (sequence_logp(policy, *chosen) - sequence_logp(policy, *rejected) - anchor)
         losses.append(-(1 - label_smoothing) * logsigmoid(logit) - label_smoothing * logsigmoid(-logit))
+    return _by_autograd(policy, losses)
+
+
+def score(classifier, ids) -> torch.Tensor:
+    """A scalar, at the last token of one unpadded sequence, by the classifier's own forward."""
+    classifier.config.pad_token_id = None  # else it passes over a last token that equals it
+    return classifier(input_ids=torch.as_tensor(ids)[None]).logits[0, 0]
+
+
+def reward_by_autograd(path, pairs, margins, centering) -> Oracle:
+    """Mean Bradley-Terry loss over `pairs` and its gradient by name."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    losses = []
+    for pair, margin in zip(pairs, margins, strict=True):
+        chosen, rejected = (
+            score(classifier, np.concatenate([pair.prompt, side])) for side in (pair.chosen, pair.rejected)
+        )
+        losses.append(-logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2)
+    return _by_autograd(classifier, losses)
+
+
+def _by_autograd(model, losses) -> Oracle:
     loss = torch.stack(losses).mean()
     loss.backward()
-    gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
     return Oracle(loss.item(), norm, gradients)

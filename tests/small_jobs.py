@@ -23,8 +23,8 @@ def make_world(folder: Path, hidden: int = 32, layers: int = 2) -> Path:
     return folder
 
 
-def train_command(world: Path, out: str, **settings) -> list[str]:
-    """`train ...` into world/out; settings are keys with __ for the dot."""
+def train_command(world: Path, out: str, command: str = "train", **settings) -> list[str]:
+    """`train ...` (or another command) into world/out; settings are keys with __ for the dot."""
     keys = {
         "model.path": world / "model", "data.train": world / "train.jsonl",
         "deepspeed.config": ROOT / "ds_configs/zero3_cpu.json", "train.global_batch_size": 8,
@@ -32,7 +32,7 @@ def train_command(world: Path, out: str, **settings) -> list[str]:
         "output_dir": world / out,
     }  # fmt: skip
     keys |= {name.replace("__", "."): value for name, value in settings.items()}
-    return ["train", *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
+    return [command, *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
 
 
 def run(forks, world: Path, out: str, ranks: int = 2, env: dict | None = None, **settings) -> tuple[list[int], str]:
@@ -74,3 +74,11 @@ def wait_for_step(folder: Path, step: int, seconds: float = 90) -> None:
     while not (log.exists() and log.read_text().count("\n") >= step):
         assert time.monotonic() < deadline, f"{log} did not come to step {step}"
         time.sleep(0.02)
+
+
+def wait_for(path: Path, seconds: float = 90) -> None:
+    """Until it is there."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.002)

@@ -3,18 +3,23 @@
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from dpo_ds import checkpoint
-from dpo_ds.checkpoint import Checkpoint, check_config, check_identity, find, open_folder, set_aside_newer
+from dpo_ds import capture, checkpoint
+from dpo_ds.capture import HostCopy, free_memory
+from dpo_ds.checkpoint import CheckpointWriter
 from dpo_ds.config import TrainConfig, to_plain
 from dpo_ds.durable import HashingFile
 from dpo_ds.errors import ConfigError
 from dpo_ds.identity import data_id, model_id
+from dpo_ds.manifest import Checkpoint, open_folder, versions
+from dpo_ds.resume import check_config, check_identity, find, set_aside_newer
 from tests.tiny import random_pairs
 
 RUN = TrainConfig.model_validate(
@@ -30,7 +35,7 @@ def make(folder: Path, step: int, **changes) -> Path:
     (path / "shard.pt").write_bytes(content)
     files = {"shard.pt": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     manifest = {
-        "format": 1, "step": step, "world_size": 2, "config": to_plain(RUN), "versions": checkpoint.versions(),
+        "format": 1, "step": step, "world_size": 2, "config": to_plain(RUN), "versions": versions(),
         "identity": {"the model in model.path": "abc"}, "files": files,
     } | changes  # fmt: skip
     body = json.dumps(manifest)
@@ -131,6 +136,8 @@ def test_what_may_change_is_told_and_what_may_not_is_refused_by_name(tmp_path):
 class Pairs(list):
     """As much of a data set as its identity looks at."""
 
+    margins = None
+
     def __init__(self, pairs):
         super().__init__(pairs)
         for part in ("prompt", "chosen", "rejected"):
@@ -169,18 +176,72 @@ def test_what_a_resumption_leaves_behind_is_set_aside(tmp_path):
 
 def test_a_files_hash_is_known_when_it_is_written(tmp_path):
     content = os.urandom(40_000_001)  # three chunks
-    with ThreadPoolExecutor(1) as hasher:
-        file = HashingFile(tmp_path / "a", hasher)
-        file.write(content[:7])
-        file.write(content[7:])
-        written = file.close()
+    file = HashingFile(tmp_path / "a")
+    file.write(content[:7])
+    file.write(content[7:])
+    written = file.close()
     assert (tmp_path / "a").read_bytes() == content and file.error is None
     assert (written.size, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
 
+def test_a_copy_in_memory_is_what_torch_would_have_written(tmp_path, monkeypatch):
+    """And stays so when the tensors change; the next copy takes the same memory."""
+    monkeypatch.setattr(capture, "BLOCK", 1000)  # a tensor of 4000 bytes lies in five blocks or more
+    state = {"weight": torch.arange(1000.0), "nested": {"step": 3, "moments": [torch.ones(3), torch.zeros(0)]}}
+    copy = HostCopy()
+    for number in range(2):
+        torch.save(state, tmp_path / "whole.pt")
+        content = copy.take(state)
+        state["weight"] += 1
+        file = HashingFile(tmp_path / "copied.pt")
+        content(file)
+        written = file.close()
+        loaded = torch.load(tmp_path / "copied.pt", weights_only=False)
+        assert torch.equal(loaded["weight"], torch.arange(1000.0) + number) and loaded["nested"]["step"] == 3
+        assert written.size == (tmp_path / "copied.pt").stat().st_size
+        assert copy.bytes == -(-written.size // 1000) * 1000
+        copy.clear()
+
+
+@pytest.mark.parametrize(("needed", "copies"), [(100, True), (101, False)])
+def test_without_memory_for_a_copy_a_line_says_that_training_waits(tmp_path, monkeypatch, needed, copies):
+    """400 bytes are free, two ranks are on this host, and half is left alone: 100 for each."""
+    alone = SimpleNamespace(
+        get_world_size=lambda: 1, get_rank=lambda: 0, all_gather_object=lambda out, mine: out.__setitem__(0, mine)
+    )
+    monkeypatch.setattr(checkpoint, "dist", alone)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 400)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    said = []
+    writer = CheckpointWriter(tmp_path, RUN, {}, 0, Lock(), said.append, print)
+    writer._make_room(needed)
+    assert (writer._copy is not None) is copies and len(said) == 1
+    assert ("training stands still" in said[0]) is not copies and f"{needed} bytes" in said[0]
+
+
+@pytest.mark.parametrize("controller", ["", "memory"], ids=["version 2", "version 1"])
+def test_free_memory_knows_the_limits_of_all_groups_around(tmp_path, monkeypatch, controller):
+    """The machine's, unless a group around leaves less: 5000 - 3000 and 500 that could be dropped."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    name = next((name for _, given, name in lines if given == controller), None)
+    if name is None:
+        pytest.skip("no such groups here")
+    monkeypatch.setattr(capture, "CGROUPS", tmp_path)
+    assert free_memory() > 1 << 20
+    limit, used, spare = capture.GROUP_FILES[controller]
+    group = (tmp_path / controller / name.strip("/")).parent if name != "/" else tmp_path / controller
+    group.mkdir(parents=True, exist_ok=True)
+    (group / limit).write_text("max\n")
+    (group / used).write_text("3000\n")
+    (group / "memory.stat").write_text(f"anon 2500\n{spare} 500\nactive_file 7\n")
+    assert free_memory() > 1 << 20
+    (group / limit).write_text("5000\n")
+    assert free_memory() == 2500
+
+
 def test_a_full_disk_raises_nothing_and_is_remembered(tmp_path):
-    with ThreadPoolExecutor(1) as hasher:
-        file = HashingFile(Path("/dev/full"), hasher)
-        assert file.write(b"123") == 3 and file.write(b"4") == 1
-        file.close()
+    file = HashingFile(Path("/dev/full"))
+    assert file.write(b"123") == 3 and file.write(b"4") == 1
+    file.close()
     assert file.error.strerror == "No space left on device"

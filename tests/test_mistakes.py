@@ -10,6 +10,7 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from dpo_ds.demo.corpus import preference_rows
 from dpo_ds.demo.tiny import random_model, save_tiny_model, special_ids, tiny_config, tiny_llama, train_tokenizer
@@ -83,6 +84,9 @@ def outcomes(tmp_path_factory):
     save_tiny_model(folder / "few_positions", tokenizer, few)
     small = random_model(tiny_config("llama", 60, **sizes))
     save_tiny_model(folder / "small_vocabulary", tokenizer, small)
+    model.config.num_labels = 3
+    classifier = AutoModelForSequenceClassification.from_config(model.config)
+    save_tiny_model(folder / "three_labels", tokenizer, classifier)
     tokenizer.eos_token = None
     save_tiny_model(folder / "no_eos", tokenizer, model)
 
@@ -118,9 +122,17 @@ def outcomes(tmp_path_factory):
         "output_dir not writable": {"output_dir": "/proc/out"},
         "resume from no checkpoint": {"checkpoint.resume": folder / "empty"},
     }
+    rewards = {
+        "reward model of three labels": {"model.path": folder / "three_labels"},
+        "no column of margins": {"reward.margin_column": "gaps"},
+        "margin below 0": {"data.train": folder / "p.jsonl", "reward.margin_column": "gap"},
+        "missing calibration data": {"reward.calibration": folder / "calibrate.jsonl"},
+    }
+    (folder / "p.jsonl").write_bytes(rows(GOOD | {"gap": -1}).splitlines(keepends=True)[-1])
     argv = {
-        name: ["train", *(text for key, value in (base | settings).items() for text in (f"--{key}", str(value)))]
-        for name, settings in cases.items()
+        name: [command, *(text for key, value in (base | settings).items() for text in (f"--{key}", str(value)))]
+        for command, named in (("train", cases), ("reward", rewards))
+        for name, settings in named.items()
     }
     (folder / "cases.json").write_text(json.dumps(argv))
     done = subprocess.run(
@@ -155,6 +167,10 @@ PARTS = {name: parts for name, (_, _, parts) in DATA.items()} | {
     "output_dir is a file": ["--output_dir", "not writable"],
     "output_dir not writable": ["--output_dir /proc/out", "not writable"],
     "resume from no checkpoint": ["--checkpoint.resume", "MANIFEST.json"],
+    "reward model of three labels": ["three_labels", "3 labels", "causal language model"],
+    "no column of margins": ["good.jsonl:1", "lacks 'gaps'"],
+    "margin below 0": ["p.jsonl:1", "'gap' is -1", "between 0 and", "on_bad_row skip"],
+    "missing calibration data": ["calibrate.jsonl"],
 }
 
 

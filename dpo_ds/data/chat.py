@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,17 +62,8 @@ def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list |
     """
     chat = _Chat(tokenizer, tools)
     messages = prompt + completion
-    try:
+    with _blamed(tokenizer):
         text = chat.text(messages)
-    except TemplateSyntaxError as error:
-        problem = f"the chat template is not valid at its line {error.lineno}: {error.message}"
-        raise ModelError(f"{tokenizer.name_or_path}: {problem}; mend it in the tokenizer's folder") from error
-    except TemplateError as error:
-        problem = f"the chat template refuses the conversation: {_first_line(error)}"
-        raise BadRow("refused by the chat template", problem) from error
-    except Exception as error:  # a template is a program that comes with the model: it can fail in any way
-        problem = f"the chat template fails on the conversation: {type(error).__name__}: {_first_line(error)}"
-        raise BadRow("chat template failed", problem) from error
     trained, end = [], 0
     for i in range(len(prompt), len(messages)):
         if messages[i]["role"] == "assistant":
@@ -84,6 +77,31 @@ def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list |
     if text.rstrip().endswith(tokenizer.eos_token):
         text = text.rstrip()
     return Rendered(text, prompt_end, trained, completion[-1]["role"] == "assistant")
+
+
+def render_prompt(tokenizer: Any, prompt: Messages, tools: list | None) -> str:
+    """The text up to where the assistant's answer begins; raises as `render` does."""
+    chat = _Chat(tokenizer, tools)
+    if not prompt:  # templates give no generation prompt to a conversation without messages
+        return chat.around([])[0] or ""
+    with _blamed(tokenizer):
+        return chat.text(prompt, generation_prompt=True)
+
+
+@contextlib.contextmanager
+def _blamed(tokenizer: Any) -> Iterator[None]:
+    """What the template raises, as BadRow or ModelError."""
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        problem = f"the chat template is not valid at its line {error.lineno}: {error.message}"
+        raise ModelError(f"{tokenizer.name_or_path}: {problem}; mend it in the tokenizer's folder") from error
+    except TemplateError as error:
+        problem = f"the chat template refuses the conversation: {_first_line(error)}"
+        raise BadRow("refused by the chat template", problem) from error
+    except Exception as error:  # a template is a program that comes with the model: it can fail in any way
+        problem = f"the chat template fails on the conversation: {type(error).__name__}: {_first_line(error)}"
+        raise BadRow("chat template failed", problem) from error
 
 
 class _Chat:

@@ -16,6 +16,7 @@ from dpo_ds.data.formats import Location
 
 PARTS = ("prompt", "chosen", "rejected")
 MASKS = ("chosen_mask", "rejected_mask")
+MARGIN = "margin"  # a column of its own, only where one was asked for
 ARROW, CENSUS = "pairs.arrow", "census.json"
 SCHEMA = pa.schema(
     [(part, pa.list_(pa.int32())) for part in PARTS]
@@ -28,11 +29,12 @@ SCHEMA = pa.schema(
 class PairWriter:
     """Writes pairs in batches; `file` of a location is kept as an index into `files`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, with_margins: bool = False):
         self.files: list[str] = []
+        self._schema = SCHEMA.append(pa.field(MARGIN, pa.float32())) if with_margins else SCHEMA
         self.rows = 0
         self._sink = pa.OSFile(str(folder / ARROW), "wb")
-        self._stream = pa.ipc.new_stream(self._sink, SCHEMA)
+        self._stream = pa.ipc.new_stream(self._sink, self._schema)
 
     def __enter__(self) -> PairWriter:
         return self
@@ -41,13 +43,17 @@ class PairWriter:
         self._stream.close()
         self._sink.close()
 
-    def write(self, pairs: Sequence[PreferencePair], locations: Sequence[Location]) -> None:
+    def write(
+        self, pairs: Sequence[PreferencePair], locations: Sequence[Location], margins: Sequence[float] = ()
+    ) -> None:
+        """margins: one a pair if the writer was made `with_margins`."""
         columns = [_lists([getattr(pair, part) for pair in pairs], np.int32) for part in PARTS]
         columns += [_lists([getattr(pair, mask) for pair in pairs], np.uint8) for mask in MASKS]
-        columns += [_ints([len(getattr(pair, part)) for pair in pairs], np.int32) for part in PARTS]
-        columns.append(_ints([self._file(location.file) for location in locations], np.int32))
-        columns.append(_ints([location.row for location in locations], np.int64))
-        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+        columns += [_numbers([len(getattr(pair, part)) for pair in pairs], np.int32) for part in PARTS]
+        columns.append(_numbers([self._file(location.file) for location in locations], np.int32))
+        columns.append(_numbers([location.row for location in locations], np.int64))
+        columns += [_numbers(margins, np.float32)] if MARGIN in self._schema.names else []
+        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self.rows += len(pairs)
 
     def _file(self, name: str) -> int:
@@ -59,8 +65,9 @@ class PairWriter:
 class PairDataset:
     """A prepared data set, in the order of its source.
 
-    prompt_lengths, chosen_lengths, rejected_lengths: tokens, int32 [rows]. sources: (start, stop, weight), the rows of
-    each source given. census: see `Census`. digest: of the files, options and tokenizer it was made from, no weights.
+    prompt_lengths, chosen_lengths, rejected_lengths: tokens, int32 [rows]. margins: float32 [rows], None if no column
+    of them was asked for. sources: (start, stop, weight), the rows of each source given. census: see `Census`. digest:
+    of the files, options and tokenizer it was made from, no weights.
     """
 
     def __init__(self, folder: Path, weights: Iterable[float]):
@@ -73,9 +80,9 @@ class PairDataset:
         self._table = pa.ipc.open_stream(pa.memory_map(str(folder / ARROW))).read_all()
         self._rows = [self._table.column(name) for name in (*PARTS, *MASKS)]
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
-            np.concatenate([np.from_dlpack(chunk) for chunk in self._table.column(f"{part}_length").chunks])
-            for part in PARTS
+            self._whole(f"{part}_length") for part in PARTS
         )
+        self.margins = self._whole(MARGIN) if MARGIN in self._table.column_names else None
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -96,6 +103,9 @@ class PairDataset:
             for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
                 yield tuple(ids[a:b] for ids, a, b in zip(values, start, stop, strict=True))
 
+    def _whole(self, column: str) -> np.ndarray:
+        return np.concatenate([np.from_dlpack(chunk) for chunk in self._table.column(column).chunks])
+
     def location(self, i: int) -> str:
         """ "file:row" of the raw row."""
         return str(Location(self._files[self._table["file"][i].as_py()], self._table["row"][i].as_py()))
@@ -106,9 +116,9 @@ class PairDataset:
 
 def _lists(arrays: Sequence[np.ndarray], kind: type[np.integer]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, arrays)])
-    return pa.ListArray.from_arrays(_ints(offsets, np.int32), _ints(np.concatenate(arrays), kind))
+    return pa.ListArray.from_arrays(_numbers(offsets, np.int32), _numbers(np.concatenate(arrays), kind))
 
 
-def _ints(values: Sequence[int] | np.ndarray, kind: type[np.integer]) -> pa.Array:
+def _numbers(values: Sequence[float] | np.ndarray, kind: type[np.number]) -> pa.Array:
     data = np.asarray(values, dtype=kind)
     return pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(data), [None, pa.py_buffer(data)])

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from dpo_ds.errors import ConfigError, DataError
 Messages = list[dict[str, Any]]  # {"role", "content"} and, on some, "tool_calls", "name", ...
 
 HH_ANSWER = "\n\nAssistant:"
+MAX_MARGIN = 1e6  # exact enough in float32
 REMEDY = "drop such rows with --data.on_bad_row skip"
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}  # ShareGPT's names
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -49,7 +50,8 @@ class BadRow(DataError):
 class Conversation:
     """Text (all str) or chat (all message lists). `rejected` is None in supervised data.
 
-    prompts_differ: the sides part before the last answer, so the completions hold more than that answer.
+    prompts_differ: the sides part before the last answer, so the completions hold more than that answer. margin: how
+    much better chosen is, where a column of it was asked for.
     """
 
     prompt: str | Messages
@@ -57,6 +59,7 @@ class Conversation:
     rejected: str | Messages | None = None
     tools: list | None = None
     prompts_differ: bool = False
+    margin: float = 0.0
 
 
 class Row:
@@ -90,6 +93,14 @@ class Row:
 
     def optional_text(self, name: str) -> str:
         return "" if self.get(name) is None else self.text(name)
+
+    def margin(self, name: str) -> float:
+        value = self[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _wrong_type(name, value, "a number")
+        if not 0 <= value <= MAX_MARGIN:  # also when it is not a number
+            raise BadRow("margin out of range", f"{name!r} is {value}; a margin must be between 0 and {MAX_MARGIN:g}")
+        return float(value)
 
     def is_text(self, name: str) -> bool:
         """Of a field that holds text or messages."""
@@ -293,10 +304,12 @@ def detect(row: Row, sides: tuple[str, ...]) -> str:
     raise BadRow("no known format", problem)
 
 
-def read(row: Row, name: str, sides: tuple[str, ...]) -> Conversation:
+def read(row: Row, name: str, sides: tuple[str, ...], margin_column: str | None = None) -> Conversation:
     """The conversation of a row in the format `name`; BadRow where a field, a completion or the pair is not usable."""
     pair = "rejected" in sides
     conversation = formats(sides)[name].read(row, pair)
+    if margin_column is not None:
+        conversation = replace(conversation, margin=row.margin(margin_column))
     for side in sides:
         _require_answer(side, getattr(conversation, side))
     if pair and conversation.chosen == conversation.rejected:

@@ -73,11 +73,13 @@ def prepare(
     sides: tuple[str, ...] = PAIR,
     split: str = "train",
     build: bool = True,
+    margin_column: str | None = None,
 ) -> PairDataset:
     """The tokenised pairs of `source`: a path or Hub id, or a list of them or of {"path", "weight"}.
 
-    split, "train" or "eval", picks among the splits of a folder or Hub data set. Raises ConfigError, ModelError or
-    DataError for what the user can mend, DataError too where `build` is false and the rank that tokenises has ended
+    split, "train" or "eval", picks among the splits of a folder or Hub data set. margin_column: the raw column that
+    says how much better chosen is; null and absent are mistakes in a row. Raises ConfigError, ModelError or DataError
+    for what the user can mend, DataError too where `build` is false and the rank that tokenises has ended
     without a data set; TimeoutError where it does not finish within WAIT_SECONDS.
     """
     check_name(options.format, sides)
@@ -87,13 +89,13 @@ def prepare(
     items = [{"path": item} if isinstance(item, str) else item for item in items]
     paths = [item["path"] for item in items]
     sources = [open_source(path, split) for path in paths]
-    folder = cache_root() / _digest(sources, options, sides, tokenizer)
+    folder = cache_root() / _digest(sources, options, sides, tokenizer, margin_column)
     lock = f"{folder}.lock"
     with _usable(folder.parent):
         if build and not folder.exists():
             with FileLock(lock):
                 if not folder.exists():
-                    _build(folder, _Reader(sources, paths, options, sides), tokenize)
+                    _build(folder, _Reader(sources, paths, options, sides, margin_column), tokenize)
         elif not build:
             wait_for(folder, lock)
     return PairDataset(folder, [item.get("weight", 1.0) for item in items])
@@ -124,13 +126,15 @@ class _Reader:
     paths: Sequence[str]
     options: Options
     sides: tuple[str, ...]
+    margin_column: str | None = None
     census: Census = field(default_factory=Census)
     formats: list[str] = field(default_factory=list)
 
     def batches(self, i: int) -> Iterator[list[tuple[Location, Conversation]]]:
         """The conversations of source `i`; its format is decided once, on the first row that shows one."""
         limit = None if self.options.limit is None else self.options.limit - self.census.rows_read
-        rows = islice(self.sources[i].rows(FIELDS | set(self.options.columns.values())), limit)
+        wanted = FIELDS | set(self.options.columns.values()) | ({self.margin_column} - {None})
+        rows = islice(self.sources[i].rows(wanted), limit)
         before, name = self.census.rows_read, self.options.format
         while raw := list(islice(rows, BATCH)):
             batch = []
@@ -141,7 +145,7 @@ class _Reader:
                         raise values
                     row = Row(values, self.options.columns)
                     name = detect(row, self.sides) if name == "auto" else name
-                    batch.append((location, read(row, name, self.sides)))
+                    batch.append((location, read(row, name, self.sides, self.margin_column)))
                 except BadRow as error:
                     self.bad(location, error)
                 except RecursionError as error:
@@ -177,10 +181,10 @@ def _build(folder: Path, reader: _Reader, tokenize: PairTokenizer) -> None:
 def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, Any]:
     census, ends = reader.census, []
     lengths: dict[str, list[np.ndarray]] = {part: [] for part in ("prompt", *reader.sides)}
-    with PairWriter(work) as writer:
+    with PairWriter(work, reader.margin_column is not None) as writer:
         for i in range(len(reader.sources)):
             for batch in reader.batches(i):
-                pairs, locations = [], []
+                pairs, locations, margins = [], [], []
                 for (location, conversation), result in zip(batch, tokenize([c for _, c in batch]), strict=True):
                     if isinstance(result, BadRow):
                         reader.bad(location, result)
@@ -192,8 +196,9 @@ def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, An
                         census.keep(result, conversation.prompts_differ)
                         pairs.append(result.pair)
                         locations.append(location)
+                        margins.append(conversation.margin)
                 if pairs:
-                    writer.write(pairs, locations)
+                    writer.write(pairs, locations, margins)
                     for part, counts in lengths.items():
                         counts.append(np.array([len(getattr(pair, part)) for pair in pairs], dtype=np.int32))
                 if census.rows_read % (50 * BATCH) == 0:
@@ -220,9 +225,12 @@ def _none_kept(reader: _Reader) -> str:
     )
 
 
-def _digest(sources: Sequence[Files | HuggingFace], options: Options, sides: tuple[str, ...], tokenizer: Any) -> str:
+def _digest(
+    sources: Sequence[Files | HuggingFace], options: Options, sides: tuple[str, ...], tokenizer: Any,
+    margin_column: str | None,
+) -> str:  # fmt: skip
     wanted = [options.format, dict(options.columns), options.max_length, options.max_prompt_length]
-    wanted += [options.limit, options.on_bad_row, sides]
+    wanted += [options.limit, options.on_bad_row, sides, *filter(None, [margin_column])]
     identities = [source.identity() for source in sources]
     text = json.dumps([FORMAT_VERSION, identities, wanted, fingerprint(tokenizer)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

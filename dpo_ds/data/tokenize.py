@@ -67,6 +67,11 @@ class PairTokenizer:
             for sides in rendered
         ]
 
+    def prompts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
+        """Token ids of texts that a completion is to follow, [tokens] int64, and whether each was cut."""
+        encodings = self.bare.encode_batch(texts, add_special_tokens=False)
+        return [self._cut_prompt(np.array(self._led(encoding.ids), dtype=np.int64)) for encoding in encodings]
+
     def _render(self, conversation: Conversation) -> list[Rendered] | BadRow:
         prompt = conversation.prompt
         completions = [getattr(conversation, side) for side in self.sides]
@@ -87,10 +92,10 @@ class PairTokenizer:
         for start, end in rendered.trained:
             trained |= (starts < end) & (ends > start)
         trained[:prompt] = False
-        if ids[: len(self.prefix)] != self.prefix:
-            ids = self.prefix + ids
-            trained = np.concatenate([np.zeros(len(self.prefix), dtype=bool), trained])
-            prompt += len(self.prefix)
+        led = self._led(ids)
+        trained = np.concatenate([np.zeros(len(led) - len(ids), dtype=bool), trained])
+        prompt += len(led) - len(ids)
+        ids = led
         if not ids or ids[-1] != self.eos:
             ids = [*ids, self.eos]
             trained = np.append(trained, rendered.ends_in_answer)
@@ -99,12 +104,7 @@ class PairTokenizer:
     def _pair(self, sides: list[_Side]) -> Tokenized:
         """The shared prompt is cut from its start, behind BOS; each completion from its end."""
         shared = _common_prefix([side.ids[: side.prompt] for side in sides])
-        prompt = sides[0].ids[:shared]
-        head = self._bos(prompt)
-        prompt_cut = shared > self.max_prompt_length
-        if prompt_cut:
-            head = head[: self.max_prompt_length]
-            prompt = np.concatenate([head, prompt[shared - (self.max_prompt_length - len(head)) :]])
+        prompt, prompt_cut = self._cut_prompt(sides[0].ids[:shared])
         room = self.max_length - len(prompt)
         completions = [side.ids[shared:][:room] for side in sides]
         masks = [side.trained[shared:][:room] for side in sides]
@@ -113,6 +113,16 @@ class PairTokenizer:
             completions.append(np.zeros(0, dtype=np.int64))
             masks.append(np.zeros(0, dtype=bool))
         return Tokenized(PreferencePair(prompt, *completions, *masks), prompt_cut, cut)
+
+    def _led(self, ids: list[int]) -> list[int]:
+        """Behind what the tokenizer adds in front, unless it stands there already."""
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
+    def _cut_prompt(self, prompt: np.ndarray) -> tuple[np.ndarray, bool]:
+        if len(prompt) <= self.max_prompt_length:
+            return prompt, False
+        head = self._bos(prompt)[: self.max_prompt_length]
+        return np.concatenate([head, prompt[len(prompt) - (self.max_prompt_length - len(head)) :]]), True
 
     def _bos(self, prompt: np.ndarray) -> np.ndarray:
         """What stays in front of a cut prompt: what the tokenizer adds, or a BOS that the chat template wrote."""

@@ -1,0 +1,166 @@
+"""Prompts to complete: rows with a `prompt`, the prompts of preference data, or a text file with one a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dpo_ds.batch import CHOSEN_ONLY, PAIR
+from dpo_ds.data.census import Census
+from dpo_ds.data.chat import render_prompt
+from dpo_ds.data.formats import FIELDS, BadRow, Location, Row, check_columns, check_name, detect, read, unreadable
+from dpo_ds.data.sources import open_source
+from dpo_ds.data.tokenize import PairTokenizer
+from dpo_ds.errors import DataError
+
+TEXT = ".txt"
+COMPLETED = ("chosen", "rejected", "completion", "conversations", "instruction", "messages")  # more than a prompt
+BATCH = 1000  # rows tokenised together
+UNLIMITED = 1 << 40  # tokens: the prompt's own limit decides
+
+
+class Options(Protocol):
+    """The run config's data section, as far as prompts go."""
+
+    format: str
+    columns: Mapping[str, str]
+    max_prompt_length: int
+    on_bad_row: str
+
+
+class Prompt(NamedTuple):
+    """text: whole, chat template applied; ids: its tokens, int64, cut from the start; location: "file:row"."""
+
+    text: str
+    ids: np.ndarray
+    location: str
+
+
+@dataclass
+class Prompts:
+    """In the order of the source. cut: prompts longer than max_prompt_length."""
+
+    rows: list[Prompt] = field(default_factory=list)
+    census: Census = field(default_factory=Census)
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        counts = [f"{len(self.rows):,} prompts"]
+        if self.census.prompts_cut:
+            counts.append(f"{self.census.prompts_cut:,} cut from their start")
+        for reason, count in self.census.dropped.most_common():
+            counts.append(f"{count:,} dropped: {reason}")
+        first = f" (first: {self.census.bad_rows[0]['location']})" if self.census.bad_rows else ""
+        return f"{', '.join(counts)}{first}"
+
+
+def read_prompts(
+    source: str | Sequence[str | Mapping[str, Any]],
+    *,
+    options: Options,
+    tokenizer: Any,
+    split: str = "train",
+    limit: int | None = None,
+) -> Prompts:
+    """The prompts of `source`: a path or Hub id, or a list of them or of {"path", "weight"}.
+
+    A row that has a prompt and no completion is taken as it is: text verbatim, messages through the chat template. Of
+    other rows the prompt is that of training (dpo_ds/data/formats.py). A weight is how often a source's prompts come:
+    0.5 is the first half. limit: of rows read. What comes twice is completed twice.
+
+    Raises:
+        UserError: nothing to read, a row that is wrong under on_bad_row error, no prompt at all.
+    """
+    check_name(options.format, CHOSEN_ONLY)
+    check_columns(options.columns)
+    tokenize = PairTokenizer(tokenizer, UNLIMITED, options.max_prompt_length, CHOSEN_ONLY)
+    items = [source] if isinstance(source, str) else source
+    items = [{"path": item} if isinstance(item, str) else item for item in items]
+    prompts = Prompts()
+    for item in items:
+        found = list(_prompts_of(item["path"], prompts.census, options, tokenize, split, limit))
+        wanted = round(item.get("weight", 1.0) * len(found))
+        prompts.rows += [found[i % len(found)] for i in range(wanted)]
+    if not prompts.rows:
+        bad = prompts.census.bad_rows[:1]
+        why = f"; the first row: {bad[0]['location']}: {bad[0]['reason']}" if bad else ""
+        names = ", ".join(item["path"] for item in items)
+        raise DataError(f"{names}: gives no prompt out of {prompts.census.rows_read} rows{why}")
+    return prompts
+
+
+def _prompts_of(
+    path: str, census: Census, options: Options, tokenize: PairTokenizer, split: str, limit: int | None
+) -> Iterator[Prompt]:
+    rows = islice(_rows(path, options, split), None if limit is None else limit - census.rows_read)
+    name = options.format
+    while raw := list(islice(rows, BATCH)):
+        texts, locations = [], []
+        for location, values in raw:
+            census.rows_read += 1
+            try:
+                if isinstance(values, BadRow):
+                    raise values
+                row = Row(values, options.columns)
+                is_bare = not any(field in row for field in COMPLETED)
+                if not is_bare and name == "auto":
+                    name = detect(row, CHOSEN_ONLY)
+                texts.append(_bare_prompt(row, tokenize) if is_bare else _prompt(row, name, tokenize))
+                locations.append(str(location))
+            except BadRow as error:
+                _bad(census, options, location, error)
+            except RecursionError as error:
+                _bad(census, options, location, unreadable(error))
+        for text, location, (ids, cut) in zip(texts, locations, tokenize.prompts(texts), strict=True):
+            census.prompts_cut += cut
+            if len(ids):
+                yield Prompt(text, ids, location)
+            else:
+                problem = "the prompt is empty and the tokenizer adds no BOS; a model needs a token to go on from"
+                _bad(census, options, location, BadRow("empty prompt", problem))
+
+
+def _rows(path: str, options: Options, split: str) -> Iterable:
+    local = Path(path).expanduser()
+    if local.suffix == TEXT and local.is_file():
+        return _lines(local)
+    return open_source(path, split).rows(FIELDS | set(options.columns.values()))
+
+
+def _lines(path: Path) -> Iterator[tuple[Location, dict[str, str] | BadRow]]:
+    """Lines without their end; blank ones are none."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                bad = BadRow("not UTF-8", f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8")
+                yield Location(str(path), number), bad
+                continue
+            if text.strip():
+                yield Location(str(path), number), {"prompt": text}
+
+
+def _bare_prompt(row: Row, tokenize: PairTokenizer) -> str:
+    if row.is_text("prompt"):
+        return row.text("prompt")
+    return render_prompt(tokenize.tokenizer, row.messages("prompt"), row.tools())
+
+
+def _prompt(row: Row, name: str, tokenize: PairTokenizer) -> str:
+    """As training reads it: what both sides begin with, where the row has two."""
+    conversation = read(row, name, PAIR if row.get("rejected") is not None else CHOSEN_ONLY)
+    if isinstance(conversation.prompt, str):
+        return conversation.prompt
+    return render_prompt(tokenize.tokenizer, conversation.prompt, conversation.tools)
+
+
+def _bad(census: Census, options: Options, location: Location | str, error: BadRow) -> None:
+    if options.on_bad_row == "error":
+        raise error.at(location) from None
+    census.drop(location, error.reason, str(error))
