@@ -27,7 +27,8 @@ setup(
         "accelerate",  # transformers' HfDeepSpeedConfig is behind it
         "datasets",
         "filelock",
-        "jinja2",  # chat templates
+        "jinja2",  # chat templates, reports
+        "matplotlib",  # reports
         "numpy",
         "pyarrow",
         "pydantic>=2",
@@ -43,10 +44,10 @@ setup(
         "bench": ["trl"],  # the peer that tests/benchmarks measures against
         "dev": [
             "hypothesis",
-            "matplotlib",  # the demo's picture
             "pytest",
             "pytest-timeout",
             "ruff",
+            "scikit-learn",  # the reward of launch_scripts/recipes/sentiment
             # The CUDA kernels' tests run in Triton's interpreter on a CPU; torch brings it along only on CUDA.
             'triton; platform_machine == "x86_64" and sys_platform == "linux"',
         ],

@@ -1,215 +1,113 @@
 """Sharded checkpoints that are complete or not there at all.
 
-Every rank writes its shards into `step-N.tmp/`, hashing and fsyncing as it goes; when all have, rank 0 writes
-MANIFEST.json, renames the folder to `step-N/` and points `latest` at it. A run that dies in between leaves the previous
-checkpoint as the newest complete one. Loading is in elastic.py.
+Every rank writes its shards into `step-N.tmp/`, hashing and fsyncing as it goes, in a thread, from a copy, while
+training goes on. Once all have, rank 0 writes MANIFEST.json, renames the folder to `step-N/` and points `latest` at it.
+A run that dies in between leaves the previous checkpoint as the newest complete one. Loading is in elastic.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Callable
+from concurrent import futures
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 
 import torch.distributed as dist
 
-from dpo_ds import durable, faultpoints
-from dpo_ds.config import Section, flatten, to_plain
-from dpo_ds.errors import ConfigError
+from dpo_ds import durable, faultpoints, launch, manifest, metrics
+from dpo_ds.capture import Content, HostCopy, capture, free_memory
+from dpo_ds.config import Section, to_plain
+from dpo_ds.durable import HashingFile, Written, in_background
+from dpo_ds.manifest import FOLDERS, LATEST, MANIFEST
 
-MANIFEST, LATEST = "MANIFEST.json", "latest"
-FORMAT = 1  # of a checkpoint's files: DeepSpeed's ZeRO-3 shards, one pair a rank
-FOLDERS = "step-????????"
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
-START_OVER = "use another output_dir, or --checkpoint.resume never to start over"
-# Keys that may differ between a run and its resumption; all others decide what is computed.
-MAY_CHANGE = (
-    "train.learning_rate", "train.schedule", "train.warmup_steps", "train.max_steps", "train.epochs",
-    "train.eval_every", "data.eval", "train.micro_batch_tokens", "train.layout", "train.activation_checkpointing",
-    "model.attn", "reference.cache",
-)  # fmt: skip
-MAY_CHANGE_SECTIONS = ("checkpoint.", "deepspeed.", "output_dir")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk whose files all have their size; `damage` also looks at every byte."""
-
-    path: Path
-    manifest: dict
-
-    @property
-    def step(self) -> int:
-        return self.manifest["step"]
-
-    @property
-    def world_size(self) -> int:
-        return self.manifest["world_size"]
-
-    def damage(self, share: int = 0, shares: int = 1) -> list[str]:
-        """The names of those files of this share whose SHA-256 is not the manifest's."""
-        files = sorted(self.manifest["files"].items())[share::shares]
-        return [name for name, written in files if durable.sha256(self.path / name) != written["sha256"]]
-
-
-def find(output_dir: Path, resume: str) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints to continue from, best first, and a line on each one passed over; reads manifests and sizes only.
-
-    Args:
-        resume: checkpoint.resume, i.e. auto, never or a folder.
-    Raises:
-        ConfigError: the named folder is no complete checkpoint, or auto finds damaged ones only.
-    """
-    if resume == "never":
-        return [], []
-    if resume != "auto":
-        checkpoint, problem = open_folder(Path(resume))
-        if checkpoint is None:
-            raise ConfigError(f"--checkpoint.resume {resume}: {problem}; name a folder checkpoints/step-... or auto")
-        return [checkpoint], []
-    complete, notes = [], []
-    folder = output_dir / "checkpoints"
-    for path in sorted(folder.glob(FOLDERS), reverse=True):
-        checkpoint, problem = open_folder(path)
-        if checkpoint is not None:
-            complete.append(checkpoint)
-        elif not complete:
-            notes.append(f"{path}: {problem}; trying the one before")
-    if notes and not complete:
-        raise ConfigError(_none_left(folder, notes[0].removesuffix("; trying the one before")))
-    if complete and (folder / LATEST).exists():
-        named = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        newest = complete[0].path.name
-        if named != newest:
-            notes.append(f"{folder / LATEST} names {named or 'nothing'}; taking {newest}, the newest complete one")
-    return complete, notes
-
-
-def choose(candidates: Sequence[Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
-    """The first candidate whose every byte is right, and a line on each damaged one. All ranks enter, each reads some.
-
-    Raises:
-        ConfigError: on every rank, all of them are damaged.
-    """
-    notes = []
-    for candidate in candidates:
-        shares: list = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, candidate.damage(dist.get_rank(), len(shares)))
-        damaged = sorted(name for names in shares for name in names)
-        if not damaged:
-            return candidate, notes
-        problem = f"{candidate.path}: {', '.join(damaged)} differs from what was written (SHA-256)"
-        if candidate is candidates[-1]:
-            raise ConfigError(_none_left(candidate.path.parent, problem))
-        notes.append(f"{problem}; trying the one before")
-    return None, notes
-
-
-def check_config(checkpoint: Checkpoint, run: Section, ranks: int) -> list[str]:
-    """Lines on what changed since the checkpoint and may.
-
-    Raises:
-        ConfigError: a setting changed that decides what is computed.
-    """
-    notes, now = [], versions()
-    for package, used in checkpoint.manifest["versions"].items():
-        if now.get(package) != used:
-            notes.append(f"{checkpoint.path} was saved with {package} {used}, this is {now.get(package)}")
-    if checkpoint.world_size != ranks:
-        notes.append(
-            f"{checkpoint.path} was saved by {checkpoint.world_size} ranks, this run has {ranks}: resharding, results "
-            "agree within rounding"
-        )
-    before, now = flatten(checkpoint.manifest["config"]), flatten(to_plain(run))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key):
-            continue
-        change = f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        if key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_SECTIONS):
-            raise ConfigError(f"{change} cannot change on resume from {checkpoint.path}; {START_OVER}")
-        if not key.startswith(("checkpoint.resume", "output_dir")):
-            notes.append(f"changed on resume: {change}")
-    return notes
-
-
-def check_identity(checkpoint: Checkpoint, identity: dict[str, str]) -> None:
-    """Compares what the config's paths stand for, as identity.py names it.
-
-    Raises:
-        ConfigError: another model, other data or another precision.
-    """
-    for what, value in checkpoint.manifest["identity"].items():
-        if identity.get(what) != value:
-            raise ConfigError(f"{what} is now {identity.get(what)}, in {checkpoint.path} it was {value}; {START_OVER}")
-
-
-def versions() -> dict[str, str]:
-    """Of dpo_ds and of what decides its numbers."""
-    return {"dpo_ds": version("dpo-ds")} | {package: version(package) for package in PACKAGES}
-
-
-def set_aside_newer(output_dir: Path, resumed: Checkpoint) -> list[str]:
-    """Renames the checkpoints in output_dir that come after `resumed`; all, if it lies elsewhere. Rank 0 only."""
-    folder = output_dir / "checkpoints"
-    _clear(folder)
-    own = resumed.path.resolve().parent == folder.resolve()
-    notes = []
-    for path in sorted(folder.glob(FOLDERS)):
-        if not own or int(path.name.removeprefix("step-")) > resumed.step:
-            aside = path.with_name(f"{path.name}.aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            notes.append(f"{path} is now {aside.name}; delete it once you need it no more")
-    if own:
-        durable.write_text(folder / LATEST, resumed.path.name + "\n")
-    return notes
+LOOK_SECONDS = 1.0  # between two looks at a save that all ranks wait for
 
 
 class CheckpointWriter:
-    """Commits checkpoints of one run; all ranks enter `save`. `committing` is held while rank 0 makes one visible.
+    """Commits checkpoints of one run; all ranks enter `save`, `look` and `finish`, each at the same step.
 
-    newest: the step of the newest one, at first of the one resumed from; 0 if there is none.
+    committing: held while rank 0 makes one visible. progress(step): told while this rank waits for its disk.
+    newest: the step of the newest complete one, at first of the one resumed from; 0 if there is none.
     """
 
     def __init__(
         self, output_dir: Path, run: Section, identity: dict[str, str], resumed_step: int, committing: Lock,
-        say: Callable[[str], None],
+        say: Callable[[str], None], progress: Callable[[int], None],
     ):  # fmt: skip
         self.folder = output_dir / "checkpoints"
         self.keep = run.checkpoint.keep
         self.newest = resumed_step
-        self._committing, self._say = committing, say
-        self._record = {"config": to_plain(run), "versions": versions(), "identity": identity}
+        self._copy = HostCopy() if run.checkpoint.asynchronous else None
+        self._writing: _Writing | None = None
+        self._pruning: futures.Future | None = None
+        self._committing, self._say, self._progress = committing, say, progress
+        self._record = {"config": to_plain(run), "versions": manifest.versions(), "identity": identity}
 
-    def save(self, engine, step: int) -> bool:
-        """A complete `step-N/`; where the disk is full or broken, a line, the previous ones untouched, and False."""
-        final = self.folder / f"step-{step:08d}"
-        temporary = final.with_suffix(".tmp")
-        problem = self._prepare(temporary, _state_bytes(engine)) if dist.get_rank() == 0 else None
+    def save(self, engine, step: int, extra: dict | None = None, *, wait: bool = False) -> None:
+        """Begins a complete `step-N/` and, with `wait` or without a copy, ends it; the save before is ended first.
+
+        `newest` tells whether it came through. Where the disk is full or broken, there is a line, and the previous ones
+        are untouched.
+
+        Args:
+            extra: what this rank wants back beside the engine's state (elastic.load): plain values and tensors.
+        """
+        from dpo_ds.elastic import random_state
+
+        self.finish()
+        temporary = (self.folder / _name(step)).with_suffix(".tmp")
+        needed = _state_bytes(engine)
+        problem = self._prepare(temporary, needed) if dist.get_rank() == 0 else None
         if _first(problem):
-            return self._failed(step, problem)
+            self._failed(step, problem)
+            return
+        if self._copy is not None and self._copy.bytes == 0 and not wait:
+            self._make_room(needed)
+        copy = None if wait else self._copy
         faultpoints.reach("save-begun")
-        outcomes = self._write(engine, temporary, step)
-        faultpoints.reach("shards-written")
-        problem = None
-        if dist.get_rank() == 0:
-            with self._committing:
-                problem = self._commit(outcomes, temporary, final, step)
-        if _first(problem):
-            return self._failed(step, problem)
-        self.newest = step
-        return True
+        state = {"step": step, "random_state": random_state(), "extra": extra or {}}
+        self._writing = _Writing(step, temporary, capture(engine, temporary, state, copy), engine.device)
+        if copy is None:
+            self.finish()
+
+    def look(self) -> None:
+        """Commits the save under way if all ranks have written their shards; to be called between two steps."""
+        if self._writing is not None and not self._commit_if_written():
+            faultpoints.reach("still-writing")
+
+    def finish(self) -> None:
+        """Waits for the save under way, if there is one, and commits it."""
+        while self._writing is not None:
+            self._writing.wait(LOOK_SECONDS)
+            if self._writing.has_moved():
+                self._progress(self._writing.step)
+            self._commit_if_written()
+        if self._pruning is not None:
+            self._pruning.result()
+            self._pruning = None
+
+    def _make_room(self, needed: int) -> None:
+        """Gives up the copy, on all ranks, where one of their hosts may lack the memory: half of what is free stays."""
+        share, here = needed // dist.get_world_size(), launch.from_environment().local_world_size
+        free: list = [None] * dist.get_world_size()
+        dist.all_gather_object(free, free_memory() // here // 2)
+        if min(free) < share:
+            self._copy = None
+        if dist.get_rank() == 0 and self._copy is None:
+            self._say(
+                f"checkpoint.asynchronous: a copy of {share} bytes a rank is more than half of the memory that is "
+                "free; training stands still while checkpoints are written"
+            )
+        elif dist.get_rank() == 0:
+            self._say(f"checkpoint.asynchronous: {share} bytes of memory a rank hold the copy that is written")
 
     def _prepare(self, temporary: Path, needed: int) -> str | None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _clear(self.folder)
+            manifest.clear(self.folder)
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 return f"it needs {needed} bytes, {free} are free in {self.folder}"
@@ -218,37 +116,36 @@ class CheckpointWriter:
             return f"{error.strerror} ({error.filename})"
         return None
 
-    def _write(self, engine, temporary: Path, step: int) -> list[tuple[dict, str | None]]:
-        """Of every rank: what it wrote, and what went wrong."""
-        from dpo_ds.elastic import random_state
-
-        writer = durable.DurableWriter(engine.checkpoint_engine)
-        engine.checkpoint_engine = writer
-        engine._copy_recovery_script = lambda path: None  # it would raise on one rank alone where the disk is full
-        engine.save_checkpoint(
-            str(self.folder),
-            tag=temporary.name,
-            client_state={"step": step, "random_state": random_state()},
-            save_latest=False,
-            exclude_frozen_parameters=True,  # they are in the model's own files
-        )
-        engine.checkpoint_engine = writer._inner
-        problem = None if writer.error is None else f"rank {dist.get_rank()}: {writer.error.strerror}"
+    def _commit_if_written(self) -> bool:
+        writing = self._writing
+        if metrics.reduce_max(not writing.is_done, writing.device):
+            return False
+        self._writing = None
         outcomes: list = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, ({name: asdict(written) for name, written in writer.files.items()}, problem))
-        return outcomes
+        dist.all_gather_object(outcomes, writing.outcome())
+        if self._copy is not None:
+            self._copy.clear()
+        faultpoints.reach("shards-written")
+        problem = None
+        if dist.get_rank() == 0:
+            with self._committing:
+                problem = self._commit(outcomes, writing.folder, writing.step)
+        if _first(problem):
+            self._failed(writing.step, problem)
+        else:
+            self.newest = writing.step
+        return True
 
-    def _commit(self, outcomes: list, temporary: Path, final: Path, step: int) -> str | None:
+    def _commit(self, outcomes: list, temporary: Path, step: int) -> str | None:
         """Makes the checkpoint visible; or says why not."""
-        files = {name: written for written_by_rank, _ in outcomes for name, written in written_by_rank.items()}
+        files = {name: asdict(written) for written_by_rank, _ in outcomes for name, written in written_by_rank.items()}
         problem = next((problem for _, problem in outcomes if problem), None)
         try:
             if problem is None:
-                problem = _first_wrong_size(temporary, files)
+                problem = manifest.first_wrong_size(temporary, files)
             if problem is None:
-                record = {"format": FORMAT, "step": step, "world_size": len(outcomes), **self._record, "files": files}
-                body = json.dumps(record, indent=1)
-                durable.write_text(temporary / MANIFEST, f"{body}\n{_digest(body)}")
+                record = {"step": step, "world_size": len(outcomes), **self._record, "files": files}
+                manifest.write(temporary, record)
         except OSError as error:
             problem = f"{error.strerror} ({error.filename})"
         if problem is not None:
@@ -257,6 +154,7 @@ class CheckpointWriter:
             free = shutil.disk_usage(self.folder).free
             return f"{problem}; it needs {needed} bytes, {free} are free in {self.folder}"
         faultpoints.reach("manifest-written")
+        final = self.folder / _name(step)
         if final.exists():
             _remove(final)  # of this step, older than the resumption that led here again
         os.replace(temporary, final)
@@ -264,53 +162,59 @@ class CheckpointWriter:
         faultpoints.reach("renamed")
         durable.write_text(self.folder / LATEST, final.name + "\n")
         faultpoints.reach("pointer-replaced")
+        self._pruning = in_background(self._prune)
+        return None
+
+    def _prune(self) -> None:
         complete = [path for path in sorted(self.folder.glob(FOLDERS)) if (path / MANIFEST).is_file()]
         for old in complete[: -self.keep]:
             _remove(old)
-        return None
 
-    def _failed(self, step: int, problem: str | None) -> bool:
+    def _failed(self, step: int, problem: str | None) -> None:
         if problem is not None:
             stays = f"that of step {self.newest} stays" if self.newest else "there is none yet"
             self._say(f"checkpoint of step {step} NOT saved: {problem}; {stays}, training goes on")
-        return False
 
 
-def open_folder(path: Path) -> tuple[Checkpoint | None, str]:
-    """The checkpoint, or why it is none: no whole manifest of a known format, a file missing or of another size."""
-    try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None, f"no {MANIFEST}, so it is no complete checkpoint"
-    except UnicodeDecodeError:
-        return None, f"{MANIFEST} is damaged"
-    body, _, digest = text.rpartition("\n")
-    if digest != _digest(body):
-        return None, f"{MANIFEST} is damaged"
-    manifest = json.loads(body)
-    if manifest["format"] != FORMAT:
-        version = manifest["versions"]["dpo_ds"]
-        return None, f"its layout {manifest['format']} (dpo_ds {version}) is not known here, only {FORMAT} is"
-    problem = _first_wrong_size(path, manifest["files"])
-    return (Checkpoint(path, manifest), "") if problem is None else (None, problem)
+class _Writing:
+    """A save under way: a thread writes this rank's files."""
+
+    def __init__(self, step: int, folder: Path, files: dict[str, Content], device):
+        self.step, self.folder, self.device = step, folder, device
+        self._open: list[HashingFile] = []
+        self._moved = 0
+        self._future = in_background(lambda: self._write(files))
+
+    @property
+    def is_done(self) -> bool:
+        return self._future.done()
+
+    def wait(self, seconds: float) -> None:
+        futures.wait([self._future], seconds)
+
+    def has_moved(self) -> bool:
+        """Whether bytes were written since it was last asked."""
+        before, self._moved = self._moved, sum(file.size for file in self._open)
+        return self._moved != before
+
+    def outcome(self) -> tuple[dict[str, Written], str | None]:
+        """What was written, and what went wrong."""
+        return self._future.result()
+
+    def _write(self, files: dict[str, Content]) -> tuple[dict[str, Written], str | None]:
+        written, problem = {}, None
+        for name, write_into in files.items():
+            file = HashingFile(self.folder / name)
+            self._open.append(file)
+            write_into(file)
+            written[name] = file.close()
+            if file.error is not None and problem is None:
+                problem = f"rank {dist.get_rank()}: {file.error.strerror}"
+        return written, problem
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _first_wrong_size(folder: Path, files: dict) -> str | None:
-    for name, written in files.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != written["size"]:
-            return f"{name} has {file.stat().st_size} bytes, {MANIFEST} says {written['size']}"
-    return None
-
-
-def _none_left(folder: Path, problem: str) -> str:
-    return f"{problem}, and no complete checkpoint is left in {folder}; --checkpoint.resume never starts over"
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _remove(folder: Path) -> None:
@@ -319,12 +223,6 @@ def _remove(folder: Path) -> None:
     os.replace(folder, doomed)
     faultpoints.reach("old-half-deleted")
     shutil.rmtree(doomed)
-
-
-def _clear(folder: Path) -> None:
-    """Removes what saves and deletions left behind that died halfway."""
-    for left in folder.glob("*.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _state_bytes(engine) -> int:

@@ -105,6 +105,7 @@ def fill_policy(
     optimizer = _optimizer(config, path, run, machine)
     notes += _check_scheduler(config, path, run)
     zero = _fill_zero(config, hidden_size)
+    _check_hpz(zero, path, machine)
     filled = config | _batch_of_one(machine) | {"zero_optimization": zero, "optimizer": optimizer}
     if run.max_grad_norm > 0:
         filled["gradient_clipping"] = run.max_grad_norm
@@ -126,6 +127,8 @@ def fill_reference(given: dict, path: str, machine: Machine, hidden_size: int) -
     zero = _fill_zero(config, hidden_size)
     for training_only in ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients"):
         zero.pop(training_only, None)  # hpZ on two models in one process crashes
+    if zero.get("offload_param", {}).get("nvme_path"):  # DeepSpeed empties the folder for each engine that it makes
+        zero["offload_param"] = zero["offload_param"] | {"nvme_path": f"{zero['offload_param']['nvme_path']}/reference"}
     filled = config | _batch_of_one(machine) | {"zero_optimization": zero}
     _fill_precision(filled, machine)
     filled.pop("data_types", None)
@@ -247,6 +250,15 @@ def _fill_zero(config: dict, hidden_size: int) -> dict:
         if zero.get(key, AUTO) == AUTO:
             zero[key] = size
     return zero
+
+
+def _check_hpz(zero: dict, path: str, machine: Machine) -> None:
+    size = zero.get("zero_hpz_partition_size", 1)
+    if type(size) is not int or size < 1 or machine.ranks % min(size, machine.ranks):
+        raise ConfigError(
+            f"{path}: zero_optimization.zero_hpz_partition_size {json.dumps(size)} does not divide {machine.ranks} "
+            "ranks; it is the number of GPUs of a node"
+        )
 
 
 def _fill_precision(filled: dict, machine: Machine) -> None:

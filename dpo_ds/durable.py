@@ -1,21 +1,20 @@
-"""Files that are on the disk when a call returns, and their SHA-256; no torch, no deepspeed beyond torch.save."""
+"""Files that are on the disk when a call returns, and their SHA-256; no torch, no deepspeed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import secrets
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.serialization import get_crc32_options, set_crc32_options
 
 from dpo_ds import faultpoints
 
 CHUNK = 16 << 20
+WORTH_A_THREAD = 1 << 20  # bytes that take longer to hash than a thread takes to start
 
 
 @dataclass(frozen=True)
@@ -33,23 +32,27 @@ class HashingFile:
     go on to where all ranks meet.
     """
 
-    def __init__(self, path: Path, hasher: ThreadPoolExecutor):
+    def __init__(self, path: Path):
         self.error: OSError | None = None
-        self._path, self._hasher = path, hasher
-        self._digest, self._size = hashlib.sha256(), 0
+        self.size = 0
+        self._path, self._digest = path, hashlib.sha256()
         self._file = None
+        self._sent = 0  # bytes that the disk has been told to take
         self._attempt(self._open)
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
-            if self.error is None:
-                hashed: Future = self._hasher.submit(self._digest.update, part)  # both let go of the interpreter's lock
+            if self.error is None and len(part) < WORTH_A_THREAD:
+                self._digest.update(part)
+                self._attempt(self._write_all, part)
+            elif self.error is None:
+                hashed = in_background(lambda part=part: self._digest.update(part))  # both let go of Python's lock
                 self._attempt(self._write_all, part)
                 hashed.result()
-                faultpoints.reach("shard-half-written")
-        self._size += len(view)
+            self.size += len(part)
+            faultpoints.reach("shard-half-written")
         return len(view)
 
     def flush(self) -> None:
@@ -60,15 +63,24 @@ class HashingFile:
         if self._file is not None:
             if self.error is None:
                 self._attempt(os.fsync, self._file.fileno())
+                self._attempt(self._let_go, self.size)
             self._attempt(self._file.close)
-        return Written(self._size, self._digest.hexdigest())
+        return Written(self.size, self._digest.hexdigest())
 
     def _open(self) -> None:
         self._file = open(self._path, "wb", buffering=0)
 
     def _write_all(self, part: memoryview) -> None:
+        end = self.size + len(part)
         while part:
             part = part[self._file.write(part) :]  # an unbuffered write may stop short
+        if end - self._sent >= CHUNK:
+            self._let_go(end)
+
+    def _let_go(self, end: int) -> None:
+        """Of the page cache: Linux starts writing such pages at once, so that little is left to wait for in close."""
+        os.posix_fadvise(self._file.fileno(), 0, end, os.POSIX_FADV_DONTNEED)
+        self._sent = end
 
     def _attempt(self, action, *args) -> None:
         try:
@@ -77,26 +89,18 @@ class HashingFile:
             self.error = self.error or error
 
 
-class DurableWriter:
-    """Stands in for DeepSpeed's checkpoint_engine during a save: hashes, fsyncs and never raises OSError."""
+def in_background(call: Callable) -> Future:
+    """Of `call()`, in a thread that keeps no process alive."""
+    future: Future = Future()
 
-    def __init__(self, inner: Any):
-        self._inner = inner
-        self.files: dict[str, Written] = {}  # name -> what must be there
-        self.error: OSError | None = None
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def save(self, state_dict: dict, path: str) -> None:
-        with ThreadPoolExecutor(1) as hasher:
-            file = HashingFile(Path(path), hasher)
-            checked = get_crc32_options()
-            set_crc32_options(False)  # a second checksum beside ours, on the thread that writes
-            torch.save(state_dict, file)
-            set_crc32_options(checked)
-            self.files[Path(path).name] = file.close()
-        self.error = self.error or file.error
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def sha256(path: Path) -> str:

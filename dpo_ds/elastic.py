@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_ds.checkpoint import Checkpoint
 from dpo_ds.errors import ConfigError
+from dpo_ds.manifest import Checkpoint
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 ENGINE_PREFIX = "causal_lm."  # of a transformers name, inside what the engine wraps
@@ -70,6 +70,10 @@ class Shards:
     def random_state(self, rank: int) -> dict:
         return self._open("model", rank)["random_state"]
 
+    def extra(self, rank: int) -> dict:
+        """What this rank gave CheckpointWriter.save beside the engine's state."""
+        return self._open("model", rank).get("extra", {})
+
     def read(self, name: str, kind: str, start: int, stop: int) -> Iterator[Tensor]:
         """Elements start..stop of the flattened parameter (or moment), in pieces; fp32, mapped from the files."""
         place = self.places[name]
@@ -107,12 +111,14 @@ class Shards:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
-def load(engine, checkpoint: Checkpoint) -> None:
+def load(engine, checkpoint: Checkpoint) -> list[dict]:
     """Weights, Adam's state and random numbers into a fresh engine of any number of ranks. All ranks enter.
 
     Each rank reads the slices that are its own now. At the checkpoint's number of ranks all is bit-equal; at another,
     random numbers start anew.
 
+    Returns:
+        The `extra` of every rank that saved, in their order; tensors are mapped from the files, so copy what is kept.
     Raises:
         ConfigError: the parameters are not the checkpoint's.
     """
@@ -144,6 +150,22 @@ def load(engine, checkpoint: Checkpoint) -> None:
     optimizer.checkpoint_event_epilogue()
     if dist.get_world_size() == shards.ranks:
         set_random_state(shards.random_state(rank))
+    return [shards.extra(saved) for saved in range(shards.ranks)]
+
+
+def own_slice(slices: Sequence[Tensor], numel: int) -> Tensor:
+    """This rank's part of a flattened tensor that the saving ranks held in ZeRO-3's slices, one in each `extra`.
+
+    Args:
+        slices: [ceil(numel / saving ranks)] each, the last one padded.
+    Returns:
+        [ceil(numel / ranks)], a copy, padded with zeros.
+    """
+    length = math.ceil(numel / dist.get_world_size())
+    own = slices[0].new_zeros(length)
+    part = torch.cat(list(slices))[:numel][dist.get_rank() * length :][:length]
+    own[: len(part)] = part
+    return own
 
 
 def random_state() -> dict:

@@ -9,6 +9,10 @@ class ConfigError(UserError):
     """A key, value or combination in YAML, on the command line or in a DeepSpeed JSON file."""
 
 
+class CutOff(ConfigError):
+    """A rank that cannot reach rank 0 and has to speak for itself."""
+
+
 class DataError(UserError):
     """A file or row of the user's data."""
 

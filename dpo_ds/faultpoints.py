@@ -1,15 +1,19 @@
-"""Places where a test can have a run die: DPO_DS_FAULT=NAME:N kills the process at its Nth arrival there."""
+"""Places where a test can have a run die: DPO_DS_FAULT=NAME:N kills the process at its Nth arrival there.
+
+DPO_DS_SLOW_DISK=SECONDS makes every piece of a shard take so long, so that a small model, too, trains on meanwhile.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 
-VARIABLE = "DPO_DS_FAULT"
-POINTS = (  # in the order in which a save passes them
-    "save-begun", "shard-half-written", "shards-written", "manifest-written", "renamed", "pointer-replaced",
-    "old-half-deleted",
+VARIABLE, SLOW_DISK = "DPO_DS_FAULT", "DPO_DS_SLOW_DISK"
+POINTS = (  # in the order in which a save passes them; the third is between two steps, once a step
+    "save-begun", "shard-half-written", "still-writing", "shards-written", "manifest-written", "renamed",
+    "pointer-replaced", "old-half-deleted",
 )  # fmt: skip
 _arrivals: Counter[str] = Counter()
 
@@ -20,3 +24,5 @@ def reach(point: str) -> None:
     _arrivals[point] += 1
     if os.environ.get(VARIABLE) == f"{point}:{_arrivals[point]}":
         os.kill(os.getpid(), signal.SIGKILL)
+    if point == "shard-half-written" and SLOW_DISK in os.environ:
+        time.sleep(float(os.environ[SLOW_DISK]))

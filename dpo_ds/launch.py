@@ -33,8 +33,11 @@ class Launch:
 
     @property
     def threads(self) -> int:
-        """CPU threads for this rank: the node's cores shared evenly."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        """CPU threads for this rank: the node's cores shared evenly, or those that srun has bound it to."""
+        cores = len(os.sched_getaffinity(0))
+        if _in_srun() and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", "0")):
+            return cores
+        return max(1, cores // self.local_world_size)
 
 
 def from_environment() -> Launch:

@@ -6,11 +6,8 @@ micro-batches depend on nothing but its pairs, so that its bytes are the same wh
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +15,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from dpo_ds import ds_config, launch
 from dpo_ds.batch import PAIR, PreferencePair
-from dpo_ds.checkpoint import versions
-from dpo_ds.config import PrecomputeConfig, VerifyConfig
+from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout
-from dpo_ds.errors import ConfigError, UserError
 from dpo_ds.launch import Launch
+from dpo_ds.manifest import versions
 from dpo_ds.model import check_model, load_tokenizer
-from dpo_ds.preflight import check_reference_model, prepare_data, reference_section, speaker, this_machine
+from dpo_ds.preflight import (
+    check_fit,
+    check_reference_model,
+    make_writable,
+    prepare_data,
+    speaker,
+    this_machine,
+)
+from dpo_ds.progress import Progress
 from dpo_ds.reference.cache import (
     FORMAT,
     KeyIndex,
@@ -46,12 +49,11 @@ from dpo_ds.reference.cache import (
     write_shard,
 )
 from dpo_ds.reference.cached import check_identity, identity, kernels, refuse_random_weights
+from dpo_ds.reference.lock import FolderLock
 from dpo_ds.reference.store import data_keys
 from dpo_ds.reference.verify import verify
-from dpo_ds.run import GRACE_SECONDS
 
 NO_DEEPSPEED = "none"
-LINE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Work:
     manifest: Manifest | None
     shards: Sequence[np.ndarray]
     hidden_size: int
+    lock: FolderLock
 
     @property
     def first_number(self) -> int:
@@ -94,14 +97,10 @@ def start(run: PrecomputeConfig | VerifyConfig) -> int:
             verify(Path(run.verify))
         return 0
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        work = prepare(run, place)
-    except UserError:
-        if not place.is_first:
-            time.sleep(GRACE_SECONDS)  # leaving first would make the launcher stop rank 0 before its line
-        raise
+    work = prepare(run, place)
     if not work.shards:
         speaker(place)([f"{run.reference.cache}: complete, {work.manifest.values['rows']} pairs; nothing to compute"])
+        work.lock.close()
         return 0
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
@@ -113,6 +112,7 @@ def start(run: PrecomputeConfig | VerifyConfig) -> int:
         fill(run, work, place, device)
     finally:
         engine.finish_distributed()
+    work.lock.close()
     return 0
 
 
@@ -125,15 +125,18 @@ def prepare(run: PrecomputeConfig, place: Launch) -> Work:
     refuse_random_weights(run)
     torch.set_num_threads(place.threads)
     folder = Path(run.reference.cache)
-    _make_writable(folder)
+    make_writable(folder, "reference.cache")
+    lock = FolderLock(folder, place.rank)
+    if place.is_first:
+        lock.take(speaker(place))
     policy_config = check_model(run.model, run.model.path)
-    hidden_size = check_reference_model(run, policy_config.get_text_config()).hidden_size
+    text_config = check_reference_model(run, policy_config.get_text_config())
     tokenizer = load_tokenizer(run.model, policy_config, run.model.path)
     source, filled = run.deepspeed.reference_config or run.deepspeed.config, None
     if source != NO_DEEPSPEED:
         key = "deepspeed.reference_config" if run.deepspeed.reference_config else "deepspeed.config"
         given = ds_config.read(source, key)
-        filled, notes = ds_config.fill_reference(given, source, this_machine(place), hidden_size)
+        filled, notes = ds_config.fill_reference(given, source, this_machine(place), text_config.hidden_size)
         speaker(place)(notes)
     manifest, of_model = read_manifest(folder), None
     if place.is_first:
@@ -143,7 +146,9 @@ def prepare(run: PrecomputeConfig, place: Launch) -> Work:
             check_identity(run, found, of_model)
         if manifest is not None:
             check_shards(manifest)
-    datasets = list(prepare_data(run.data, tokenizer, PAIR, place).values())
+    prepared = prepare_data(run.data, tokenizer, PAIR, place)
+    check_fit(prepared, text_config, speaker(place))
+    datasets = list(prepared.values())
     keys = np.concatenate([data_keys(data, build=place.is_first_on_node) for data in datasets])
     new = missing_rows(keys, manifest)
     size = run.precompute.shard_rows
@@ -151,7 +156,7 @@ def prepare(run: PrecomputeConfig, place: Launch) -> Work:
     columns = [(d.prompt_lengths, d.chosen_lengths, d.rejected_lengths) for d in datasets]
     lengths = np.concatenate([np.stack(column, axis=1) for column in columns])
     shards = [rows[np.argsort(-lengths[rows].sum(1), kind="stable")] for rows in shards]  # like lengths share a forward
-    return Work(filled, of_model, datasets, keys, lengths, manifest, shards, hidden_size)
+    return Work(filled, of_model, datasets, keys, lengths, manifest, shards, text_config.hidden_size, lock)
 
 
 def missing_rows(keys: np.ndarray, manifest: Manifest | None) -> np.ndarray:
@@ -179,6 +184,7 @@ def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device)
     say([note.replace("train.layout", "precompute.layout")] if note else [])
     layout = Layout(layout_name, PAIR, run.precompute.micro_batch_tokens, work.hidden_size)
 
+    work.lock.share(dist.barrier)
     of_model, folder = from_rank_0(work.identity), Path(run.reference.cache)
     threads, used = run.precompute.threads, versions()
     settings = kernels(model, layout_name) | {"micro_batch_tokens": layout.budget, "threads": threads}
@@ -213,7 +219,7 @@ def compute_shards(
     """Writes the shards in `todo`, this rank every `ranks`th of them."""
     rounds = [todo[begin : begin + ranks] for begin in range(0, len(todo), ranks)]
     mine = [shards[rank] for shards in rounds if rank < len(shards)]
-    progress = Progress(sum(int(work.lengths[work.shards[shard]].sum()) for shard in mine), talks)
+    progress = Progress(sum(int(work.lengths[work.shards[shard]].sum()) for shard in mine), talks, "token", "pairs")
     for shards in rounds:
         # ZeRO-3 is collective: every rank runs as many forwards, on nothing where it has no pairs left.
         forwards = max(len(micro_batches(work.lengths[work.shards[shard]], layout)) for shard in shards)
@@ -237,16 +243,6 @@ def _unfinished(work: Work, folder: Path, head: dict) -> list[int]:
         if path.suffix == ".tmp" or (path.match("shard-*.parquet") and path.name > last):
             path.unlink()
     return todo
-
-
-def _make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        why = f"not writable ({error.strerror}); choose another folder"
-        raise ConfigError(f"--reference.cache {folder}: {why}") from None
 
 
 def micro_batches(lengths: np.ndarray, layout: Layout) -> list[np.ndarray]:
@@ -288,33 +284,3 @@ def compute(model, work: Work, rows: np.ndarray, forwards: int, layout: Layout, 
             side.append(logps[start : start + length - unpredicted])
             start += length - unpredicted
     return Shard(work.keys[rows], lengths[:, 1:].astype(np.int64), *map(np.concatenate, sides))
-
-
-class Progress:
-    """A bar on a terminal, else a line now and then; rank 0's own share, which is every rank's up to a shard."""
-
-    def __init__(self, tokens: int, talks: bool):
-        self.pairs, self.tokens = 0, 0
-        self._started = self._last_line = time.monotonic()
-        self._total, self._talks = tokens, talks
-        self._bar = None
-        if talks and sys.stderr.isatty():
-            self._bar = tqdm(total=tokens, unit="token", unit_scale=True, dynamic_ncols=True)
-
-    def add(self, pairs: int, tokens: int) -> None:
-        self.pairs, self.tokens = self.pairs + pairs, self.tokens + tokens
-        if self._bar is not None:
-            self._bar.update(tokens)
-        elif self._talks and time.monotonic() - self._last_line >= LINE_SECONDS:
-            self._last_line = time.monotonic()
-            seconds = self._last_line - self._started
-            left = tqdm.format_interval(seconds / self.tokens * (self._total - self.tokens))
-            share, speed = self.tokens / self._total, self.pairs / seconds
-            print(f"dpo-ds: {share:.0%}  {speed:.3g} pairs/s a rank  left {left}", flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._talks and self.pairs:
-            seconds = time.monotonic() - self._started
-            print(f"dpo-ds: {self.pairs} pairs, {self.tokens} tokens in {seconds:.1f} s on rank 0", flush=True)

@@ -100,10 +100,27 @@ def preference_rows(count: int, seed: int = 0, held_out: bool = False) -> Iterat
         yield {"prompt": prompt, "chosen": _text(_sentences(demand, rng)), "rejected": _text(rejected)}
 
 
-def sft_rows(count: int, seed: int = 0, held_out: bool = False) -> Iterator[dict[str, str]]:
-    """Rows of prompt and chosen only."""
-    for row in preference_rows(count, seed, held_out):
-        yield {"prompt": row["prompt"], "chosen": row["chosen"]}
+def written_rows(count: int, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Rows of prompt and completion by writers who break one demand in every second review."""
+    rng = random.Random(f"{seed} written")
+    for row in preference_rows(count, seed):
+        yield {"prompt": row["prompt"], "completion": row[rng.choice(["chosen", "rejected"])]}
+
+
+def prompt_rows(count: int, seed: int = 0, held_out: bool = False) -> Iterator[dict[str, str]]:
+    """Instructions alone, each once."""
+    seen = set()
+    for row in preference_rows(100 * count, seed, held_out):
+        if row["prompt"] not in seen:
+            seen.add(row["prompt"])
+            yield {"prompt": row["prompt"]}
+        if len(seen) == count:
+            return
+
+
+def scores(prompts: list[str], completions: list[str]) -> list[float]:
+    """`score` of every completion: what --sample.score and --evaluate.score take as dpo_ds.demo.corpus:scores."""
+    return [score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from dpo_ds.launch import free_port
 
 RANKS = 2
+FOLDERS = {"sample": "sample.to", "precompute": "reference.cache"}  # where it is not output_dir with its STATUS.json
 GRACE_SECONDS = 20  # what ranks get to end by themselves once their launcher is gone
 
 
@@ -32,13 +33,13 @@ def launcher() -> str:
     return min(str(path), os.path.relpath(path), key=len)
 
 
-def run(command: str, keys: dict[str, object], output_dir: Path) -> None:
-    """`dpo_ds COMMAND --key value ...` on two CPU ranks; its output goes to the terminal and to OUTPUT_DIR.log.
+def run(command: str, keys: dict[str, object], folder: Path) -> None:
+    """`dpo_ds COMMAND --key value ...` into `folder` on two CPU ranks; its output goes to the terminal and FOLDER.log.
 
     Raises:
-        JobFailed: the command did not end with exit code 0 and "done" in its STATUS.json.
+        JobFailed: the command did not end with exit code 0 and "done" in its STATUS.json, or without its MANIFEST.json.
     """
-    keys = keys | {"output_dir": output_dir}
+    keys = keys | {FOLDERS.get(command, "output_dir"): folder}
     argv = [launcher(), "--num_gpus", str(RANKS), "--master_port", str(free_port()), "--log_level", "critical"]
     argv += ["--module", "dpo_ds", command]
     shown = "DS_ACCELERATOR=cpu " + shlex.join(argv)
@@ -46,15 +47,20 @@ def run(command: str, keys: dict[str, object], output_dir: Path) -> None:
         argv += [f"--{key}", str(value)]
         shown += f" \\\n    --{key} {shlex.quote(str(value))}"
     print(f"\n$ {shown}", flush=True)
-    log_path = output_dir.with_suffix(".log")
+    log_path = folder.with_suffix(".log")
     exit_code = _teed(argv, log_path)
-    status = _status(output_dir / "STATUS.json")
-    if exit_code != 0 or status.get("state") != "done":  # the launcher ends with 0 when its own helper is killed
+    if command in FOLDERS:
+        witness, is_done = folder / "MANIFEST.json", (folder / "MANIFEST.json").exists()
+        told = "there" if is_done else "not there"
+    else:
+        witness, status = folder / "STATUS.json", _status(folder / "STATUS.json")
+        is_done, told = status.get("state") == "done", _described(status)
+    if exit_code != 0 or not is_done:  # the launcher ends with 0 when its own helper is killed
         raise JobFailed(
             f"`dpo_ds {command}` {_ending(exit_code)}\n"
             f"  command  {shlex.join(argv)}\n"
             f"  log      {log_path}\n"
-            f"  status   {output_dir / 'STATUS.json'}: {_described(status)}"
+            f"  status   {witness}: {told}"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dpo_ds import config
 from dpo_ds.attention import backend_for
 from dpo_ds.batch import Batch, sum_per_sequence
-from dpo_ds.config import PrecomputeConfig, TrainConfig
+from dpo_ds.config import PrecomputeConfig, TrainConfig, reference_section
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.data.tokenize import fingerprint
@@ -71,11 +71,11 @@ def identity(run: TrainConfig | PrecomputeConfig, tokenizer) -> dict[str, str]:
 
     A template, like a cut, changes token ids and thereby the pairs' keys.
     """
-    path = run.reference.path or run.model.path
+    section = reference_section(run)
     backend, special_tokens, _ = json.loads(fingerprint(tokenizer))
     tokens = json.dumps([backend, special_tokens], sort_keys=True)
-    weights = weights_digest(run.model, path)
-    return {"reference": path, "weights": weights, "tokenizer": hashlib.sha256(tokens.encode()).hexdigest()}
+    weights = weights_digest(section, section.path)
+    return {"reference": section.path, "weights": weights, "tokenizer": hashlib.sha256(tokens.encode()).hexdigest()}
 
 
 def check_identity(run: TrainConfig | PrecomputeConfig, found: dict, now: dict) -> None:

@@ -7,15 +7,32 @@ import json
 import threading
 from pathlib import Path
 
+import torch
+
 from dpo_ds import launch
 from dpo_ds.batch import padded_batch
-from dpo_ds.checkpoint import CheckpointWriter, open_folder
+from dpo_ds.checkpoint import CheckpointWriter
 from dpo_ds.config import TrainConfig, TrainSection
 from dpo_ds.ds_config import Machine, fill_policy
-from dpo_ds.elastic import load
+from dpo_ds.elastic import load, own_slice
 from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
+from dpo_ds.manifest import open_folder
 from dpo_ds.model import LogProbModel, load_causal_lm
 from tests.tiny import random_pairs
+
+
+def slices(engine) -> dict:
+    """This rank's part of every weight, in the type that it computes with."""
+    return {name: parameter.ds_tensor.detach() for name, parameter in engine.module.named_parameters()}
+
+
+def check_slices(engine, rank: int, saved: list[dict]) -> None:
+    """What the saving ranks put beside the engine's state, cut anew, is what the engine has loaded."""
+    for name, parameter in engine.module.named_parameters():
+        own = own_slice([weights[name] for weights in saved], parameter.ds_numel)
+        length = max(0, min(len(own), parameter.ds_numel - rank * len(own)))  # without the padding
+        assert own.dtype == parameter.ds_tensor.dtype
+        assert torch.equal(own[:length], parameter.ds_tensor.detach()[:length]), name
 
 
 def main(model: str, ds_config: str, source: str, target: str) -> None:
@@ -35,7 +52,10 @@ def main(model: str, ds_config: str, source: str, target: str) -> None:
     else:
         checkpoint, problem = open_folder(Path(source))
         assert checkpoint, problem
-        load(policy.engine, checkpoint)
-    writer = CheckpointWriter(Path(target), run, {}, 0, threading.Lock(), print)
-    assert writer.save(policy.engine, 2)
+        extras = load(policy.engine, checkpoint)
+        assert [extra["rank"] for extra in extras] == list(range(checkpoint.world_size))
+        check_slices(policy.engine, place.rank, [extra["weights"] for extra in extras])
+    writer = CheckpointWriter(Path(target), run, {}, 0, threading.Lock(), print, lambda step: None)
+    writer.save(policy.engine, 2, {"rank": place.rank, "weights": slices(policy.engine)}, wait=True)
+    assert writer.newest == 2
     finish_distributed()

@@ -1,6 +1,11 @@
-"""How long a save blocks: usage save_time.py MODEL TARGET OUT COUNT; rank 0 writes the seconds of each save to OUT."""
+"""How long saves block, in turn with dd: usage save_time.py MODEL TARGET OUT ROUNDS; rank 0 writes the seconds to OUT.
+
+A round is dd of as many bytes, a save that is waited for, undisturbed updates, and a save beside updates.
+"""
 
 import json
+import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,8 +21,10 @@ from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, qu
 from dpo_ds.model import LogProbModel, load_causal_lm
 from tests.tiny import random_pairs
 
+STEPS = 2  # undisturbed, and beside a save at least
 
-def main(model: str, target: str, out: str, count: str) -> None:
+
+def main(model: str, target: str, out: str, rounds: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
     device = initialize_distributed(place)
@@ -25,15 +32,48 @@ def main(model: str, target: str, out: str, count: str) -> None:
     run = TrainConfig.model_validate(sections | {"checkpoint": {"keep": 1}})
     filled, _ = fill_policy({}, "benchmark", TrainSection(), Machine(place.world_size, "cpu", False), 256)
     policy = Policy(LogProbModel(load_causal_lm(run.model, filled)), filled, device)
-    policy.backward(-policy.token_logps(padded_batch(random_pairs(1))).sum(), is_last=True)
-    policy.step(1e-6)
-    writer = CheckpointWriter(Path(target), run, {}, 0, threading.Lock(), print)
-    seconds = []
-    for step in range(1, int(count) + 1):
+    batch = padded_batch(random_pairs(2))
+    writer = CheckpointWriter(Path(target), run, {}, 0, threading.Lock(), print, lambda step: None)
+
+    def update() -> None:
+        policy.backward(-policy.token_logps(batch).sum(), is_last=True)
+        policy.step(1e-6)
+
+    def blocked(action, *args, **kwargs) -> float:
         dist.barrier()
         started = time.perf_counter()
-        assert writer.save(policy.engine, step)
-        seconds.append(time.perf_counter() - started)
-    if place.is_first:
-        Path(out).write_text(json.dumps(seconds))
+        action(*args, **kwargs)
+        return time.perf_counter() - started
+
+    update()
+    writer.save(policy.engine, 1)  # takes the memory of the copy
+    writer.finish()
+    (first,) = (Path(target) / "checkpoints").glob("step-*")
+    size = sum(path.stat().st_size for path in first.iterdir())
+    measured = []
+    for step in range(2, 2 * int(rounds) + 2, 2):
+        seconds = {"dd": blocked(dd, Path(target) / "dd", size) if place.is_first else blocked(lambda: None)}
+        dist.barrier()
+        seconds["waiting"] = blocked(writer.save, policy.engine, step, wait=True)
+        seconds["update"] = sum(blocked(update) for _ in range(STEPS)) / STEPS
+        seconds["beside"] = blocked(writer.save, policy.engine, step + 1)
+        slowed = []
+        while writer.newest < step + 1 or len(slowed) < STEPS:
+            if writer.newest < step + 1:
+                seconds["written after"] = len(slowed)
+                seconds["beside"] += blocked(writer.look)
+            slowed.append(blocked(update))
+        writing = slowed[: seconds["written after"]]
+        seconds["update while writing"] = sum(writing) / len(writing)
+        writer.finish()
+        measured.append(seconds | {"bytes": size})
+        if place.is_first:
+            Path(out).write_text(json.dumps(measured))
     finish_distributed()
+
+
+def dd(path: Path, size: int) -> None:
+    """Writes and fsyncs `size` bytes."""
+    os.sync()
+    command = ["dd", "if=/dev/zero", f"of={path}", "bs=16M", f"count={size}", "iflag=count_bytes", "conv=fsync"]
+    subprocess.run(command, check=True, capture_output=True)

@@ -1,0 +1,88 @@
+"""What makes a folder a complete checkpoint: MANIFEST.json, written last, with the size and SHA-256 of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from dpo_ds import durable
+
+MANIFEST, LATEST = "MANIFEST.json", "latest"
+FORMAT = 1  # of a checkpoint's files: DeepSpeed's ZeRO-3 shards, one pair a rank
+FOLDERS = "step-????????"
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files all have their size; `damage` also looks at every byte."""
+
+    path: Path
+    manifest: dict
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def world_size(self) -> int:
+        return self.manifest["world_size"]
+
+    def damage(self, share: int = 0, shares: int = 1) -> list[str]:
+        """The names of those files of this share whose SHA-256 is not the manifest's."""
+        files = sorted(self.manifest["files"].items())[share::shares]
+        return [name for name, written in files if durable.sha256(self.path / name) != written["sha256"]]
+
+
+def open_folder(path: Path) -> tuple[Checkpoint | None, str]:
+    """The checkpoint, or why it is none: no whole manifest of a known format, a file missing or of another size."""
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None, f"no {MANIFEST}, so it is no complete checkpoint"
+    except UnicodeDecodeError:
+        return None, f"{MANIFEST} is damaged"
+    body, _, digest = text.rpartition("\n")
+    if digest != _digest(body):
+        return None, f"{MANIFEST} is damaged"
+    manifest = json.loads(body)
+    if manifest["format"] != FORMAT:
+        version = manifest["versions"]["dpo_ds"]
+        return None, f"its layout {manifest['format']} (dpo_ds {version}) is not known here, only {FORMAT} is"
+    problem = first_wrong_size(path, manifest["files"])
+    return (Checkpoint(path, manifest), "") if problem is None else (None, problem)
+
+
+def write(folder: Path, record: dict) -> None:
+    """Makes the folder a complete checkpoint; `record` has step, world_size, config, versions, identity and files."""
+    body = json.dumps({"format": FORMAT, **record}, indent=1)
+    durable.write_text(folder / MANIFEST, f"{body}\n{_digest(body)}")
+
+
+def first_wrong_size(folder: Path, files: dict) -> str | None:
+    for name, written in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != written["size"]:
+            return f"{name} has {file.stat().st_size} bytes, {MANIFEST} says {written['size']}"
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Removes what saves and deletions left behind that died halfway."""
+    for left in folder.glob("*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def versions() -> dict[str, str]:
+    """Of dpo_ds and of what decides its numbers."""
+    return {"dpo_ds": version("dpo-ds")} | {package: version(package) for package in PACKAGES}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,45 @@
+"""What two ranks do between meeting and their first collective. main(CASE)"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dpo_ds import launch, rendezvous
+from dpo_ds.errors import ConfigError
+
+
+def main(case: str) -> int:
+    place = launch.from_environment()
+    rendezvous.BEAT_SECONDS, rendezvous.SILENT_SECONDS = 0.2, 2
+    if case == "different code" and place.rank == 1:
+        rendezvous.code = lambda: {name: "another" for name in ("dpo_ds", *rendezvous.PACKAGES)}
+    try:
+        meeting = rendezvous.meet(place)
+        if place.rank == 1:
+            prepare(case, meeting)
+        rendezvous.wait_for_all()
+        dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+        ranks = torch.ones(())
+        dist.all_reduce(ranks)
+        print(f"rank {place.rank}: {ranks.item():.0f} ranks")
+        dist.destroy_process_group()
+    except (ConfigError, RuntimeError) as error:
+        print(f"rank {place.rank}: {type(error).__name__}: {error}")
+        return 2
+    return 0
+
+
+def prepare(case: str, meeting: rendezvous.Meeting) -> None:
+    if case == "long":
+        time.sleep(5)  # longer than a collective may take, longer than a rank may be silent
+    elif case == "dies":
+        os._exit(9)
+    elif case == "mistake":
+        mistake = "data.train /local/pairs.jsonl: no such file"
+        print("rank 1: it speaks" if meeting.speaks(mistake) else "rank 1: rank 0 speaks")
+        raise ConfigError(mistake)
