@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make faults N=20 | make lint | make install | make clean
+# make demo | make test | make test-cluster | make bench | make faults N=20 | make lint | make install | make clean
 # Needs Python 3.10 or newer and make; no GPU, no compiler.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test bench faults lint clean
+.PHONY: install demo test test-cluster bench faults lint clean
 
 install: $(STAMP)
 
@@ -31,6 +31,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# A real Slurm, sshd and pdsh on two hosts that are namespaces of this machine; as root it installs what is missing. The
+# tests skip, and say why, where that cannot be.
+CLUSTER := slurm-wlm munge pdsh openssh-server openssh-client shellcheck iproute2
+test-cluster: $(STAMP)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(CLUSTER) >/dev/null 2>&1; then \
+		{ apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(CLUSTER); } || \
+		echo "not installed: what the tests need of $(CLUSTER)"; \
+	fi
+	$(BIN)/python -m pytest tests/cluster --timeout 600
 
 # Steps of ours against TRL's, on the CPU in some minutes, on all GPUs where there are any: make bench ARGS="--out bench.json"
 bench: $(VENV)/.bench

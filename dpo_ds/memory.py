@@ -18,15 +18,12 @@ import torch
 from dpo_ds import ds_config
 from dpo_ds.batch import CHOSEN_ONLY, PAIR, Segment
 from dpo_ds.config import (
-    COMMANDS,
     DataSection,
-    LoraSection,
     PrecomputeConfig,
     RewardConfig,
     Section,
     TrainConfig,
     load,
-    reference_section,
 )
 from dpo_ds.ds_config import Machine
 from dpo_ds.errors import ConfigError
@@ -180,11 +177,11 @@ def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: d
             memory.host["buffers to the NVMe"] = _pinned(int(count) * 4 * max(subgroups)) * per_node
     if _setting(zero, "contiguous_gradients"):
         memory.state["reduce bucket"] = communication * bucket
-    hpz = min(int(_setting(zero, "zero_hpz_partition_size")), ranks)
-    if hpz > 1:
-        memory.state["hpZ: the node's own copy of the weights"] = width * _shard(found, hpz)
 
     gathered = _gathered(found, zero, width, ranks)
+    hpz = min(int(_setting(zero, "zero_hpz_partition_size")), ranks)
+    if hpz > 1:  # made when a weight is given back the first time, dropped with the update
+        gathered["hpZ: the node's own copy of the weights"] = width * _shard(found, hpz)
     traced = peaks(config, how)
     phase = max((name for name in traced if name != "saved"), key=traced.get)
     names = {

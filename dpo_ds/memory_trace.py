@@ -33,7 +33,7 @@ from dpo_ds.config import LoraSection
 from dpo_ds.logprobs.chunked import TILES, Tiles
 from dpo_ds.model import switch_dropout_off
 
-FLASH = "dpo_ds_shape_of_flash"
+FLASH = "dpo_ds_shapes_only"  # transformers looks for a kernel where a name says flash
 GRADIENT_ROWS, LOGITS_BYTES = 65536, 1 << 30  # of logprobs/triton.py's TILES, kept equal by a test: triton is optional
 CUDA_TILES = Tiles(0, GRADIENT_ROWS, LOGITS_BYTES, 0)
 
@@ -72,24 +72,23 @@ class Parameter:
 
 def parameters(config, run: Pass) -> list[Parameter]:
     """The model's parameters in the order of `named_parameters`, each tied one once."""
-    with torch.device("meta"):
-        model = _build(config, run)
-    return [Parameter(p.numel(), p.requires_grad, p.dim() > 1) for p in model.parameters()]
+    return [Parameter(p.numel(), p.requires_grad, p.dim() > 1) for p in _build(config, run).parameters()]
 
 
 def peaks(config, run: Pass) -> dict[str, int]:
     """Bytes at most, by phase; "saved" is what backward begins with.
 
-    Phases grow by the same bytes with every layer, so one and two layers tell all.
+    From the second layer on, each adds the same bytes to a phase, so two and three layers tell all.
     """
     layers = config.get_text_config().num_hidden_layers
-    one, two = (_traced(_cut(config, depth), run) for depth in (1, 2))
-    return {phase: one[phase] + (layers - 1) * (two[phase] - one[phase]) for phase in one}
+    two, three = (_traced(_cut(config, depth), run) for depth in (2, 3))
+    return {phase: two[phase] + (layers - 2) * (three[phase] - two[phase]) for phase in two}
 
 
 def _traced(config, run: Pass) -> dict[str, int]:
-    with _shapes_only(), FakeTensorMode():
-        model = _build(config, run)
+    model = _build(config, run)
+    with _shapes_only(), FakeTensorMode(allow_non_fake_inputs=True):  # the parameters come as meta tensors
+        model.to_empty(device="cpu")
         meter = PeakMemory([*model.parameters(), *model.buffers()])
         if run.training:
             reducer = _Reducer(run)
@@ -156,8 +155,8 @@ class PeakMemory(TorchDispatchMode):
 
 
 class _Reducer:
-    """Gradients as DeepSpeed's stage 3 takes them: copied into its bucket and freed, those larger than it kept until the
-    next flush, which lays all of them out once more."""
+    """Gradients as DeepSpeed's stage 3 takes them: copied into its bucket and freed, those larger than it kept until
+    the next flush, which lays all of them out once more."""
 
     def __init__(self, run: Pass):
         self._run = run
@@ -236,7 +235,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, *_ = ctx.saved_tensors
         like_query = [torch.empty_like(query), torch.empty(query.shape)]  # and its float32 sums
-        repeated = [torch.empty(len(key), *query.shape[1:], dtype=key.dtype) for _ in range(2)]  # a gradient a query head
+        repeated = [torch.empty(len(key), *query.shape[1:], dtype=key.dtype) for _ in range(2)]  # one a query head
         gradients = torch.empty_like(key), torch.empty_like(value)
         del repeated
         return like_query[0], *gradients
@@ -265,6 +264,11 @@ def _shapes_only() -> Iterator[None]:
 
 
 def _build(config, run: Pass) -> PreTrainedModel:
+    with torch.device("meta"):
+        return _on_this_device(config, run)
+
+
+def _on_this_device(config, run: Pass) -> PreTrainedModel:
     config = copy.deepcopy(config)
     switch_dropout_off(config)
     if run.is_reward:
@@ -282,12 +286,12 @@ def _build(config, run: Pass) -> PreTrainedModel:
 
 
 def _cut(config, layers: int):
-    """The config with its first layers only; lists of one entry a layer are cut too."""
+    """The config with so many layers; lists of one entry a layer follow."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     whole = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == whole:
-            setattr(text, name, value[:layers])
+            setattr(text, name, (value * layers)[:layers])
     text.num_hidden_layers = layers
     return config

@@ -25,7 +25,7 @@ from tests.ranks import ROOT
 IMPORTS = """
     deepspeed transformers.integrations transformers.models.llama.modeling_llama torch.utils.tensorboard peft
     dpo_ds.cli dpo_ds.run dpo_ds.export dpo_ds.elastic dpo_ds.trainer dpo_ds.precompute dpo_ds.reference.live
-    dpo_ds.reference.adapter
+    dpo_ds.reference.adapter dpo_ds.sample dpo_ds.evaluate dpo_ds.report
 """.split() + """
     deepspeed.module_inject.auto_ep_layer deepspeed.runtime.zero.muon.original_muon deepspeed.ops.op_builder.all_ops
     torch._functorch.aot_autograd torch._inductor.codecache networkx

@@ -12,7 +12,7 @@ def table() -> str:
     for settings in config.COMMANDS.values():
         for key, field in config.keys(settings).items():
             default = "required" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
-            rows[key] = f"| `{key}` | {default} | {field.description} |"
+            rows.setdefault(key, f"| `{key}` | {default} | {field.description} |")
     return "\n".join(rows[key] for key in sorted(rows, key=list(rows).index))
 
 

@@ -1,6 +1,7 @@
 """Saving and resuming with real ranks: bit-equal at the same number of them, within rounding at another."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_ds.checkpoint import open_folder
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.elastic import KINDS, Shards
+from dpo_ds.manifest import open_folder
 from tests.ranks import ROOT
-from tests.small_jobs import exact, make_world, run, status, steps, weights
+from tests.small_jobs import exact, make_world, run, start, status, steps, wait_for, wait_for_step, weights
 from tests.tiny import VOCAB
 
 pytestmark = pytest.mark.distributed
@@ -152,6 +153,39 @@ def test_a_full_disk_is_told_and_training_goes_on(forks, world, small_disk):
     assert status(world / "full")["state"] == "done" and len(steps(world / "full")) == 6
     resumed, output = run(forks, world, "full", **keys | {"checkpoint__every": 0})
     assert resumed == [0, 0] and "step-00000002" in output
+
+
+def test_a_disk_that_fills_up_beside_training_is_told_at_a_later_step(forks, world, small_disk):
+    """Others take the room while the first save is written; then they go, and the second one succeeds."""
+    (world / "filled").mkdir()
+    (world / "filled" / "checkpoints").symlink_to(small_disk)
+    keys = {"train__max_steps": 12, "checkpoint__every": 6}
+    ranks = start(forks, world, "filled", env={"DPO_DS_SLOW_DISK": "0.005"}, **keys)
+    wait_for(small_disk / "step-00000006.tmp" / "zero_pp_rank_1_mp_rank_00_model_states.pt")
+    subprocess.run(["dd", "if=/dev/zero", f"of={small_disk / 'others'}", "bs=4k"], capture_output=True)
+    wait_for_step(world / "filled", 10)
+    (small_disk / "others").unlink()
+    codes, output = ranks.codes(), ranks.output()
+    assert codes == [0, 0], output
+    (told,) = [line for line in output.splitlines() if "NOT saved" in line]
+    assert re.match(r"checkpoint of step 6 NOT saved: rank [01]: No space left on device; it needs \d+ bytes, ", told)
+    assert told.endswith("there is none yet, training goes on")
+    assert sorted(path.name for path in small_disk.iterdir()) == ["latest", "step-00000012"]
+
+
+def test_without_a_copy_training_waits_and_comes_to_the_same(forks, world, whole):
+    codes, output = run(
+        forks, world, "waiting", **KEYS, data__eval=world / "eval.jsonl", checkpoint__asynchronous=False
+    )
+    assert codes == [0, 0] and "checkpoint.asynchronous" not in output, output
+    assert exact(world / "waiting") == exact(whole)
+    for step in (2, STEPS):
+        name = Path("checkpoints") / f"step-{step:08d}"
+        ours, theirs = (Shards(open_folder(folder / name)[0]) for folder in (world / "waiting", whole))
+        for parameter, place in theirs.places.items():
+            for kind in KINDS:
+                pieces = [torch.cat(list(s.read(parameter, kind, 0, place.shape.numel()))) for s in (ours, theirs)]
+                assert torch.equal(*pieces), f"{parameter} {kind} of step {step}"
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,10 +58,20 @@ def test_rows_depend_on_the_seed_alone(tmp_path):
     corpus.write_jsonl(tmp_path / "b", corpus.preference_rows(20, seed=5))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert list(corpus.preference_rows(20, seed=5)) != list(corpus.preference_rows(20, seed=6))
-    rows = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
-    sft = list(corpus.sft_rows(20, seed=5))
-    assert [set(row) for row in sft] == [{"prompt", "chosen"}] * 20
-    assert [row["chosen"] for row in sft] == [row["chosen"] for row in rows]
+
+
+def test_half_of_the_written_reviews_are_flawed():
+    rows = list(corpus.written_rows(400, seed=5))
+    scores = corpus.scores(*([row[key] for row in rows] for key in ("prompt", "completion")))
+    assert set(scores) == {0.75, 1.0} and 160 < scores.count(1.0) < 240  # 200 expected, standard deviation 10
+
+
+def test_prompts_come_once_and_held_out_ones_nowhere_else():
+    asked = [row["prompt"] for row in corpus.prompt_rows(300, seed=1)]
+    held_out = [row["prompt"] for row in corpus.prompt_rows(100, held_out=True)]
+    assert len(set(asked)) == len(asked) == 300 and len(set(held_out)) == 100
+    assert not {corpus.Demand.parse(prompt) for prompt in asked} & corpus.HELD_OUT
+    assert {corpus.Demand.parse(prompt) for prompt in held_out} <= corpus.HELD_OUT
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -182,23 +194,34 @@ def test_the_demo_empties_only_its_own_folder(tmp_path, capsys):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def _metrics(folder, lines):
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def test_table_and_picture_come_from_the_metrics(tmp_path):
-    sft = _metrics(tmp_path / "sft", [{"step": 1, "loss": 6.25}, {"step": 1, "eval_loss": 0.5}])
-    keys = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
-    first = {"step": 1} | dict(zip(keys, (0.693147, 0.0, 0.0, 0.0, 0.0), strict=True))
-    later = {"step": 1} | dict(zip([f"eval_{key}" for key in keys], (0.25, 0.875, 1.5, 0.5, -1.0), strict=True))
-    dpo = _metrics(tmp_path / "dpo", [first, later])
-    assert report.table(sft, dpo).split("\n")[2:] == [
-        "  SFT loss          6.2500    0.5000",
-        "  DPO accuracy        0.0%     87.5%",
-        "  DPO margin         0.000     1.500",
-        "  DPO loss          0.6931    0.2500",
+def test_table_and_completions_come_from_the_evaluation(tmp_path):
+    estimate = {"mean": 0.75, "standard_error": 0.01}
+    models = [
+        {"name": name, "samples": {"kl": {"mean": kl, "standard_error": 0.5}, "reward": estimate | {"mean": reward}}}
+        for name, kl, reward in (("reference", 0.0, 0.75), ("DPO", 3.0, 0.95))
     ]
-    report.draw(dpo, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    evaluation = {"reference": models[0], "baseline": None, "policies": models[1:]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    rows = [
+        {"model": model, "row": row, "draw": draw, "prompt": f"P{row}\nReview:", "completion": f" {model} {row} {draw}",
+         "reward": reward}
+        for model, reward in (("reference", 0.5), ("DPO", 1.0)) for row in range(2) for draw in range(2)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "completions.parquet")
+    lines = report.table(tmp_path).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["SFT", "DPO"] and "0.950" in lines[3] and "3.000" in lines[3]
+    assert report.before_and_after(tmp_path, count=1).splitlines() == [
+        "  P0 Review:",
+        "    before 0.50  reference 0 0",
+        "    after  1.00  DPO 0 0",
+    ]
+
+
+def test_a_command_without_a_status_is_done_with_its_manifest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "launcher", lambda: _launcher(tmp_path, "print('drawn')"))
+    with pytest.raises(job.JobFailed, match="MANIFEST.json: not there"):
+        job.run("sample", {}, tmp_path / "samples")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "MANIFEST.json").write_text("{}")
+    job.run("sample", {}, tmp_path / "samples")

@@ -49,6 +49,14 @@ def test_srun(environment):
     assert launch.os.environ["MASTER_PORT"] == str(20000 + (1234 * 97 + 0) % 12000)
 
 
+@pytest.mark.parametrize(("on_node", "threads"), [("12", 3), ("48", 12)], ids=["shares all cores", "bound to its own"])
+def test_threads_under_srun(environment, monkeypatch, on_node, threads):
+    """Rank 5 of SRUN is one of 4 tasks on its node and may use 12 cores."""
+    environment(**SRUN, SLURM_CPUS_ON_NODE=on_node)
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: range(12))
+    assert launch.from_environment().threads == threads
+
+
 def test_a_batch_script_itself_is_one_process(environment):
     environment(SLURM_PROCID="0", SLURM_JOB_ID="1234")
     assert launch.from_environment() == Launch(0, 1, 0, 1)

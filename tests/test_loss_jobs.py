@@ -1,4 +1,4 @@
-"""Losses and references that carry a state of their own from step to step, through jobs that are stopped and resumed."""
+"""Losses and references with a state of their own from step to step, through jobs that are stopped and resumed."""
 
 import shutil
 

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_ds.demo.corpus import preference_rows, write_jsonl
 from dpo_ds.demo.tiny import save_tiny_model, tiny_llama, train_tokenizer
+from dpo_ds.reference.lock import FolderLock
 
 pytestmark = pytest.mark.distributed
 
@@ -59,7 +61,8 @@ def world(tmp_path_factory, forks):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Of its files but the lock's, which has nothing in it."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
 
 
 def losses(out: Path) -> list[dict]:
@@ -76,6 +79,7 @@ def cache(world):
 
 
 def test_the_folder_holds_shards_and_a_manifest(cache):
+    assert (cache / ".lock").read_bytes() == b""
     assert sorted(content(cache)) == ["MANIFEST.json", *(f"shard-{n:06d}.parquet" for n in range(8))]
     manifest = json.loads((cache / "MANIFEST.json").read_text())
     assert manifest["rows"] == 60, "the pair that comes twice is stored once"
@@ -112,6 +116,23 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_bytes(world, cache)
     assert codes == [0, 0], output
     assert "of 8 shards are there already" in output
     assert content(target) == content(cache)
+
+
+def test_only_one_job_fills_a_folder(world, cache):
+    """Refused while rank 0 of another job has all of the lock, and while a later rank of it still has its part."""
+    folder = shutil.copytree(cache, world.folder / "locked")
+    first, holder = FolderLock(folder, 0), f"process {os.getpid()} on {socket.gethostname()}"
+    first.take(print)
+    codes, output = world.run("precompute", 1, "locked")
+    assert codes == [2] and f"--reference.cache {folder}: {holder} is filling it; wait for its end" in output, output
+    first.close()
+    later = FolderLock(folder, 1)
+    later.share(lambda: None)
+    codes, output = world.run("precompute", 1, "locked")
+    assert codes == [2] and "another process is filling it" in output, output
+    later.close()
+    codes, output = world.run("precompute", 1, "locked")
+    assert codes == [0] and "complete, 60 pairs" in output, output
 
 
 def test_training_on_the_cache_is_training_on_the_live_reference(world, cache):
@@ -190,6 +211,12 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(world, cache):
     ours = json.loads((cache / "MANIFEST.json").read_text())["weights"][:12]
     assert f"weights {ours} of {folder / 'model'}, but {model} now has" in message
     assert "computed with the weights" in refused(command="precompute", model__path=model)
+
+    small = shutil.copytree(folder / "model", folder / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    message = refused(command="precompute", model__path=small, cache="small")
+    assert "the model's vocab_size is 300; its tokenizer belongs to another model" in message
 
     other = shutil.copytree(folder / "model", folder / "tokens")
     tokenizer = json.loads((other / "tokenizer.json").read_text())

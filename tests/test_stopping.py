@@ -1,5 +1,6 @@
 """Signals, time limits, dead and hanging ranks, on real jobs."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,12 +9,14 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dpo_ds import stopping
 from dpo_ds.config import CheckpointSection
 from dpo_ds.errors import ConfigError
 from dpo_ds.launch import free_port
+from dpo_ds.manifest import open_folder
 from dpo_ds.stopping import StopFlag, Stopped, at_once, check_end, deadline
 from tests.ranks import ROOT
 from tests.small_jobs import exact, make_world, run, start, status, steps, train_command, wait_for_step, weights
@@ -102,21 +105,39 @@ def test_a_rank_that_hangs_or_fails_alone_is_named(forks, tmp_path):
     assert codes == [0, 0, 0] and output == "", output
 
 
+def interrupt_all(launcher: subprocess.Popen) -> None:
+    """Ctrl-C: SIGINT to the launcher, its helper and the ranks; the launcher signals the ranks a second time."""
+    os.killpg(launcher.pid, signal.SIGINT)
+
+
+def terminate_launch_py(launcher: subprocess.Popen) -> None:
+    """What ends a node's part of a job: launch.py hands it to its ranks one by one and waits 30 s for each."""
+    (launch_py,) = psutil.Process(launcher.pid).children()
+    assert "deepspeed.launcher.launch" in launch_py.cmdline()
+    launch_py.terminate()
+
+
 @pytest.mark.distributed
-def test_ctrl_c_at_the_launchers_terminal(world):
-    """SIGINT to the launcher, its helper and the ranks at once; the launcher signals the ranks a second time."""
-    out = world / "interrupted"
+@pytest.mark.parametrize("stop", [interrupt_all, terminate_launch_py])
+def test_what_stops_the_launcher_saves_a_checkpoint(world, stop):
+    out = world / stop.__name__
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     command = [*launcher, "--module", "dpo_ds", *train_command(world, out.name, **KEYS | {"train__max_steps": 2000})]
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env |= {"DPO_DS_CACHE": str(world / "cache")}
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
-    wait_for_step(out, 3)
-    os.killpg(process.pid, signal.SIGINT)
-    process.wait(60)
+    try:
+        wait_for_step(out, 3, seconds=200)  # three interpreters that import deepspeed, one after the other
+        stop(process)
+        process.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     said = status(out)
     assert (said["state"], said["exit_code"]) == ("stopped", 75) and said["reason"].endswith(" received")
-    assert (out / "checkpoints" / f"step-{said['step']:08d}" / "MANIFEST.json").is_file()
+    checkpoint, problem = open_folder(out / "checkpoints" / f"step-{said['step']:08d}")
+    assert checkpoint is not None and checkpoint.damage() == [], problem
+    assert not list((out / "pids").iterdir()), "every rank came to its end"
 
 
 class Ended(Exception):

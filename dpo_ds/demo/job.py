@@ -47,7 +47,7 @@ def run(command: str, keys: dict[str, object], folder: Path) -> None:
         argv += [f"--{key}", str(value)]
         shown += f" \\\n    --{key} {shlex.quote(str(value))}"
     print(f"\n$ {shown}", flush=True)
-    log_path = folder.with_suffix(".log")
+    log_path = folder.with_name(f"{folder.name}.log")
     exit_code = _teed(argv, log_path)
     if command in FOLDERS:
         witness, is_done = folder / "MANIFEST.json", (folder / "MANIFEST.json").exists()

@@ -1,16 +1,13 @@
-"""What a checkpoint costs: the time a save blocks two ranks, against dd writing and fsyncing as many bytes there.
+"""What a checkpoint costs: the time that two ranks stand still, against dd writing and fsyncing as many bytes there.
 
-`python -m tests.benchmarks.checkpoint [FOLDER]`; the two alternate, so that both see the same disk.
+`python -m tests.benchmarks.checkpoint [FOLDER]`; they alternate, so that all see the same disk.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
@@ -18,7 +15,7 @@ from dpo_ds.demo.tiny import random_model, tiny_config
 from tests.forkserver import fork_server
 from tests.tiny import VOCAB
 
-ROUNDS = 4
+LAUNCHES, ROUNDS = 1, 8
 
 
 def main(folder: str) -> None:
@@ -27,31 +24,21 @@ def main(folder: str) -> None:
         model = random_model(tiny_config("llama", VOCAB, hidden=1024, layers=3, intermediate_size=4096))
         model.save_pretrained(work / "model")
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        saves, plain = [], []
-        for number in range(ROUNDS):
-            argv = [work / "model", work / "out", work / "seconds.json", 2]
-            codes, output = forks.run(argv, 2, work / "logs", module="tests.workers.save_time", timeout=600)
+        rounds = []
+        for launch in range(LAUNCHES):
+            argv = [work / "model", work / f"out-{launch}", work / "seconds.json", ROUNDS]
+            codes, output = forks.run(argv, 2, work / "logs", module="tests.workers.save_time", timeout=900)
             assert codes == [0, 0], output
-            blocked = json.loads((work / "seconds.json").read_text())
-            (checkpoint,) = (work / "out" / "checkpoints").glob("step-*")
-            size = sum(path.stat().st_size for path in checkpoint.iterdir())
-            saves += blocked
-            plain += [dd(work / "dd", size), dd(work / "dd", size)]
-            print(f"round {number + 1}: {parameters / 1e6:.0f}M parameters, {size / 1e6:.0f} MB; saves ", end="")
-            print(f"{blocked[0]:.2f} and {blocked[1]:.2f} s, dd {plain[-2]:.2f} and {plain[-1]:.2f} s", flush=True)
-    blocks, takes = median(saves), median(plain)
-    print(f"medians: a save blocks {blocks:.2f} s, dd takes {takes:.2f} s: {blocks / takes:.2f}")
-
-
-def dd(path: Path, size: int) -> float:
-    """Seconds to write and fsync `size` bytes."""
-    os.sync()
-    started = time.perf_counter()
-    command = ["dd", "if=/dev/zero", f"of={path}", "bs=16M", f"count={size}", "iflag=count_bytes", "conv=fsync"]
-    subprocess.run(command, check=True, capture_output=True)
-    seconds = time.perf_counter() - started
-    path.unlink()
-    return seconds
+            rounds += json.loads((work / "seconds.json").read_text())
+        print(f"{parameters / 1e6:.0f}M parameters, {rounds[0]['bytes'] / 1e6:.0f} MB, {len(rounds)} rounds")
+        for seconds in rounds:
+            print(", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if name != "bytes"), flush=True)
+    for kind in ("waiting", "beside"):
+        ratios = sorted(seconds[kind] / seconds["dd"] for seconds in rounds)
+        print(f"{kind}: blocks {median(seconds[kind] for seconds in rounds):.2f} s, ", end="")
+        print(f"{median(ratios):.2f} times dd ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    slowed = median(seconds["update while writing"] / seconds["update"] for seconds in rounds)
+    print(f"an update beside the writing takes {slowed:.2f} times an undisturbed one")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ PIPE and waits for a line on stdin before it goes on: only one contender compute
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +23,8 @@ from torch.nn.functional import logsigmoid
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from dpo_ds import attention, engine, launch, preflight  # noqa: E402
 from dpo_ds.batch import PAIR, Batch  # noqa: E402
-from dpo_ds.config import TrainConfig  # noqa: E402
 from dpo_ds.data import PairDataset  # noqa: E402
-from dpo_ds.data.batching import Layout, Lengths, global_batches, plan  # noqa: E402
+from dpo_ds.data.batching import Layout, Lengths, plan  # noqa: E402
 from dpo_ds.losses import DPO  # noqa: E402
 from dpo_ds.model import LogProbModel, load_causal_lm  # noqa: E402
 from dpo_ds.peers import Silent  # noqa: E402
@@ -36,123 +33,14 @@ from dpo_ds.reference.cached import CachedReference  # noqa: E402
 from dpo_ds.reference.live import LiveReference, frozen_model  # noqa: E402
 from dpo_ds.stopping import StopFlag  # noqa: E402
 from dpo_ds.trainer import Objective, Trainer  # noqa: E402
-
-BETA = 0.1
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every contender does: the same pairs in the same global batches through the same model.
-
-    tokens: folder of the tokenised pairs. micro_batch_tokens bounds our forward, TRL's is pairs_per_rank pairs.
-    """
-
-    model: str
-    pairs: str
-    tokens: str
-    deepspeed: str
-    folder: str
-    ranks: int
-    pairs_per_rank: int
-    micro_batch_tokens: int
-    learning_rate: float
-    bf16: bool
-    warm_up: int  # steps before the first round
-    steps: int  # of a round
-    rounds: int
-
-    @property
-    def global_batch_size(self) -> int:
-        return self.ranks * self.pairs_per_rank
-
-    @property
-    def total_steps(self) -> int:
-        return self.warm_up + self.rounds * self.steps
-
-    def dataset(self) -> PairDataset:
-        return PairDataset(Path(self.tokens), [1.0])
-
-    def batches(self, data: PairDataset) -> list[np.ndarray]:
-        """Rows of every step's global batch."""
-        batches = global_batches(data.sources, 0, self.global_batch_size, first_step=1)
-        return [rows for _, rows in itertools.islice(batches, self.total_steps)]
-
-    @property
-    def cache(self) -> str:
-        """The folder of the reference's precomputed log-probs."""
-        return f"{self.folder}/cache"
-
-    def config(self, layout: str, reference: str) -> TrainConfig:
-        return TrainConfig.model_validate(
-            {
-                "model": {"path": self.model},
-                "data": {"train": self.pairs, "on_bad_row": "skip"},
-                "loss": {"beta": BETA},
-                "train": {
-                    "layout": layout,
-                    "global_batch_size": self.global_batch_size,
-                    "micro_batch_tokens": self.micro_batch_tokens,
-                    "learning_rate": self.learning_rate,
-                    "schedule": "constant",
-                    "max_steps": self.total_steps + 1,  # the end is stdin's to say
-                },
-                "deepspeed": {"config": self.deepspeed},
-                "reference": {"kind": "cached", "cache": self.cache} if reference == "cached" else {},
-                "output_dir": self.folder,
-            }
-        )
+from tests.benchmarks import precompute_pass  # noqa: E402
+from tests.benchmarks.workload import BETA, Stopwatch, Workload  # noqa: E402
 
 
-class Stopwatch:
-    """Cuts training into rounds. Memory counts from where it is made: all is imported, no model is loaded yet."""
+class Unsaved:
+    """In the place of the checkpoints' writer."""
 
-    def __init__(self, work: Workload, results: TextIO):
-        self.steps, self.left, self.results = work.steps, work.warm_up, results
-        self.start_bytes = resident_bytes("VmRSS")
-        self._start()
-
-    def step(self, metrics: dict) -> None:
-        """To be called after every step; raises SystemExit when stdin has ended."""
-        self.losses.append(metrics["loss"])
-        self.left -= 1
-        if self.left:
-            return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        report = {
-            "seconds": time.perf_counter() - self.started,
-            "cpu_seconds": time.process_time() - self.cpu_started,
-            "memory_bytes": self.peak_bytes(),
-            "losses": self.losses,
-        }
-        print(json.dumps(report), file=self.results, flush=True)
-        if not sys.stdin.readline():
-            raise SystemExit
-        self.left = self.steps
-        self.reset_peak()
-        self._start()
-
-    def _start(self) -> None:
-        self.losses: list[float] = []
-        self.started, self.cpu_started = time.perf_counter(), time.process_time()
-
-    def peak_bytes(self) -> int:
-        """Most memory held in this round, beyond what the imports took."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return resident_bytes("VmHWM") - self.start_bytes
-
-    def reset_peak(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-
-
-def resident_bytes(key: str) -> int:
-    """VmRSS: resident now; VmHWM: the most since the process began or the mark was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    def look(self) -> None: ...
 
 
 class ReferenceFree(Objective):
@@ -187,7 +75,9 @@ def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
     assert settled == (layout, ""), settled
     shape = Layout(layout, PAIR, work.micro_batch_tokens, prepared.hidden_size)
     try:
-        Trainer(policy, objective, prepared.data, None, shape, run.train, None, watch, StopFlag(), Silent()).train(1, 0)
+        Trainer(policy, objective, prepared.data, None, shape, run.train, Unsaved(), watch, StopFlag(), Silent()).train(
+            1, 0
+        )
     finally:
         engine.finish_distributed()
 
@@ -232,9 +122,7 @@ def trl(work: Workload, results: TextIO, precompute: bool) -> None:
     watch = Stopwatch(work, results)
     tokenizer = transformers.AutoTokenizer.from_pretrained(work.model)
     dataset = load_from_disk(f"{work.folder}/trl")
-    trainer = SamePairs(
-        work.model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rounds()]
-    )
+    trainer = SamePairs(work.model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rounds()])
     try:
         trainer.train()
     finally:
@@ -280,21 +168,24 @@ def share(data: PairDataset, rows: np.ndarray, layout: Layout, place: launch.Lau
 @dataclass(frozen=True)
 class Contender:
     """run(workload, results) trains. forwards: forward passes' worth of FLOPs that a step needs, backward counting two.
-    is_dpo: its losses are those of DPO."""
+    told: what its `loss` is; those that tell the same must agree."""
 
     run: Callable[[Workload, TextIO], None]
     forwards: int
-    is_dpo: bool
+    told: str
 
 
 CONTENDERS = {
-    "packed, live reference": Contender(partial(ours, layout="packed", reference="live"), 4, True),
-    "padded, live reference": Contender(partial(ours, layout="padded", reference="live"), 4, True),
-    "TRL, live reference": Contender(partial(trl, precompute=False), 4, True),
-    "TRL, precomputed reference": Contender(partial(trl, precompute=True), 3, True),
-    "packed, cached reference": Contender(partial(ours, layout="packed", reference="cached"), 3, True),
-    "packed, no reference": Contender(partial(ours, layout="packed", reference="none"), 3, False),
-    "bare forward+backward": Contender(bare, 3, False),
+    "packed, live reference": Contender(partial(ours, layout="packed", reference="live"), 4, "DPO loss"),
+    "padded, live reference": Contender(partial(ours, layout="padded", reference="live"), 4, "DPO loss"),
+    "TRL, live reference": Contender(partial(trl, precompute=False), 4, "DPO loss"),
+    "TRL, precomputed reference": Contender(partial(trl, precompute=True), 3, "DPO loss"),
+    "packed, cached reference": Contender(partial(ours, layout="packed", reference="cached"), 3, "DPO loss"),
+    "packed, no reference": Contender(partial(ours, layout="packed", reference="none"), 3, "loss without a reference"),
+    "bare forward+backward": Contender(bare, 3, "loss without a reference"),
+    "precompute": Contender(precompute_pass.ours, 1, "mean log-prob of chosen"),
+    "precompute, replicas": Contender(partial(precompute_pass.ours, engine="none"), 1, "mean log-prob of chosen"),
+    "TRL, precompute": Contender(precompute_pass.trl, 1, "mean log-prob of chosen"),
 }
 
 

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 from dpo_ds import faultpoints
-from tests.small_jobs import exact, run, start, status, wait_for_step, weights
+from tests.small_jobs import exact, run, start, status, wait_for, wait_for_step, weights
 
 STEPS, EVERY = 12, 2
 KEYS = {"train__max_steps": STEPS, "checkpoint__every": EVERY}
-ON_EVERY_RANK = ("save-begun", "shard-half-written", "shards-written")
+ON_EVERY_RANK = ("save-begun", "shard-half-written", "still-writing", "shards-written")
+SLOW = {faultpoints.SLOW_DISK: "0.005"}  # a save has some 140 pieces a rank: it lasts two or three steps
 NOT_TRIED = "not tried"  # in the outcome of a fault that could not be brought about
 SMALL_DISK = "400k"  # a checkpoint has 250 KB
 
@@ -57,19 +58,28 @@ class Job:
 
 
 def killed_inside_a_save(job: Job, out: str, rng: random.Random) -> str:
-    """SIGKILL of one rank between two instructions of a save."""
-    point = rng.choice(faultpoints.POINTS)
+    """SIGKILL of one rank between two instructions of a save, most of which training does not wait for."""
+    point = rng.choice([point for point in faultpoints.POINTS if point != "still-writing"])
+    return _killed_at(job, out, rng, point)
+
+
+def killed_beside_a_save(job: Job, out: str, rng: random.Random) -> str:
+    """SIGKILL of one rank between two steps while a disk, made slow, still takes the shards of a step before."""
+    return _killed_at(job, out, rng, "still-writing", SLOW)
+
+
+def _killed_at(job: Job, out: str, rng: random.Random, point: str, env: dict | None = None) -> str:
     rank = rng.randrange(2) if point in ON_EVERY_RANK else 0
-    saves = {"old-half-deleted": STEPS // EVERY - 2, "shard-half-written": 1000}.get(point, STEPS // EVERY)
-    arrival = rng.randint(1, saves)
-    ranks = start(job.forks, job.world, out, **KEYS, only={rank: {faultpoints.VARIABLE: f"{point}:{arrival}"}})
-    return f"rank {rank} at {point}:{arrival}; {_died_and_resumed(job, out, ranks, [rank])}"
+    arrivals = {"old-half-deleted": STEPS // EVERY - 2, "shard-half-written": 800}.get(point, STEPS // EVERY)
+    fault = f"{point}:{rng.randint(1, arrivals)}"
+    ranks = start(job.forks, job.world, out, **KEYS, env=env, only={rank: {faultpoints.VARIABLE: fault}})
+    return f"rank {rank} at {fault}; {_died_and_resumed(job, out, ranks, [rank])}"
 
 
 def killed_at_a_random_moment(job: Job, out: str, rng: random.Random) -> str:
-    """SIGKILL of one rank or both, some time after some step."""
+    """SIGKILL of one rank or both, some time after some step; the disk as it is, or so slow that saves overlap it."""
     step, delay, victims = rng.randint(1, STEPS - 1), rng.uniform(0, 0.3), rng.choice([[0], [1], [0, 1]])
-    ranks = start(job.forks, job.world, out, **KEYS)
+    ranks = start(job.forks, job.world, out, **KEYS, env=rng.choice([None, SLOW]))
     wait_for_step(job.world / out, step)
     time.sleep(delay)
     for rank in victims:
@@ -138,6 +148,33 @@ def disk_full(job: Job, out: str, rng: random.Random) -> str:
         subprocess.run(["umount", disk], check=True)
 
 
+def disk_filled_beside(job: Job, out: str, rng: random.Random) -> str:
+    """Others fill the disk while the shards of a step are written: told at a later step, and the one before stays."""
+    disk = job.world / out / "checkpoints"
+    disk.mkdir(parents=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, text=True)
+    if mount.returncode:
+        return f"{NOT_TRIED}: {mount.stderr.strip()}"
+    try:
+        step = rng.choice([4, 6, 8])
+        ranks = start(job.forks, job.world, out, **KEYS, env=SLOW)
+        wait_for(disk / f"step-{step:08d}.tmp" / "zero_pp_rank_1_mp_rank_00_model_states.pt")
+        subprocess.run(["dd", "if=/dev/zero", f"of={disk}/others", "bs=64k"], capture_output=True)
+        codes, output = ranks.codes(), ranks.output()
+        check(codes == [0, 0], f"ended with {codes}\n{output}")
+        line = f"checkpoint of step {step} NOT saved: rank "
+        check(line in output and f"that of step {step - EVERY} stays" in output, f"no line {line!r}\n{output}")
+        check(weights(job.world / out) == job.weights, f"other weights\n{output}")
+        (disk / "others").unlink()
+        for name in ("final", "STATUS.json"):  # as if it had died then
+            path = job.world / out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        check(f"step-{step - EVERY:08d}" in job.resume(out), f"not resumed from step {step - EVERY}")
+        return f"while step {step} was written; told, resumed from step {step - EVERY}"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def check(holds: bool, complaint: str) -> None:
     if not holds:
         raise Broken(complaint)
@@ -179,9 +216,9 @@ def _damage(checkpoint: Path, rng: random.Random) -> str:
 
 
 FAULTS = (  # in turn; every second one is a kill inside a save
-    killed_inside_a_save, killed_at_a_random_moment, killed_inside_a_save, damaged_on_disk,
-    killed_inside_a_save, killed_at_a_random_moment, killed_inside_a_save, stale_pointer,
+    killed_inside_a_save, killed_at_a_random_moment, killed_beside_a_save, damaged_on_disk,
+    killed_inside_a_save, killed_at_a_random_moment, killed_beside_a_save, stale_pointer,
     killed_inside_a_save, killed_at_a_random_moment, killed_inside_a_save, disk_full,
-    killed_inside_a_save, damaged_on_disk, killed_inside_a_save, all_damaged,
-    killed_inside_a_save, killed_at_a_random_moment, killed_inside_a_save, damaged_on_disk,
+    killed_beside_a_save, damaged_on_disk, killed_inside_a_save, all_damaged,
+    killed_inside_a_save, killed_at_a_random_moment, killed_beside_a_save, disk_filled_beside,
 )  # fmt: skip

@@ -50,6 +50,7 @@ def two_steps(path: str, folder: Path, device) -> dict:
         batch = packed_batch(pairs)
         loss = DPO()(policy.logps(batch), reference.logps(batch)).sum() * ranks / (8 if step == 0 else 4)
         policy.backward(loss, is_last=True)
+        copies = [_second_copies(model) for model in (policy, reference)]  # until the next update
         norms.append(policy.step(run.learning_rate))
         dist.all_reduce(loss := loss.detach() / ranks)
         losses.append(loss.item())
@@ -59,13 +60,15 @@ def two_steps(path: str, folder: Path, device) -> dict:
         "norms": norms,
         "dtype": str(next(policy.causal_lm.parameters()).dtype),
         "leaves": len(get_z3_leaf_modules(policy.engine.module)),
-        "second copies": [
-            sum(getattr(p, "ds_secondary_tensor", None) is not None for p in model.causal_lm.parameters())
-            for model in (policy, reference)
-        ],
+        "second copies": copies,
         "offloaded": {name: zero[name]["device"] for name in ("offload_param", "offload_optimizer") if name in zero},
         "finite": all(p.ds_tensor.isfinite().all().item() for p in policy.causal_lm.parameters()),
     }
+
+
+def _second_copies(model) -> int:
+    """Parameters of which hpZ keeps a copy within the node."""
+    return sum(p.ds_secondary_tensor is not None for p in model.causal_lm.parameters())
 
 
 def main(out: str, *files: str) -> None:

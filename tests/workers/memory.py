@@ -1,4 +1,4 @@
-"""Two ranks: what torch allocates in two steps of tiny runs, by its profiler: memory.py OUT CASE...
+"""One rank: the memory of the tensors that torch's operators make in two steps of a tiny run: memory.py OUT CASE
 
 A case is a JSON object: name, model (transformers config keys), ds (DeepSpeed's JSON), live, checkpointing, pairs (how
 often the same pair stands in the batch), shape (its prompt, chosen and rejected tokens). Rank 0 writes bytes to OUT.
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from dpo_ds import attention, launch
 from dpo_ds.batch import PreferencePair, packed_batch
@@ -20,12 +19,13 @@ from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.ds_config import Machine, fill_policy, fill_reference
 from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
+from dpo_ds.memory_trace import PeakMemory
 from dpo_ds.model import LogProbModel, load_causal_lm
 from dpo_ds.reference.live import frozen_model
 
 
 def measure(case: dict, folder: Path, device) -> dict[str, int]:
-    """Bytes more than before: `state` while nothing runs after a step, `peak` of the second step, `start` up to then."""
+    """Bytes of all tensors: `state` when two steps are over, `peak` of the second, in which prefetching has begun."""
     machine, run = Machine(dist.get_world_size(), "cpu", False), TrainSection(learning_rate=1e-3, global_batch_size=2)
     config = tiny_config("llama", **case["model"])
     if dist.get_rank() == 0:
@@ -38,7 +38,7 @@ def measure(case: dict, folder: Path, device) -> dict[str, int]:
     tokens = {name: np.arange(1, count + 1) for name, count in lengths.items()}
     masks = {f"{side}_mask": np.ones(lengths[side], bool) for side in ("chosen", "rejected")}
     batch = packed_batch([PreferencePair(**tokens, **masks)] * case["pairs"])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with PeakMemory([]) as meter:
         model = load_causal_lm(section, policy_config)
         if case["checkpointing"]:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -49,40 +49,22 @@ def measure(case: dict, folder: Path, device) -> dict[str, int]:
         for each in models:
             attention.use_packed_attention(each.causal_lm)
         for step in range(2):
-            with record_function(f"step {step}"):
-                reference = models[1].logps(batch).logratio if case["live"] else 0.0
-                loss = -torch.nn.functional.logsigmoid(0.1 * (policy.logps(batch).logratio - reference)).sum()
-                policy.backward(loss, is_last=True)
-                policy.step(1e-3)
-                del loss, reference
-            with record_function(f"after {step}"):
-                pass
-    events = profiler.profiler.kineto_results.events()
-    starts = {event.name(): event.start_ns() for event in events if event.name().startswith(("step ", "after "))}
-    found, total = {"state": 0, "peak": 0, "start": 0}, 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        when = event.start_ns()
-        part = "peak" if starts["step 1"] <= when < starts["after 1"] else "start"
-        if when < starts["after 1"]:
-            found[part] = max(found[part], total)
-        if when < starts["step 1"]:
-            found["state"] = total
-    for each in models:
-        each.engine.destroy()
-    return found
+            meter.begin(f"step {step}")
+            reference = models[1].logps(batch).logratio if case["live"] else 0.0
+            loss = -torch.nn.functional.logsigmoid(0.1 * (policy.logps(batch).logratio - reference)).sum()
+            policy.backward(loss, is_last=True)
+            policy.step(1e-3)
+            del loss, reference
+            gc.collect()
+        return {"state": meter.live, "peak": meter.peaks["step 1"]}
 
 
-def main(out: str, *cases: str) -> None:
+def main(out: str, case: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
-    device = initialize_distributed(place)
-    found = {}
-    for case in map(json.loads, cases):
-        found[case["name"]] = measure(case, Path(out).parent, device)
-        gc.collect()
-        if place.is_first:
-            Path(out).write_text(json.dumps(found))
+    found = measure(json.loads(case), Path(out).parent, initialize_distributed(place))
+    if place.is_first:
+        Path(out).write_text(json.dumps(found))
     finish_distributed()
 
 

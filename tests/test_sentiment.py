@@ -1,0 +1,101 @@
+"""The sentiment experiment's parts; the whole of it in miniature is tests/experiments/test_sentiment_small.py."""
+
+import json
+
+import numpy as np
+import pytest
+
+from launch_scripts.recipes.sentiment import corpus
+from launch_scripts.recipes.sentiment.outcome import Outcome, mean_and_error
+from launch_scripts.recipes.sentiment.plan import FULL, SMALL, Plan, Policy
+from launch_scripts.recipes.sentiment.runner import Runner, Step, StepFailed, shown
+
+
+def test_reviews_are_cut_into_prompt_and_completion_and_splits_share_none(tmp_path):
+    reviews = corpus.generated_reviews(200)
+    corpus.write_splits(tmp_path, reviews, train_prompts=50, held_out_prompts=10)
+    splits = {name: corpus.texts(tmp_path / f"{name}.jsonl") for name in ("train", "held_out")}
+    assert [len(texts) for texts, _ in splits.values()] == [180, 20]
+    assert sorted(sum((list(zip(*split, strict=True)) for split in splits.values()), [])) == sorted(reviews)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert all(2 <= len(row["prompt"].split()) <= 8 and row["completion"][:1] == " " for row in rows)
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "train_prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == len(set(prompts)) == 50 and set(prompts) <= {row["prompt"] for row in rows}
+
+
+def test_movie_reviews_are_taken_where_they_lie(tmp_path, capsys):
+    assert len(corpus.reviews(tmp_path)) == corpus.GENERATED
+    (tmp_path / "rt-polarity.pos").write_text("a fine film \nshort one\n")
+    (tmp_path / "rt-polarity.neg").write_text("a bad , bad film\n")
+    assert corpus.reviews(tmp_path) == [("a fine film", True), ("a bad , bad film", False)]  # two words are all prompt
+
+
+def evaluation(folder, reference, **policies):
+    """evaluation.json as `dpo-ds evaluate` writes it, as far as it is read."""
+    folder.mkdir()
+    rows = {name: {"kl": {"mean": kl}, "reward": {"mean": reward}} for name, (kl, reward) in policies.items()}
+    content = {
+        "policies": [{"name": name.replace("_", "-"), "samples": samples} for name, samples in rows.items()],
+        "reference": {"name": "reference", "samples": {"kl": {"mean": 0.0}, "reward": {"mean": reference}}},
+    }
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_dpo_is_read_off_at_the_kl_of_the_others(tmp_path):
+    first = evaluation(tmp_path / "0", 0.5, dpo_1=(2.0, 0.7), dpo_2=(6.0, 0.9), preferred_60=(1.0, 0.55))
+    second = evaluation(tmp_path / "1", 0.4, dpo_1=(2.0, 0.8), dpo_2=(4.0, 1.0), preferred_60=(3.0, 0.6))
+    policies = [Policy("dpo", beta=2.0), Policy("dpo", beta=1.0), Policy("preferred", steps=60)]
+    outcome = Outcome.read([first, second], policies)
+    (at,) = outcome.at_equal_kl()
+    assert np.allclose(at.dpo, [0.6, 0.9])  # half way from (0, 0.5) to (2, 0.7); half way from (2, 0.8) to (4, 1)
+    assert np.allclose(at.difference, [0.05, 0.3])
+    mean, error = mean_and_error(at.difference)
+    assert mean == pytest.approx(0.175) and error == pytest.approx(0.125)  # |0.3 - 0.05| / 2
+    assert "| SFT on preferred, 60 steps | 2.00 ± 1.00 | 0.575 ± 0.025 |" in outcome.table()
+    assert "| SFT on preferred, 60 steps | 2.00 ± 1.00 | 0.575 ± 0.025 | 0.750 ± 0.150 | 0.175 ± 0.125 |" in (
+        outcome.equal_kl_table()
+    )
+    outcome.write(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["at_equal_kl"][0]["kl"] == [1.0, 3.0]
+    assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_beyond_the_last_point_of_dpo_its_own_reward_counts(tmp_path):
+    folder = evaluation(tmp_path / "0", 0.5, dpo_1=(2.0, 0.7), preferred_60=(5.0, 0.6))
+    (at,) = Outcome.read([folder], [Policy("dpo", beta=1.0), Policy("preferred", steps=60)]).at_equal_kl()
+    assert at.dpo == [0.7]
+
+
+@pytest.mark.parametrize("size", [FULL, SMALL])
+def test_a_step_comes_behind_what_it_needs_and_every_policy_is_evaluated(tmp_path, size):
+    steps = list(Plan(tmp_path, size, range(2)).steps())
+    for place, step in enumerate(steps):
+        assert set(step.needs) <= {before.name for before in steps[:place]}
+    assert len({step.name for step in steps}) == len(steps)
+    assert set(steps[-1].needs) == {f"seed-1/{policy.name}" for policy in size.policies}
+    assert all(look % size.looks[0] == 0 for look in size.looks)  # a checkpoint is saved there
+
+
+def test_a_step_that_is_done_is_not_run_again_unless_something_before_it_changed(tmp_path, capsys):
+    def run(origin, argv=("-V",)):
+        steps = [Step("one", ("-V",), tmp_path / "one"), Step("two", argv, tmp_path / "two", ("one",))]
+        Runner(tmp_path / "steps", 2, origin).run(steps)
+        return capsys.readouterr().out
+
+    assert run("a").count("-m dpo_ds -V") == 2
+    assert run("a").count("-m dpo_ds") == 0
+    again = run("a", argv=("--version",))
+    assert "one: done before" in again and again.count("-m dpo_ds") == 1
+    assert run("b").count("-m dpo_ds -V") == 2
+
+
+def test_a_step_that_fails_ends_the_rest_and_names_its_log(tmp_path):
+    steps = [Step("bad", ("nonsense",), tmp_path / "bad"), Step("after", ("--version",), tmp_path / "after", ("bad",))]
+    with pytest.raises(StepFailed, match="bad ended with exit code 2: dpo-ds: error: unknown command 'nonsense'"):
+        Runner(tmp_path / "steps", 1, "").run(steps)
+    assert not (tmp_path / "steps" / "after.log").exists()
+
+
+def test_commands_are_shown_as_a_shell_takes_them():
+    assert shown(["dpo-ds", "sft", "--a.b", "[1, 2]", "--c", "x"]) == "dpo-ds sft \\\n    --a.b '[1, 2]' \\\n    --c x"
