@@ -1,4 +1,4 @@
-# make demo | make test | make test-cluster | make bench | make faults N=20 | make lint | make install | make clean
+# make demo | make sentiment | make test | make test-cluster | make bench | make faults N=20 | make lint | make install | make clean
 # Needs Python 3.10 or newer and make; no GPU, no compiler.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test test-cluster bench faults lint clean
+.PHONY: install demo sentiment sentiment-small test test-cluster bench faults lint clean
 
 install: $(STAMP)
 
@@ -28,6 +28,14 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m dpo_ds.demo
+
+# Reward against KL of every loss, three seeds (launch_scripts/recipes/sentiment); killed, it goes on where it was.
+sentiment: $(STAMP)
+	$(BIN)/python -m launch_scripts.recipes.sentiment $(ARGS)
+
+# The same in miniature, as a test.
+sentiment-small: $(STAMP)
+	$(BIN)/python -m pytest tests/experiments --timeout 900 --capture no
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -26,7 +26,7 @@ from dpo_ds.config import (
     load,
 )
 from dpo_ds.ds_config import Machine
-from dpo_ds.errors import ConfigError
+from dpo_ds.errors import ConfigError, UserError
 from dpo_ds.memory_trace import Parameter, Pass, parameters, peaks
 from dpo_ds.model import check_model
 
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run, _ = load(given.command, given.config, {})
         policy_shape = check_model(run.model.model_copy(update={"from_config": True}), run.model.path)
         memory = of_run(run, given.ranks, given.nodes, policy_shape)
-    except ConfigError as mistake:
+    except UserError as mistake:
         parser.exit(2, f"dpo-ds: error: {mistake}\n")
     print("\n".join([f"{given.config}: expected on {given.ranks} GPUs, not measured", *memory.lines()]))
 

@@ -70,21 +70,23 @@ def expected(case: dict) -> memory.Memory:
 
 
 @pytest.mark.distributed
-def test_peaks_are_those_of_real_runs(measured):
-    errors = {name: expected(case).allocated / measured[name]["peak"] - 1 for name, case in CASES.items()}
-    assert {name: round(error, 3) for name, error in errors.items() if abs(error) > TOLERANCE} == {}
-
-
-@pytest.mark.distributed
-def test_what_stays_between_steps_is_plain_arithmetic(measured):
-    """Weights, master weights, two moments and gradients, 4 bytes each, the reference's weights, and one bucket."""
+def test_peaks_and_state_are_those_of_real_runs(measured):
+    """State exactly: weights, master weights, two moments and gradients, 4 bytes each, the reference's weights and one
+    bucket; and up to 1 % of what nobody counts: batches, rotary tables.
+    """
+    errors = {}
     for name, case in CASES.items():
-        state = sum(expected(case).state.values())
-        assert measured[name]["state"] == pytest.approx(state, rel=0.01), name  # batches, masks, rotary tables
+        found = expected(case)
+        errors[name] = round(found.allocated / measured[name]["peak"] - 1, 3)
+        assert measured[name]["state"] == pytest.approx(sum(found.state.values()), rel=0.01), name
+    assert {name: error for name, error in errors.items() if abs(error) > TOLERANCE} == {}, errors
 
 
 def test_the_meter_is_torchs_own_accounting():
-    """The profiler of torch and PeakMemory, on the same forward and backward in one process."""
+    """The profiler and PeakMemory, which does not see what a kernel takes for itself, on a forward and backward.
+
+    In one process: what gloo's threads free of the main thread's, the profiler does not see.
+    """
     model = random_model(tiny_config("llama", 500, hidden=64))
     ids = torch.arange(256)[None]
 
@@ -99,7 +101,7 @@ def test_the_meter_is_torchs_own_accounting():
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     with memory_trace.PeakMemory([*model.parameters(), *model.buffers(), ids]) as meter:
         passes()
-    assert meter.peaks["forward"] == pytest.approx(max(accumulate(changes)), rel=0.02)
+    assert meter.peaks["forward"] == pytest.approx(max(accumulate(changes)), rel=0.08)
 
 
 def shape(name: str):
@@ -212,14 +214,20 @@ def test_the_command_prints_a_table_and_names_mistakes(tmp_path, capsys):
     random_model(tiny_config("llama", 300)).save_pretrained(tmp_path / "model")
     config = f"""
     model: {{path: {tmp_path}/model}}
-    data: {{train: pairs.jsonl}}
+    data: {{train: pairs.jsonl, max_length: 64, max_prompt_length: 32}}
+    reference: {{kind: cached, cache: folder}}
+    train: {{micro_batch_tokens: 128}}
+    precompute: {{micro_batch_tokens: 128}}
     deepspeed: {{config: {ROOT}/ds_configs/zero3_bf16.json}}
     output_dir: out
     """
-    (tmp_path / "run.yaml").write_text(config)
-    memory.main([str(tmp_path / "run.yaml"), "--ranks", "2"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("run.yaml: expected on 2 GPUs, not measured") and "GiB  policy: weights" in lines[2]
+    path = str(tmp_path / "run.yaml")
+    Path(path).write_text(config)
+    for command in ("train", "sft", "reward", "precompute"):
+        memory.main([path, "--ranks", "2", "--command", command])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"{path}: expected on 2 GPUs, not measured"
+        assert lines[2].endswith("reference: weights" if command == "precompute" else "policy: weights")
     with pytest.raises(SystemExit) as stopped:
-        memory.main([str(tmp_path / "run.yaml"), "--ranks", "3", "--nodes", "2"])
+        memory.main([path, "--ranks", "3", "--nodes", "2"])
     assert stopped.value.code == 2 and "not a multiple of --nodes 2" in capsys.readouterr().err

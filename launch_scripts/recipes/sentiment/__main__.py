@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{module} is not installed; run `make install`")
     if not HERE.is_dir():
         parser.error(f"there is no {HERE} here; start in the root of a checkout")
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends the commands, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the commands, too
     size, started = SMALL if given.small else FULL, time.monotonic()
     reviews = corpus.generated_reviews() if given.small else corpus.reviews(given.reviews)
     folder = given.to or Path("runs/sentiment-small" if given.small else "runs/sentiment")

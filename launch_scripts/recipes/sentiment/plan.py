@@ -105,7 +105,7 @@ class Plan:
         """Each behind those that it needs; seed beside seed, so that few have to wait for the one before."""
         data, pi_ref = self.data, {"model.path": self.folder / "reference/final"}
         splits = {"data.train": data / "train.jsonl", "data.eval": data / "held_out.jsonl"}
-        yield self._step("reference", "reference", (), {"model.path": data / "base"} | splits, alone=True)
+        yield self._step("reference", "reference", (), {"model.path": data / "base"} | splits)
         drawn = pi_ref | {"sample.prompts": data / "train_prompts.jsonl", "sample.score": SCORE}
         for seed in self.seeds:
             yield self._step(f"seed-{seed}/sample", "sample", ("reference",), drawn | {"sample.seed": seed})
@@ -141,9 +141,9 @@ class Plan:
         asked |= {"evaluate.policy": json.dumps(models), **keys}
         return self._step(f"{at}/evaluation", "evaluate", [f"{at}/{name}" for name in names], asked)
 
-    def _step(self, name: str, recipe: str, needs: Sequence[str], keys: Mapping[str, Any], alone: bool = False) -> Step:
+    def _step(self, name: str, recipe: str, needs: Sequence[str], keys: Mapping[str, Any]) -> Step:
         output = self.folder / name
         keys = {**keys, **self.size.changes.get(recipe, {}), OUTPUT_KEYS.get(recipe, "output_dir"): output}
         argv = [COMMANDS.get(recipe, recipe), "--config", str(HERE / f"{recipe}.yaml")]
         argv += [text for key, value in keys.items() for text in (f"--{key}", str(value))]
-        return Step(name, tuple(argv), output, tuple(needs), alone)
+        return Step(name, tuple(argv), output, tuple(needs))

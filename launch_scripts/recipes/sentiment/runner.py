@@ -26,16 +26,12 @@ class StepFailed(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """`dpo-ds ARGV`, which fills the folder `output`, once the steps named in `needs` are done.
-
-    alone: the others have nothing to do meanwhile, so that it takes all cores.
-    """
+    """`dpo-ds ARGV`, which fills the folder `output`, once the steps named in `needs` are done."""
 
     name: str
     argv: tuple[str, ...]
     output: Path
     needs: tuple[str, ...] = ()
-    alone: bool = False
 
 
 class Runner:
@@ -49,10 +45,10 @@ class Runner:
     def __init__(self, folder: Path, jobs: int, origin: str):
         """folder: for marks and logs; origin: a digest of what the first steps read."""
         self.folder, self.origin = folder, origin
-        self._cores = sorted(os.sched_getaffinity(0))
         self._shares: queue.Queue[list[int]] = queue.Queue()
-        for slot in range(jobs := min(jobs, len(self._cores))):
-            self._shares.put(self._cores[slot::jobs])
+        cores = sorted(os.sched_getaffinity(0))
+        for slot in range(jobs := min(jobs, len(cores))):
+            self._shares.put(cores[slot::jobs])
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
         self._lock = threading.Lock()
@@ -89,7 +85,7 @@ class Runner:
         mark.write_text(json.dumps({"digest": digest, "done": False}))
         share = self._shares.get()
         try:
-            seconds = self._execute(step, self._cores if step.alone else share)
+            seconds = self._execute(step, share)
         finally:
             self._shares.put(share)
         mark.write_text(json.dumps({"digest": digest, "done": True, "seconds": seconds}))
