@@ -8,7 +8,7 @@ import pytest
 from dpo_ds import ds_config
 from dpo_ds.config import TrainSection
 from dpo_ds.ds_config import Machine
-from tests.ranks import ROOT, run_worker
+from tests.ranks import ROOT
 
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 NOT_ON_CPU = {
@@ -20,10 +20,12 @@ TRAINED.append(ROOT / "ds_configs/zero3_bf16_hpz.json")  # last: its process gro
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    run_worker("ds_files.py", 2, folder, str(folder / "out.json"), *map(str, TRAINED), DS_ACCELERATOR="cpu")
-    return json.loads((folder / "out.json").read_text())
+    out = folder / "out.json"
+    codes, output = forks.run([out, *TRAINED], 2, folder, module="tests.workers.ds_files", timeout=240)
+    assert codes == [0, 0], output[-2000:]
+    return json.loads(out.read_text())
 
 
 @pytest.mark.distributed

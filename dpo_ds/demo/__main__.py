@@ -16,10 +16,10 @@ from pathlib import Path
 
 from dpo_ds.demo import corpus, job, report
 
-REVIEWS, PROMPTS, HELD_OUT = 1500, 400, 200
+REVIEWS, PROMPTS, HELD_OUT = 1500, 600, 200
 VOCABULARY, HIDDEN, LAYERS = 512, 128, 2
 SCORE = "dpo_ds.demo.corpus:scores"
-BETAS = (0.5, 0.05)
+BETAS = (0.5, 0.1)
 DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3_cpu.json"
 MARKER = ".dpo_ds_demo"  # a folder that holds it was made by the demo and may be emptied by the next
 LENGTHS = {"data.max_length": 128, "data.max_prompt_length": 64}

@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from deepspeed.utils import get_z3_leaf_modules
 from transformers import AutoConfig
@@ -84,5 +83,4 @@ def main(out: str, *files: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main(*sys.argv[1:])
