@@ -1,4 +1,4 @@
-"""README's table of keys, from config.py: `python -m tests.readme_keys` prints it; tests/test_readme.py keeps README
+"""README's table of keys, from dpo_ds.config: `python -m tests.readme_keys` prints it; tests/test_readme.py keeps README
 true.
 """
 

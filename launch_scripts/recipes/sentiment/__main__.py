@@ -7,9 +7,7 @@ and one evaluation of them all. Start in the root of a checkout: `python -m laun
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
-import json
 import os
 import signal
 import sys
@@ -68,7 +66,7 @@ def experiment(plan: Plan, reviews: Sequence[corpus.Review], jobs: int) -> None:
     os.environ |= environment
     prepare(plan, reviews)
     print("\n$ export " + " ".join(f"{key}={value}" for key, value in environment.items()), flush=True)
-    seconds = Runner(plan.folder / "steps", jobs, origin=_digest(plan.data)).run(list(plan.steps()))
+    seconds = Runner(plan.folder / "steps", jobs).run(list(plan.steps()))
     found = Outcome.read(plan.evaluations(), plan.size.policies)
     found.write(plan.folder)
     print(f"\n{found.table()}\n\n{found.equal_kl_table()}\n")
@@ -89,13 +87,6 @@ def prepare(plan: Plan, reviews: Sequence[corpus.Review]) -> None:
     tiny.save_tiny_model(base, tokenizer, model)
     print(f"{data}: {len(reviews):,} reviews; the classifier is right about {reward.accuracy():.1%} of those held out")
     print(f"{base}: a Llama of {model.num_parameters():,} random weights and a BPE of {len(tokenizer)} tokens")
-
-
-def _digest(folder: Path) -> str:
-    """Of all files in it."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    hashes = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -63,10 +63,10 @@ FULL = Size(
     vocabulary=2048,
     hidden=128,
     layers=3,
-    prompts=2000,
+    prompts=2500,
     held_out=400,
-    betas={"dpo": (0.05, 0.1, 0.3, 1.0), "ipo": (1.0, 3.0), "orpo": (0.3, 3.0)},
-    looks=(60, 120, 180),
+    betas={"dpo": (0.1, 0.3, 1.0, 3.0), "ipo": (1.0,), "orpo": (1.0,)},
+    looks=(78, 156, 234),
 )
 SMALL = Size(
     seeds=1,
@@ -104,11 +104,12 @@ class Plan:
     def steps(self) -> Iterator[Step]:
         """Each behind those that it needs; seed beside seed, so that few have to wait for the one before."""
         data, pi_ref = self.data, {"model.path": self.folder / "reference/final"}
-        splits = {"data.train": data / "train.jsonl", "data.eval": data / "held_out.jsonl"}
-        yield self._step("reference", "reference", (), {"model.path": data / "base"} | splits)
+        base = {"model.path": data / "base", "data.train": data / "train.jsonl", "data.eval": data / "held_out.jsonl"}
+        yield self._step("reference", "reference", (), base, reads=tuple(base.values()))
         drawn = pi_ref | {"sample.prompts": data / "train_prompts.jsonl", "sample.score": SCORE}
+        asked = (data / "train_prompts.jsonl", *self._scored_by)
         for seed in self.seeds:
-            yield self._step(f"seed-{seed}/sample", "sample", ("reference",), drawn | {"sample.seed": seed})
+            yield self._step(f"seed-{seed}/sample", "sample", ("reference",), drawn | {"sample.seed": seed}, asked)
         pairs = {seed: pi_ref | {"data.train": self.folder / f"seed-{seed}/sample/pairs"} for seed in self.seeds}
         for seed in self.seeds:
             yield self._step(f"seed-{seed}/precompute", "precompute", (f"seed-{seed}/sample",), pairs[seed])
@@ -137,13 +138,20 @@ class Plan:
     def _evaluation(self, at: str, keys: Mapping[str, Any]) -> Step:
         names = [policy.name for policy in self.size.policies]
         models = [{"path": f"{self.folder}/{at}/{name}/final", "name": name} for name in names]
-        asked = {"evaluate.prompts": self.data / "held_out_prompts.jsonl", "evaluate.score": SCORE}
-        asked |= {"evaluate.policy": json.dumps(models), **keys}
-        return self._step(f"{at}/evaluation", "evaluate", [f"{at}/{name}" for name in names], asked)
+        prompts = self.data / "held_out_prompts.jsonl"
+        asked = {"evaluate.policy": json.dumps(models), "evaluate.prompts": prompts, "evaluate.score": SCORE, **keys}
+        needs = [f"{at}/{name}" for name in names]
+        return self._step(f"{at}/evaluation", "evaluate", needs, asked, (prompts, *self._scored_by))
 
-    def _step(self, name: str, recipe: str, needs: Sequence[str], keys: Mapping[str, Any]) -> Step:
-        output = self.folder / name
+    @property
+    def _scored_by(self) -> tuple[Path, ...]:
+        return HERE / "reward.py", self.data / "train.jsonl"
+
+    def _step(
+        self, name: str, recipe: str, needs: Sequence[str], keys: Mapping[str, Any], reads: Sequence[Path] = ()
+    ) -> Step:
+        output, config = self.folder / name, HERE / f"{recipe}.yaml"
         keys = {**keys, **self.size.changes.get(recipe, {}), OUTPUT_KEYS.get(recipe, "output_dir"): output}
-        argv = [COMMANDS.get(recipe, recipe), "--config", str(HERE / f"{recipe}.yaml")]
+        argv = [COMMANDS.get(recipe, recipe), "--config", str(config)]
         argv += [text for key, value in keys.items() for text in (f"--{key}", str(value))]
-        return Step(name, tuple(argv), output, tuple(needs))
+        return Step(name, tuple(argv), output, tuple(needs), (config, *reads))

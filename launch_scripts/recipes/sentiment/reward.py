@@ -17,6 +17,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 from launch_scripts.recipes.sentiment.corpus import texts
 
+WORD = r"[a-z][a-z']+"
+MAX_DF = 0.02  # words in more than so many of the reviews are left out
+
 
 def positive(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:  # [n], 0 to 1
     """p(positive | prompt and completion), as `--sample.score` and `--evaluate.score` want it."""
@@ -26,7 +29,8 @@ def positive(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray: 
 
 @cache
 def classifier() -> Pipeline:
-    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"[\w']+")
+    # Without max_df longer texts have higher scores, and all methods would buy reward with length.
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, max_df=MAX_DF, sublinear_tf=True, token_pattern=WORD)
     fitted = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
     return fitted.fit(*texts(folder() / "train.jsonl"))
 

@@ -26,25 +26,29 @@ class StepFailed(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """`dpo-ds ARGV`, which fills the folder `output`, once the steps named in `needs` are done."""
+    """`dpo-ds ARGV`, which fills the folder `output`, once the steps named in `needs` are done.
+
+    reads: files and folders that no step makes.
+    """
 
     name: str
     argv: tuple[str, ...]
     output: Path
     needs: tuple[str, ...] = ()
+    reads: tuple[Path, ...] = ()
 
 
 class Runner:
     """Runs steps in the order of their list, `jobs` side by side, each pinned to its share of the cores: dpo-ds takes a
     thread for every core that it may use.
 
-    A step that ended leaves a mark with a digest of its command, its YAML file and all that went before; while that
+    A step that ended leaves a mark with a digest of its command, what it reads and all that went before; while that
     stays the same it is not run again. One that was killed is started again as it was, and dpo-ds resumes.
     """
 
-    def __init__(self, folder: Path, jobs: int, origin: str):
-        """folder: for marks and logs; origin: a digest of what the first steps read."""
-        self.folder, self.origin = folder, origin
+    def __init__(self, folder: Path, jobs: int):
+        """folder: for marks and logs."""
+        self.folder = folder
         self._shares: queue.Queue[list[int]] = queue.Queue()
         cores = sorted(os.sched_getaffinity(0))
         for slot in range(jobs := min(jobs, len(cores))):
@@ -73,7 +77,7 @@ class Runner:
 
     def _after(self, needed: Sequence[Future], step: Step) -> str:
         """The step's digest, once it is done."""
-        digest = _digest(step, [future.result() for future in needed] or [self.origin])
+        digest = _digest(step, [future.result() for future in needed])
         mark = self._mark(step)
         before = json.loads(mark.read_text()) if mark.exists() else {}
         if before == before | {"digest": digest, "done": True}:
@@ -128,5 +132,6 @@ def shown(argv: Sequence[str]) -> str:
 
 
 def _digest(step: Step, before: Sequence[str]) -> str:
-    files = [Path(value).read_text() for key, value in zip(step.argv, step.argv[1:], strict=False) if key == "--config"]
-    return hashlib.sha256(json.dumps([step.argv, files, *before]).encode()).hexdigest()
+    files = [path for given in step.reads for path in sorted([given, *given.rglob("*")]) if path.is_file()]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return hashlib.sha256(json.dumps([step.argv, hashes, *before]).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""The run config: every key a user can set, its default, type and range; YAML and command line become one of these.
+
+It imports no torch, so that `dpo-ds train --help` answers at once. README's table is these modules read aloud.
+"""
+
+from dpo_ds.config.commands import (
+    COMMANDS,
+    RECORDED,
+    EvaluateConfig,
+    ExportConfig,
+    PrecomputeConfig,
+    RewardConfig,
+    SampleConfig,
+    SftConfig,
+    TrainConfig,
+    VerifyConfig,
+    reference_section,
+)
+from dpo_ds.config.loading import command_line, flatten, keys, load, to_plain
+from dpo_ds.config.loss import ACROSS_PAIRS, LOSSES, OF_DIFFERENCES, REFERENCE_FREE, LossSection
+from dpo_ds.config.sampling import ROWS, EvaluateSection, GenerationSection, SampleSection
+from dpo_ds.config.section import Section, did_you_mean, is_bool
+from dpo_ds.config.training import (
+    CheckpointSection,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    ReferenceSection,
+    RewardSection,
+    TrainSection,
+)
+
+__all__ = [
+    "ACROSS_PAIRS",
+    "COMMANDS",
+    "CheckpointSection",
+    "DataSection",
+    "EvaluateConfig",
+    "EvaluateSection",
+    "ExportConfig",
+    "GenerationSection",
+    "LOSSES",
+    "LoraSection",
+    "LossSection",
+    "ModelSection",
+    "OF_DIFFERENCES",
+    "PrecomputeConfig",
+    "RECORDED",
+    "REFERENCE_FREE",
+    "ROWS",
+    "ReferenceSection",
+    "RewardConfig",
+    "RewardSection",
+    "SampleConfig",
+    "SampleSection",
+    "Section",
+    "SftConfig",
+    "TrainConfig",
+    "TrainSection",
+    "VerifyConfig",
+    "command_line",
+    "did_you_mean",
+    "flatten",
+    "is_bool",
+    "keys",
+    "load",
+    "reference_section",
+    "to_plain",
+]

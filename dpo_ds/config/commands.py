@@ -1,0 +1,167 @@
+"""Every command with the sections it reads, and what must fit between them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpo_ds.config.loss import REFERENCE_FREE, ImplicitRewardSection, LossSection, names_of
+from dpo_ds.config.sampling import EvaluateSection, SampleSection
+from dpo_ds.config.section import Section
+from dpo_ds.config.training import (
+    CheckpointSection,
+    DataSection,
+    DeepSpeedSection,
+    EvaluationDataSection,
+    InferenceSection,
+    ModelOptions,
+    ModelSection,
+    PrecomputeSection,
+    ReferenceSection,
+    RewardSection,
+    SampleDataSection,
+    TrainSection,
+)
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning on chosen completions: from a pre-trained model to the reference policy."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainSection = TrainSection()
+    deepspeed: DeepSpeedSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    output_dir: str = Field(min_length=1, description="everything the run writes goes there")
+
+
+class RewardConfig(SftConfig):
+    """A Bradley-Terry reward model on pairs: a score for every completion, normalised to mean zero."""
+
+    reward: RewardSection = RewardSection()
+
+
+class TrainConfig(SftConfig):
+    """Preference optimisation of a policy on pairs, against a frozen reference."""
+
+    loss: LossSection = LossSection()
+    reference: ReferenceSection = ReferenceSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_by_default(cls, values):
+        """A loss that needs no reference loads none, unasked."""
+        loss = values.get("loss")
+        names = names_of(loss.get("name")) if isinstance(loss, dict) else []
+        if names and set(names) <= set(REFERENCE_FREE) and not values.get("reference"):
+            return {**values, "reference": {"kind": "none"}}
+        return values
+
+    @model_validator(mode="after")
+    def _reference_fits(self):
+        wanted = self.reference
+        if not self.loss.needs_reference and (wanted.kind != "none" or wanted.path or wanted.cache):
+            raise ValueError(
+                f"reference.kind {wanted.kind}: loss.name {self.loss.name} needs no reference; leave out the section "
+                "reference, or set reference.kind none alone"
+            )
+        if self.loss.needs_reference and wanted.kind == "none":
+            raise ValueError(f"reference.kind none: loss.name {self.loss.name} needs one: live, cached or adapter")
+        if wanted.update_every and (wanted.kind != "live" or self.model.lora.r):
+            why = f"reference.kind {wanted.kind}" if wanted.kind != "live" else "LoRA"
+            raise ValueError(
+                f"reference.update_every {wanted.update_every}: only a whole, live reference can follow the policy; "
+                f"this run has {why}"
+            )
+        if wanted.update_every and wanted.path not in (None, self.model.path):
+            raise ValueError(
+                f"reference.update_every {wanted.update_every}: policy and reference must be one model; leave out "
+                f"reference.path {wanted.path}"
+            )
+        if self.reference.kind == "cached" and self.reference.cache is None:
+            raise ValueError("reference.kind cached needs --reference.cache, a folder filled by dpo-ds precompute")
+        if self.reference.kind == "adapter" and not self.model.lora.r:
+            raise ValueError("reference.kind adapter is the policy without adapters; it needs --model.lora.r above 0")
+        if self.reference.kind == "adapter" and self.reference.path not in (None, self.model.path):
+            raise ValueError(
+                f"reference.kind adapter is model.path {self.model.path} itself; leave out reference.path "
+                f"{self.reference.path}, or use reference.kind live"
+            )
+        return self
+
+
+class PrecomputeConfig(Section):
+    """Log-probs of the frozen reference on all pairs, stored once for every later run with reference.kind cached."""
+
+    model: ModelSection
+    data: DataSection
+    reference: ReferenceSection
+    precompute: PrecomputeSection = PrecomputeSection()
+    deepspeed: DeepSpeedSection
+
+    @model_validator(mode="after")
+    def _needs_a_folder(self):
+        if self.reference.cache is None:
+            raise ValueError("reference.cache is required; give it as --reference.cache or in --config")
+        return self
+
+
+def reference_section(run: TrainConfig | PrecomputeConfig) -> ModelSection:
+    """Where the reference is loaded from; model.revision is of model.path alone."""
+    if run.reference.path in (None, run.model.path):
+        return run.model
+    return run.model.model_copy(update={"path": run.reference.path, "revision": None})
+
+
+class SampleConfig(Section):
+    """Completions of prompts, scored, and the pairs that the scores make: what train takes."""
+
+    model: ModelSection
+    data: SampleDataSection = SampleDataSection()
+    sample: SampleSection
+    deepspeed: InferenceSection
+
+
+class EvaluateConfig(Section):
+    """Accuracy and margins on pairs, KL to the reference, reward and win rate of samples; with a report to look at."""
+
+    evaluate: EvaluateSection
+    model: ModelOptions = ModelOptions()
+    data: EvaluationDataSection = EvaluationDataSection()
+    loss: ImplicitRewardSection = ImplicitRewardSection()
+    deepspeed: InferenceSection
+    output_dir: str = Field(min_length=1, description="everything the run writes goes there")
+
+    @model_validator(mode="after")
+    def _has_something_to_measure(self):
+        if self.data.eval is None and (self.evaluate.prompts is None or self.evaluate.n == 0):
+            raise ValueError("nothing to evaluate on: give preference pairs as data.eval, or evaluate.prompts")
+        return self
+
+
+class ExportConfig(Section):
+    """From a sharded checkpoint to a Hugging Face folder, on one process without a GPU."""
+
+    source: str = Field(description="export: a checkpoint folder, or an output_dir for its newest one")
+    to: str = Field(description="export: the folder to make")
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="export: of the weights; auto: as trained")
+    merge: bool = Field(False, description="export: LoRA's adapters into the model's own weights")
+
+
+class VerifyConfig(Section):
+    """`dpo-ds precompute --verify FOLDER`: every hash of a finished cache, and a summary."""
+
+    verify: str
+
+
+COMMANDS: dict[str, type[Section]] = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "train": TrainConfig,
+    "precompute": PrecomputeConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+}
+RECORDED = "environment"  # config.yaml's record of versions and machine; not a key, ignored when the file is used again

@@ -1,0 +1,164 @@
+"""From YAML and command line to a validated config, and back to text."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dpo_ds import yaml_file
+from dpo_ds.config.commands import COMMANDS, RECORDED
+from dpo_ds.config.section import Section, did_you_mean, is_section
+from dpo_ds.errors import ConfigError
+
+
+def keys(config: type[Section], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> pydantic field, in the order of declaration, a section's required keys first: what flags and README
+    are made from.
+    """
+    found = {}
+    fields = config.model_fields.items()
+    for name, field in sorted(fields, key=lambda item: prefix != "" and not item[1].is_required()):
+        if is_section(field):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tuple[Section, list[str]]:
+    """The validated config, and lines that tell the user what of the YAML file this command does not use.
+
+    Args:
+        overrides: dotted key -> text as given on the command line; wins over YAML, which wins over defaults.
+    Raises:
+        ConfigError: one line that names the key, the value, the rule and the nearest key.
+    """
+    config = COMMANDS[command]
+    values, notes = ({}, []) if yaml_path is None else _read_yaml(command, config, Path(yaml_path))
+    known = keys(config)
+    for key, text in overrides.items():
+        if key not in known:
+            raise ConfigError(f"unknown key --{key}; {did_you_mean(key, known)}")
+        *sections, leaf = key.split(".")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = _from_text(text, known[key].annotation, key)
+    try:
+        return config.model_validate(values), notes
+    except ValidationError as error:
+        raise ConfigError(_first_line(error, known, overrides, yaml_path)) from None
+
+
+def to_plain(config: Section) -> dict:
+    """Nested dict of plain YAML types, every key resolved."""
+    return config.model_dump(mode="json")
+
+
+def command_line(command: str, run: Section) -> str:
+    """What a user types for `command` with the settings of `run` that it knows and that are not the defaults."""
+    words = ["dpo-ds", command]
+    for key, field in keys(COMMANDS[command]).items():
+        value = run
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if value is not None and (field.is_required() or value != field.get_default(call_default_factory=True)):
+            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(words)
+
+
+def flatten(values: dict, prefix: str = "", depth: int = 2) -> dict[str, Any]:
+    """{"data": {"limit": 3}} -> {"data.limit": 3}; dicts that are values (data.columns) stay whole."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and depth > 1:
+            flat |= flatten(value, f"{prefix}{name}.", depth - 1)
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _read_yaml(command: str, config: type[Section], path: Path) -> tuple[dict, list[str]]:
+    values = yaml_file.read_mapping(path, "config")
+    values.pop(RECORDED, None)
+    elsewhere = {name for other in COMMANDS.values() for name in _names_below(other)}
+    unused = sorted(set(values) & (elsewhere - set(config.model_fields) - set(keys(config))))
+    for name in unused:
+        del values[name]
+    for name, value in values.items():
+        if name in config.model_fields and is_section(config.model_fields[name]):
+            values[name] = {} if value is None else value  # `train:` with nothing under it
+            if not isinstance(values[name], dict):
+                example = next(key for key in keys(config) if key.startswith(f"{name}."))
+                raise ConfigError(f"{path}: {name} is {value!r}, expected keys below it, such as {example}")
+    for key in list(_unknown(values, config)):
+        if key in elsewhere and key not in values:
+            unused.append(key)
+            _remove(values, key)
+            continue
+        if key in keys(config):
+            raise ConfigError(f"{path}: {key!r} is written with a dot; nest it: {key.replace('.', ': {', 1)}: ...}}")
+        known = keys(config) if "." in key else config.model_fields
+        raise ConfigError(f"{path}: unknown key {key!r}; {did_you_mean(key, known)}")
+    return values, [f"{path}: {command} does not use {', '.join(unused)}"] if unused else []
+
+
+def _names_below(config: type[Section], prefix: str = "") -> typing.Iterator[str]:
+    """Every key and every section, dotted."""
+    for name, field in config.model_fields.items():
+        yield prefix + name
+        if is_section(field):
+            yield from _names_below(field.annotation, f"{prefix}{name}.")
+
+
+def _remove(values: dict, key: str) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        values = values[section]
+    del values[leaf]
+
+
+def _unknown(values: dict, config: type[Section], prefix: str = "") -> typing.Iterator[str]:
+    for name, value in values.items():
+        field = config.model_fields.get(name)
+        if field is None:
+            yield f"{prefix}{name}"
+        elif isinstance(value, dict) and is_section(field):
+            yield from _unknown(value, field.annotation, f"{prefix}{name}.")
+
+
+def _from_text(text: str, annotation: Any, key: str) -> Any:
+    """Command-line text as a value: null, lists and dicts are YAML, all else is left to pydantic's own conversion."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    if text == "null" and union and type(None) in typing.get_args(annotation):
+        return None
+    if annotation is not str and text[:1] in ("[", "{"):
+        try:
+            return yaml_file.parse(text)
+        except yaml_file.YAMLError:
+            raise ConfigError(f"--{key} {text}: not a YAML list or mapping") from None
+    return text
+
+
+def _first_line(error: ValidationError, known: dict, overrides: dict, yaml_path: str | None) -> str:
+    """pydantic's first finding as one line: where it was given, the key, the value, the rule."""
+    finding = error.errors()[0]
+    location = [str(part) for part in finding["loc"]]
+    dotted = ".".join(location)
+    key = next((known_key for known_key in known if f"{dotted}.".startswith(f"{known_key}.")), dotted)
+    rule = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if finding["type"] == "missing":
+        needs = [k for k in known if k == key or k.startswith(f"{key}.")]
+        required = [k for k in needs if known[k].is_required()]
+        return f"{', '.join(required or [key])} is required; give it as --{(required or [key])[0]} or in --config"
+    if finding["type"] == "value_error":
+        line = rule if rule.startswith(key) or "." not in key else f"{key}: {rule}"
+        return f"{yaml_path}: {line}" if yaml_path and key not in overrides else line
+    where = f"--{key}" if key in overrides else f"{yaml_path}: {key}"
+    return f"{where}: {finding['input']!r} should be {rule}"

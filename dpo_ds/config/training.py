@@ -1,0 +1,143 @@
+"""The sections of models, data, references and training runs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dpo_ds.config.section import Section, checked_source
+
+
+class LoraSection(Section):
+    r: int = Field(0, ge=0, description="rank of the adapters; 0: train all weights")
+    alpha: float | None = Field(None, gt=0, description="adapters count alpha / r times; 2 r if not given")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input while training")
+    target_modules: str | list[str] = Field("all-linear", description="names of linear layers, never the head")
+
+
+class ModelOptions(Section):
+    """How any model is loaded."""
+
+    attn: str = Field("auto", description="transformers' attention implementation of the padded layout")
+    trust_remote_code: bool = Field(False, description="run model code that comes with the folder")
+
+
+class ModelSection(ModelOptions):
+    path: str = Field(description="Hugging Face folder or Hub id")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    from_config: bool = Field(False, description="random weights from the folder's config.json, for tests")
+    lora: LoraSection = LoraSection()
+
+
+class PromptDataSection(Section):
+    """What of the data section prompts need."""
+
+    format: str = Field("auto", description="auto, explicit, implicit, hh, sharegpt, alpaca; sft: completion, messages")
+    columns: dict[str, str] = Field(default_factory=dict, description="renames: {chosen: better, rejected: worse}")
+    max_prompt_length: int = Field(1024, gt=0, description="tokens of the prompt")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts them and lists them in the census")
+
+
+class SampleDataSection(PromptDataSection):
+    limit: int | None = Field(None, gt=0, description="use the first n rows read, before dropping")
+
+
+class EvaluationDataSection(PromptDataSection):
+    eval: str | list[str | dict[str, Any]] | None = Field(None, description="pairs to evaluate on, given as data.train")
+    max_length: int = Field(2048, gt=1, description="tokens of prompt plus one completion")
+
+    @field_validator("train", "eval", check_fields=False)
+    @classmethod
+    def _weights(cls, source):
+        return checked_source(source)
+
+    @model_validator(mode="after")
+    def _room_for_completions(self):
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"data.max_prompt_length {self.max_prompt_length} must be below data.max_length {self.max_length}, "
+                "or no token of a completion is left"
+            )
+        return self
+
+
+class DataSection(EvaluationDataSection):
+    train: str | list[str | dict[str, Any]] = Field(description="path, Hub id, or list of them with weights")
+    limit: int | None = Field(None, gt=0, description="use the first n rows read, before dropping")
+
+
+class ReferenceSection(Section):
+    kind: Literal["live", "cached", "adapter", "none"] = Field(
+        "live",
+        description="live: a second, inference-only engine; cached: from reference.cache; adapter: LoRA off; "
+        "none: only, and by default, for the losses that need no reference",
+    )
+    path: str | None = Field(None, description="the reference model; model.path if not given")
+    cache: str | None = Field(None, description="folder that dpo-ds precompute fills and reference.kind cached reads")
+    update_every: int = Field(0, ge=0, description="steps between updates of a live reference (TR-DPO); 0: frozen")
+    update_alpha: float = Field(0.6, gt=0, le=1, description="share of the policy in such an update")
+
+
+class TrainSection(Section):
+    layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
+    global_batch_size: int = Field(64, gt=0, description="pairs (sft: rows) an update, over all ranks")
+    micro_batch_tokens: int = Field(8192, gt=0, description="tokens a rank holds in one forward, padding included")
+    epochs: float = Field(1, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, gt=0, description="given: it alone decides, epochs repeat as needed")
+    learning_rate: float = Field(5e-7, ge=0, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0")
+    weight_decay: float = Field(0.0, ge=0, description="on matrices, not on biases and norms")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm; 0: off")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
+    seed: int = Field(0, ge=0, description="of the order of the data")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
+    activation_checkpointing: bool = Field(False, description="recompute each layer in backward")
+
+    @field_validator("adam_betas")
+    @classmethod
+    def _betas(cls, betas):
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{list(betas)}: both must be in [0, 1)")
+        return betas
+
+
+class InferenceSection(Section):
+    config: str = Field(description="a DeepSpeed JSON file; absent and auto keys are filled from this config")
+
+
+class DeepSpeedSection(InferenceSection):
+    reference_config: str | None = Field(
+        None, description="the reference's JSON file; derived from config if not given"
+    )
+
+
+class PrecomputeSection(Section):
+    layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
+    micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
+    shard_rows: int = Field(512, gt=0, description="pairs a file: the most that a killed rank computes again")
+    threads: int = Field(1, gt=0, description="CPU threads a rank; decides last bits, so it does not follow the ranks")
+
+
+class RewardSection(Section):
+    margin_column: str | None = Field(
+        None, description="raw column of how much better chosen is (0 or more): the margin that rewards must differ by"
+    )
+    centering: float = Field(0.0, ge=0, description="weight of (r_w + r_l)² in the loss, which keeps rewards near 0")
+    calibration: str | None = Field(
+        None, description="pairs on which the mean reward, stored as reward_mean, is taken; those of data.train if null"
+    )
+    calibration_rows: int | None = Field(
+        1024, gt=0, description="so many of these pairs, spread evenly over them; null: all"
+    )
+
+
+class CheckpointSection(Section):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
+    keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
+    asynchronous: bool = Field(True, description="write from a copy in host memory while training goes on")
+    resume: str = Field("auto", description="auto: the newest complete one, else start; never; or a checkpoint folder")
+    save_before_end_seconds: int = Field(0, ge=0, description="save and exit 75 so long before the time limit; 0: off")
+    time_limit_seconds: int = Field(0, ge=0, description="of this process; 0: Slurm's SLURM_JOB_END_TIME alone")
