@@ -1,5 +1,5 @@
-"""README's table of keys, from dpo_ds.config: `python -m tests.readme_keys` prints it; tests/test_readme.py keeps README
-true.
+"""README's table of keys, from dpo_ds.config: `python -m tests.readme_keys` prints it; tests/test_readme.py keeps
+README true.
 """
 
 from dpo_ds import config
