@@ -75,11 +75,11 @@ SMALL = Size(
     layers=2,
     prompts=400,
     held_out=200,
-    betas={"dpo": (0.1, 1.0), "ipo": (), "orpo": ()},
-    looks=(12, 24),
+    betas={"dpo": (0.1, 1.0)},
+    looks=(12, 36),
     changes={
         "reference": {"train.max_steps": 150},
-        "sample": {"sample.max_new_tokens": 48},
+        "sample": {"sample.max_new_tokens": 48, "sample.n": 2},
         "evaluate": {"evaluate.max_new_tokens": 48},
     },
 )
@@ -127,7 +127,7 @@ class Plan:
                 chosen |= {"reference.kind": "cached", "reference.cache": self.folder / needs}
             yield self._step(f"{at}/{loss}-{beta:g}", "train", (needs,), chosen)
         *looks, last = self.size.looks
-        saved = {"train.max_steps": last, "checkpoint.every": looks[0], "checkpoint.keep": len(self.size.looks)}
+        saved = {"train.max_steps": last, "checkpoint.every": looks[0], "checkpoint.keep": last // looks[0]}
         whole = f"{at}/preferred-{last}"
         yield self._step(whole, "preferred", (f"{at}/sample",), keys | saved)
         for look in looks:
