@@ -86,7 +86,8 @@ class CheckpointWriter:
                 self._progress(self._writing.step)
             self._commit_if_written()
         if self._pruning is not None:
-            self._pruning.result()
+            if problem := self._pruning.result():
+                self._say(f"an old checkpoint could not be deleted: {problem}; training goes on")
             self._pruning = None
 
     def _make_room(self, needed: int) -> None:
@@ -113,7 +114,7 @@ class CheckpointWriter:
                 return f"it needs {needed} bytes, {free} are free in {self.folder}"
             temporary.mkdir()
         except OSError as error:
-            return f"{error.strerror} ({error.filename})"
+            return _of_disk(error)
         return None
 
     def _commit_if_written(self) -> bool:
@@ -147,12 +148,20 @@ class CheckpointWriter:
                 record = {"step": step, "world_size": len(outcomes), **self._record, "files": files}
                 manifest.write(temporary, record)
         except OSError as error:
-            problem = f"{error.strerror} ({error.filename})"
+            problem = _of_disk(error)
         if problem is not None:
             needed = sum(written["size"] for written in files.values())
             shutil.rmtree(temporary, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free
             return f"{problem}; it needs {needed} bytes, {free} are free in {self.folder}"
+        try:
+            self._make_visible(temporary, step)
+        except OSError as error:
+            return _of_disk(error)
+        self._pruning = in_background(self._prune)
+        return None
+
+    def _make_visible(self, temporary: Path, step: int) -> None:
         faultpoints.reach("manifest-written")
         final = self.folder / _name(step)
         if final.exists():
@@ -162,13 +171,16 @@ class CheckpointWriter:
         faultpoints.reach("renamed")
         durable.write_text(self.folder / LATEST, final.name + "\n")
         faultpoints.reach("pointer-replaced")
-        self._pruning = in_background(self._prune)
-        return None
 
-    def _prune(self) -> None:
+    def _prune(self) -> str | None:
+        """Says what went wrong."""
         complete = [path for path in sorted(self.folder.glob(FOLDERS)) if (path / MANIFEST).is_file()]
-        for old in complete[: -self.keep]:
-            _remove(old)
+        try:
+            for old in complete[: -self.keep]:
+                _remove(old)
+        except OSError as error:
+            return _of_disk(error)
+        return None
 
     def _failed(self, step: int, problem: str | None) -> None:
         if problem is not None:
@@ -223,6 +235,10 @@ def _remove(folder: Path) -> None:
     os.replace(folder, doomed)
     faultpoints.reach("old-half-deleted")
     shutil.rmtree(doomed)
+
+
+def _of_disk(error: OSError) -> str:
+    return f"{error.strerror} ({error.filename})"
 
 
 def _state_bytes(engine) -> int:

@@ -32,7 +32,7 @@ from dpo_ds.measure import Sequences, draw, spread, sums_of_logps
 from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.outcome import BASELINE, REFERENCE, Measured, Outcome
 from dpo_ds.precompute import NO_DEEPSPEED
-from dpo_ds.preflight import speaker, this_machine
+from dpo_ds.preflight import check_fit, check_room, speaker, this_machine
 from dpo_ds.run import keeping_status, write_config
 from dpo_ds.scoring import Scorer, load_scorer
 
@@ -101,11 +101,12 @@ def prepare(run: EvaluateConfig, place: Launch) -> Work:
     """
     wanted, say = run.evaluate, speaker(place)
     torch.set_num_threads(wanted.threads)
-    tokenizer, config = _check_models(run)
+    tokenizer, configs = _check_models(run)
+    hidden_size = configs[0].hidden_size
     engine = None
     if run.deepspeed.config != NO_DEEPSPEED:
         given = ds_config.read(run.deepspeed.config)
-        engine, notes = ds_config.fill_reference(given, run.deepspeed.config, this_machine(place), config.hidden_size)
+        engine, notes = ds_config.fill_reference(given, run.deepspeed.config, this_machine(place), hidden_size)
         say(notes)
     scorer = None if wanted.score is None else load_scorer(wanted.score, "evaluate.score")
     judge = None if wanted.judge is None else load_judge(wanted.judge)
@@ -116,21 +117,22 @@ def prepare(run: EvaluateConfig, place: Launch) -> Work:
             run.data.eval, options=options, tokenizer=tokenizer, split="eval", build=place.is_first_on_node
         )
         say([f"eval data: {data.format_census(pairs.census)}"])
+        for config in configs:
+            check_fit({"eval": pairs}, config, say)
     if wanted.n:
         source = run.data.eval if wanted.prompts is None else wanted.prompts
         found = read_prompts(source, options=options, tokenizer=tokenizer, split="eval")
         prompts = list({prompt.text: prompt for prompt in found.rows}.values())
         say([f"prompts: {found.summary()}; {len(prompts):,} different ones, {wanted.n} completions each"])
-        _check_room(prompts, config, run, say)
+        for config in configs:
+            check_room(prompts, config, "evaluate", wanted.max_new_tokens, say)
     if wanted.baseline is not None and _is_file(wanted.baseline):
         theirs = read_baseline(wanted.baseline, [prompt.text for prompt in prompts], run.data.columns, tokenizer)
     elif wanted.baseline not in (None, wanted.against):
-        baseline_model = _baseline_model(run, source, options, prompts)
+        baseline_model = _baseline_model(run, source, options, prompts, say)
     notes = _notes(run)
     say(notes)
-    return Work(
-        run, engine, tokenizer, config.hidden_size, prompts, pairs, scorer, judge, theirs, baseline_model, notes
-    )
+    return Work(run, engine, tokenizer, hidden_size, prompts, pairs, scorer, judge, theirs, baseline_model, notes)
 
 
 def evaluate(work: Work, place: Launch, device: torch.device) -> None:
@@ -241,9 +243,11 @@ def _score(work: Work, outcome: Outcome) -> None:
 
 
 def _check_models(run: EvaluateConfig):
-    """The tokenizer and text config of the first policy, after all models that must read the same tokens."""
+    """The first policy's tokenizer, and the text configs of policies and reference, which must read the same tokens:
+    its own, then one for each other kind or number of positions.
+    """
     first = tokenizer = None
-    wanted = run.evaluate
+    wanted, by_positions = run.evaluate, {}
     chosen = [("evaluate.policy", policy.path) for policy in wanted.policies]
     for key, path in [*chosen, *([] if wanted.against is None else [("evaluate.against", wanted.against)])]:
         section = _section(run, path)
@@ -257,14 +261,15 @@ def _check_models(run: EvaluateConfig):
                 f"--{key} {path}: its {config.vocab_size} tokens are not the {first.vocab_size} of "
                 f"{wanted.policies[0].path}; policies and reference must read the same tokens"
             )
-    return tokenizer, first
+        by_positions.setdefault((config.model_type, getattr(config, "max_position_embeddings", None)), config)
+    return tokenizer, list(by_positions.values())
 
 
 def _section(run: EvaluateConfig, path: str) -> ModelSection:
     return ModelSection(path=path, **dict(run.model))
 
 
-def _baseline_model(run: EvaluateConfig, source, options, prompts: Sequence[Prompt]) -> BaselineModel:
+def _baseline_model(run: EvaluateConfig, source, options, prompts: Sequence[Prompt], say) -> BaselineModel:
     """It may be of any family: its own tokenizer, and chat template, reads the prompts."""
     path, key = run.evaluate.baseline, "evaluate.baseline"
     section = _section(run, path)
@@ -275,7 +280,9 @@ def _baseline_model(run: EvaluateConfig, source, options, prompts: Sequence[Prom
     lacking = [prompt.location for prompt in prompts if prompt.location not in by_location]
     if lacking:
         raise ModelError(f"--{key} {path}: its tokenizer makes nothing of {len(lacking)} prompts, first {lacking[0]}")
-    return BaselineModel(path, tokenizer, [by_location[prompt.location] for prompt in prompts])
+    own = [by_location[prompt.location] for prompt in prompts]
+    check_room(own, config.get_text_config(), "evaluate", run.evaluate.max_new_tokens, say)
+    return BaselineModel(path, tokenizer, own)
 
 
 def _is_file(baseline: str) -> bool:
@@ -285,13 +292,6 @@ def _is_file(baseline: str) -> bool:
 def _dealt(theirs: Sequence[Sequence[str]], n: int) -> list[list[str]]:
     """n completions a prompt, in turn where the file has another number of them."""
     return [[texts[draw % len(texts)] for draw in range(n)] for texts in theirs]
-
-
-def _check_room(prompts: Sequence[Prompt], config, run: EvaluateConfig, say) -> None:
-    longest = max(len(prompt.ids) for prompt in prompts) + run.evaluate.max_new_tokens
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        say([f"prompt and completion may have {longest} tokens, the model was made for {positions}"])
 
 
 def _notes(run: EvaluateConfig) -> list[str]:

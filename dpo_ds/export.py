@@ -46,11 +46,13 @@ def gathered_state_dict(causal_lm) -> dict[str, torch.Tensor]:
     return state
 
 
-def export(causal_lm, tokenizer, folder: Path, card: str, merge: bool = False) -> None:
+def export(
+    causal_lm, tokenizer, folder: Path, card: str, merge: bool = False, progress: Callable[[], None] = lambda: None
+) -> None:
     """`folder` becomes a Hugging Face model, gathered parameter by parameter, one output shard in memory at a time.
 
     It appears in one move, whole. All ranks enter. A model with adapters gives those alone, as peft saves them, or,
-    with `merge`, its own weights with theirs added.
+    with `merge`, its own weights with theirs added. progress(): told on every rank at each parameter.
     """
     import deepspeed
 
@@ -58,6 +60,7 @@ def export(causal_lm, tokenizer, folder: Path, card: str, merge: bool = False) -
     held = tensors = dict(causal_lm.named_parameters()) | persistent_buffers(causal_lm)
 
     def read(name: str) -> torch.Tensor | None:
+        progress()
         with deepspeed.zero.GatheredParameters([held[name]] if hasattr(held[name], "ds_id") else []):
             return held[name].detach().cpu().clone() if is_first else None
 

@@ -34,8 +34,8 @@ class Launch:
     @property
     def threads(self) -> int:
         """CPU threads for this rank: the node's cores shared evenly, or those that srun has bound it to."""
-        cores = len(os.sched_getaffinity(0))
-        if _in_srun() and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", "0")):
+        cores, env = len(os.sched_getaffinity(0)), os.environ
+        if _in_srun() and cores < int(env.get("SLURM_CPUS_ON_NODE", "0")) and self.local_world_size == _slurm_tasks():
             return cores
         return max(1, cores // self.local_world_size)
 
@@ -52,9 +52,8 @@ def from_environment() -> Launch:
             local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]  # torchrun, deepspeed
             return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), int(local))
         if _in_srun():
-            local = tasks_on_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))
             return Launch(
-                int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), local
+                int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), _slurm_tasks()
             )
     except ValueError as error:
         raise ConfigError(f"the launcher's environment is not usable: {error}") from None
@@ -69,6 +68,7 @@ def complete_environment(launch: Launch) -> None:
     env.setdefault("RANK", str(launch.rank))
     env.setdefault("WORLD_SIZE", str(launch.world_size))
     env.setdefault("LOCAL_RANK", str(launch.local_rank))
+    env.setdefault("LOCAL_WORLD_SIZE", str(launch.local_world_size))  # from_environment is asked again
     if _in_srun():  # every task must come to the same address and port without a word between them
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
         job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
@@ -81,6 +81,11 @@ def complete_environment(launch: Launch) -> None:
 def _in_srun() -> bool:
     """More than one task of an srun step; a batch script itself has no step variables."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+
+
+def _slurm_tasks() -> int:
+    """Of the srun step on this node; with torchrun as the task, fewer than ranks."""
+    return tasks_on_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"]))
 
 
 def tasks_on_node(tasks_per_node: str, node: int) -> int:

@@ -192,8 +192,9 @@ class DiscoPOP(Loss):
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         margin = self.beta * (policy.logratio - reference.logratio)
-        modulation = torch.sigmoid(margin / self.tau)
-        return -(1 - modulation) * logsigmoid(margin) + modulation * torch.exp(-margin)
+        ratio = margin / self.tau
+        exponential = torch.exp(logsigmoid(ratio) - margin)  # as a product it would be 0 times inf
+        return -torch.sigmoid(-ratio) * logsigmoid(margin) + exponential
 
 
 @dataclass(frozen=True)
@@ -341,5 +342,6 @@ def _smoothed(loss: AOT | AOTUnpaired, difference: Tensor) -> Tensor:  # [pairs]
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, accurate at both ends (Mächler 2012)."""
+    """log(1 - e^x) for x <= 0, accurate at both ends (Mächler 2012); 0, whose value is none, counts as the nearest."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

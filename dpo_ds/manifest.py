@@ -74,9 +74,9 @@ def first_wrong_size(folder: Path, files: dict) -> str | None:
 
 
 def clear(folder: Path) -> None:
-    """Removes what saves and deletions left behind that died halfway."""
+    """Removes what saves and deletions left behind that died halfway, as far as the file system lets it."""
     for left in folder.glob("*.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def versions() -> dict[str, str]:

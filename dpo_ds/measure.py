@@ -56,7 +56,13 @@ class Sequences:
 def draw(
     model, tokenizer: Any, prompts: Sequence[Prompt], settings: EvaluateSection, together: bool
 ) -> list[list[Completion]]:
-    """settings.n completions of every prompt. together: the weights are spread over the ranks."""
+    """settings.n completions of every prompt. together: the weights are spread over the ranks.
+
+    Raises:
+        UserError: on every rank, where the model cannot be drawn from on any.
+    """
+    from dpo_ds.engine import raise_together  # deepspeed comes in with a model alone
+
     generator = Generator(model, tokenizer, settings, together)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size = max(1, BATCHES * settings.batch_size // settings.n)
@@ -64,7 +70,12 @@ def draw(
     own: dict[int, list[Completion]] = {}
     for rows in in_rounds(chunks, rank, ranks):
         rows = rows if rows is not None else range(0)
-        own |= zip(rows, generator([prompts[row].ids for row in rows], settings.n, rows.start), strict=True)
+        mistake = None
+        try:
+            own |= zip(rows, generator([prompts[row].ids for row in rows], settings.n, rows.start), strict=True)
+        except UserError as error:
+            mistake = error
+        raise_together(mistake)
     whole = {row: found for part in _gathered(own) for row, found in part.items()}
     return [whole[row] for row in range(len(prompts))]
 

@@ -45,7 +45,14 @@ class _Connection:
 
     def lines(self, data: bytes) -> list[str]:
         *whole, self.rest = (self.rest + data).split(b"\n")
-        return [line.decode() for line in whole]
+        return [line.decode(errors="replace") for line in whole]
+
+
+def _listen(backlog: int) -> socket.socket:
+    """On all addresses of this host, IPv6 among them where it has any."""
+    if not socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), backlog=backlog)
+    return socket.create_server(("", 0), backlog=backlog, family=socket.AF_INET6, dualstack_ipv6=True)
 
 
 class Silent:
@@ -67,7 +74,7 @@ class PeerWatch:
         self._on_end, self._main = on_end, threading.main_thread().ident
         self._step, self._ticks = 0, 0
         self._last_words = ""
-        listener = socket.create_server(("", 0), backlog=self.ranks) if self.rank == 0 else None
+        listener = _listen(self.ranks) if self.rank == 0 else None
         box = [listener.getsockname()[1] if listener else None]
         dist.broadcast_object_list(box, src=0)
         if listener:
@@ -138,14 +145,15 @@ class PeerWatch:
                 if now - peer.heard > self.peer_seconds:
                     self._end(f"rank {rank} gave no sign of life for {self.peer_seconds:.0f} s at step {peer.step}")
             everyone = {0: own, **self._peers}
-            if now - max(peer.moved for peer in everyone.values()) > self.hang_seconds:
+            # Before the first step models and checkpoints are read, which takes as long as it takes.
+            if self._ticks and now - max(peer.moved for peer in everyone.values()) > self.hang_seconds:
                 at = max(int(peer.step) for peer in everyone.values())
                 stuck = [str(rank) for rank, peer in everyone.items() if not peer.waits or int(peer.step) < at]
                 who = f"rank {', '.join(stuck)} hangs" if stuck else "all ranks hang in collectives"
                 self._end(f"{who} at step {at}: no rank got on for {self.hang_seconds:.0f} s ({HANG_SECONDS})")
 
     def _hear(self, stream: socket.socket, connection: _Connection) -> bool:
-        """Takes what a rank sent; False once it has left in good order."""
+        """Takes what a rank sent; False once it has left in good order, or is none: clusters scan their ports."""
         try:
             data = stream.recv(4096)
         except OSError:
@@ -155,8 +163,10 @@ class PeerWatch:
             self._end(f"rank {connection.rank} died at step {peer.step}: its process ended without a word")
         for line in connection.lines(data):
             word, _, rest = line.partition(" ")
-            if word == "hello":
+            if word == "hello" and rest in map(str, self._peers):
                 connection.rank = int(rest)
+            elif connection.rank is None:
+                return False
             elif word == "fault":
                 self._end(rest)
             elif word == "bye":

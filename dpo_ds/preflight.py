@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from dpo_ds.config import (
     reference_section,
 )
 from dpo_ds.data.batching import steps_per_epoch
+from dpo_ds.data.prompts import Prompt
 from dpo_ds.errors import ConfigError
 from dpo_ds.launch import Launch
 from dpo_ds.lora import check_lora
@@ -201,6 +202,20 @@ def check_fit(prepared: dict[str, data.PairDataset], text_config, say: Say) -> N
                 f"cut with --data.max_length {positions}"
             )
         say([f"{split} data is up to {longest} tokens long, the model was made for {positions}"])
+
+
+def check_room(prompts: Sequence[Prompt], text_config, key: str, max_new_tokens: int, say: Say) -> None:
+    """Prompt and completion of `key`.max_new_tokens against the positions that the model knows."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+    if positions is None or longest <= positions:
+        return
+    what = f"the longest prompt and {key}.max_new_tokens are {longest} tokens, the model"
+    if text_config.model_type in LEARNED_POSITIONS:
+        room = positions - max_new_tokens
+        cut = f"cut prompts with --data.max_prompt_length {room}" if room > 0 else f"lower {key}.max_new_tokens"
+        raise ConfigError(f"{what} knows {positions} positions; {cut}")
+    say([f"{what} was made for {positions}"])
 
 
 def _check_an_epoch(sources, run: Section) -> None:

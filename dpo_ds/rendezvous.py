@@ -156,7 +156,7 @@ class Meeting:
 def code() -> dict[str, str]:
     """Versions of what the ranks must have in common; of dpo_ds also a hash of its files."""
     digest, root = hashlib.sha256(), Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(root.rglob("[!.]*.py")):  # without what editors leave
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return {"dpo_ds": f"{__version__} (code {digest.hexdigest()[:8]})"} | {name: version(name) for name in PACKAGES}
 

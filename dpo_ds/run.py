@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,6 +93,7 @@ def train(
         extras = elastic.load(policy.engine, resume)
         if extras[0]:
             objective.load_state(extras)
+        del extras  # it maps files that will be deleted
     first_step = 1 if resume is None else resume.step + 1
 
     used = versions()
@@ -121,7 +123,8 @@ def train(
         say(reward.finish(trainer, run.reward, prepared))
     card = export.model_card(command, to_plain(run), trainer.last_metrics, used)
     merge = isinstance(run, RewardConfig)  # adapters alone would lack the head
-    export.export(policy.causal_lm, prepared.tokenizer, output_dir / "final", card, merge)
+    getting_on = partial(peers.progress, trainer.total_steps)
+    export.export(policy.causal_lm, prepared.tokenizer, output_dir / "final", card, merge, getting_on)
     if tracker:
         tracker.say(f"done: {output_dir / 'final'}")
         tracker.close()

@@ -27,7 +27,7 @@ from dpo_ds.generation import Completion, Generator, in_rounds
 from dpo_ds.launch import Launch
 from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.precompute import NO_DEEPSPEED
-from dpo_ds.preflight import LEARNED_POSITIONS, Say, make_writable, speaker, this_machine
+from dpo_ds.preflight import check_room, make_writable, speaker, this_machine
 from dpo_ds.progress import Progress
 from dpo_ds.reference.weights import weights_digest
 from dpo_ds.samples import Folder, completion_rows
@@ -93,7 +93,7 @@ def prepare(run: SampleConfig, place: Launch) -> Work:
     precision = engine or {"bf16": {"enabled": machine.has_bf16 and machine.device == "cuda"}}
     prompts = read_prompts(sample.prompts, options=run.data, tokenizer=tokenizer, limit=run.data.limit)
     say([f"{sample.prompts}: {prompts.summary()}"])
-    _check_fit(prompts.rows, model_config.get_text_config(), run, say)
+    check_room(prompts.rows, model_config.get_text_config(), "sample", sample.max_new_tokens, say)
     folder = None
     if place.is_first:
         settings = {
@@ -199,20 +199,6 @@ def _summary(folder: Folder, manifest: dict, was_complete: bool, has_scores: boo
         )
     left_out = f"; {sum(dropped.values())} prompts give none: {reasons}" if dropped else ""
     return [*lines, f"{manifest['pairs']} pairs{left_out}", f"done: train on them with --data.train {folder.pairs}"]
-
-
-def _check_fit(prompts: list[Prompt], text_config, run: SampleConfig, say: Say) -> None:
-    """Prompt and completion against the positions that the model knows."""
-    positions = getattr(text_config, "max_position_embeddings", None)
-    longest = max(len(prompt.ids) for prompt in prompts) + run.sample.max_new_tokens
-    if positions is None or longest <= positions:
-        return
-    what = f"the longest prompt and sample.max_new_tokens are {longest} tokens, the model"
-    if text_config.model_type in LEARNED_POSITIONS:
-        room = positions - run.sample.max_new_tokens
-        cut = f"cut prompts with --data.max_prompt_length {room}" if room > 0 else "lower sample.max_new_tokens"
-        raise ConfigError(f"{what} knows {positions} positions; {cut}")
-    say([f"{what} was made for {positions}"])
 
 
 def check_vllm(run: SampleConfig, place: Launch) -> None:

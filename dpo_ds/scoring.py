@@ -225,7 +225,7 @@ def checked(answer: Any, who: str, completions: Sequence[str]) -> np.ndarray:
     for row, value in enumerate(answer):
         try:
             scores[row] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             scores[row] = math.nan
         if not math.isfinite(scores[row]):
             where = f"row {row}, completion {shorten(completions[row])}"

@@ -45,7 +45,11 @@ def win_rate(preferred: np.ndarray, resamples: int, seed: int) -> dict[str, floa
 
 def distribution(values: np.ndarray) -> dict[str, dict | list]:
     """Quantiles, and a histogram of equal bins from the smallest to the largest value, of values of any shape."""
-    counts, edges = np.histogram(values, bins=BINS)
+    low, high = float(np.min(values)), float(np.max(values))
+    scale = 1e-9 * max(abs(low), abs(high))
+    if high - low <= scale:  # equal but for rounding: bins would have no width
+        low, high = low - max(0.5, scale), high + max(0.5, scale)
+    counts, edges = np.histogram(values, bins=BINS, range=(low, high))
     quantiles = np.quantile(values, QUANTILES)
     return {
         "quantiles": {str(at): float(value) for at, value in zip(QUANTILES, quantiles, strict=True)},

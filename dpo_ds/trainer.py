@@ -151,6 +151,7 @@ class Trainer:
         with self.policy.evaluating():
             for start in range(0, len(rows), size):
                 self.peers.progress(step)
+                self.writer.look()
                 micro_batches = self._micro_batches(data, rows[start : start + size])
                 objective.begin(self.policy, micro_batches)
                 for micro_batch in micro_batches:

@@ -26,7 +26,7 @@ from dpo_ds.reference.cache import (
     write_shard,
 )
 from dpo_ds.reference.cached import CachedRows
-from dpo_ds.reference.store import data_rows, open_store
+from dpo_ds.reference.store import _saved, data_rows, open_store
 from dpo_ds.reference.verify import verify
 from tests.tiny import random_pairs
 
@@ -255,3 +255,10 @@ def test_a_weights_digest_sees_every_byte_and_no_file_boundaries(tmp_path):
     (one / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights"):
         digest(one)
+
+
+def test_two_nodes_with_one_process_id_make_the_same_file(tmp_path):
+    """As in containers on a shared file system: the other one is done while this one computes."""
+    path = tmp_path / "keys.npy"
+    made = _saved(path, lambda: np.array(_saved(path, lambda: np.arange(3), True)), True)
+    assert made.tolist() == [0, 1, 2] and [found.name for found in tmp_path.iterdir()] == ["keys.npy"]

@@ -1,5 +1,7 @@
 """What is found, refused and written; no ranks, no models."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_ds import capture, checkpoint
+from dpo_ds import capture, checkpoint, trainer
 from dpo_ds.capture import HostCopy, free_memory
 from dpo_ds.checkpoint import CheckpointWriter
 from dpo_ds.config import TrainConfig, to_plain
@@ -19,6 +21,7 @@ from dpo_ds.durable import HashingFile
 from dpo_ds.errors import ConfigError
 from dpo_ds.identity import data_id, model_id
 from dpo_ds.manifest import Checkpoint, open_folder, versions
+from dpo_ds.peers import Silent
 from dpo_ds.resume import check_config, check_identity, find, set_aside_newer
 from tests.tiny import random_pairs
 
@@ -201,6 +204,56 @@ def test_a_copy_in_memory_is_what_torch_would_have_written(tmp_path, monkeypatch
         assert written.size == (tmp_path / "copied.pt").stat().st_size
         assert copy.bytes == -(-written.size // 1000) * 1000
         copy.clear()
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EBUSY, "Device or resource busy", "somewhere")
+
+
+def test_a_disk_that_refuses_a_rename_or_a_deletion_is_a_line(tmp_path, monkeypatch):
+    """Training goes on; what was complete stays."""
+    older, old = make(tmp_path, 4), make(tmp_path, 8)
+    said = []
+    writer = CheckpointWriter(tmp_path, RUN, {}, 8, Lock(), said.append, print)
+    temporary = tmp_path / "checkpoints" / "step-00000012.tmp"
+    temporary.mkdir()
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint.os, "replace", refuse)
+        assert writer._commit([({}, None)], temporary, 12).startswith("Device or resource busy (somewhere)")
+    assert open_folder(older)[0] and open_folder(old)[0]
+    temporary.mkdir(exist_ok=True)
+    assert writer._commit([({}, None)], temporary, 12) is None
+    with monkeypatch.context() as broken:
+        writer._pruning.result()
+        make(tmp_path, 10), make(tmp_path, 11)
+        broken.setattr(checkpoint.shutil, "rmtree", refuse)
+        writer._pruning = checkpoint.in_background(writer._prune)
+        writer.finish()
+    busy = "an old checkpoint could not be deleted: Device or resource busy (somewhere); training goes on"
+    assert said == [busy]
+    assert [found.step for found in find(tmp_path, "auto")[0]][:2] == [12, 11]
+
+
+def test_an_evaluation_does_not_keep_a_checkpoint_from_its_commit(monkeypatch):
+    """It looks before each of three batches: rows 0 1, 2 3 and 4."""
+    monkeypatch.setattr(trainer.metrics, "reduce_sum", lambda sums: sums)
+    looks = []
+    names = {"_micro_batches": lambda data, rows: [rows], "_global": lambda count: count, "peers": Silent()}
+    policy = SimpleNamespace(device=torch.device("cpu"), evaluating=contextlib.nullcontext)
+    run, writer = SimpleNamespace(global_batch_size=2), SimpleNamespace(look=lambda: looks.append(0))
+
+    class Total(trainer.Objective):
+        names = ("loss",)
+
+        def weight(self, batch):
+            return len(batch)
+
+        def __call__(self, policy, batch):
+            return None, torch.tensor([batch.sum()])
+
+    alone = SimpleNamespace(run=run, writer=writer, policy=policy, **names)
+    assert trainer.Trainer.means(alone, Total(), None, np.arange(5), 3) == {"loss": 2.0}
+    assert len(looks) == 3
 
 
 @pytest.mark.parametrize(("needed", "copies"), [(100, True), (101, False)])

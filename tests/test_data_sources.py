@@ -108,6 +108,14 @@ def test_folder_without_split_names_is_read_whole(tmp_path):
     assert len(rows_of(tmp_path)) == len(rows_of(tmp_path, "eval")) == 2
 
 
+def test_of_what_sample_leaves_the_pairs_are_read(tmp_path):
+    for name in ("completions", "pairs"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "shard-000000.jsonl", [{"from": name}])
+    (tmp_path / "MANIFEST.json").write_text('{\n "pairs": 1\n}\n')
+    assert [row["from"] for _, row in rows_of(tmp_path)] == ["pairs"]
+
+
 def test_folder_of_unnamed_files_and_a_test_file(tmp_path):
     write_lines(tmp_path / "pairs.jsonl", [{"n": 1}])
     write_lines(tmp_path / "pairs_test.jsonl", [{"n": 2}])

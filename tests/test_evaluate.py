@@ -1,6 +1,7 @@
 """`dpo-ds evaluate` by real ranks: KL against exact enumeration, the same numbers on any ranks, files, mistakes."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from dpo_ds import config
 from dpo_ds.data.formats import Conversation
@@ -250,6 +251,14 @@ def test_a_second_run_replaces_the_first(forks, world):
 
 
 @pytest.mark.distributed
+def test_a_model_of_no_numbers_ends_a_rank_without_prompts_too(forks, world):
+    perturbed(world, "broken", math.nan)
+    one = {"data__eval": "null", "evaluate__prompts": world / "one.jsonl", "evaluate__against": "null"}
+    codes, output = run(forks, world, "broken.out", 2, evaluate__policy=world / "broken", **one)
+    assert codes == [2, 2] and "LlamaForCausalLM: its logits are not finite numbers" in output
+
+
+@pytest.mark.distributed
 def test_a_bent_temperature_and_a_failing_score_are_told(forks, world):
     codes, output = run(
         forks, world, "failed", evaluate__score="tests.scores:nothing", evaluate__temperature=0.7, evaluate__top_k=5
@@ -289,6 +298,13 @@ MISTAKES = {
     "baseline row is wrong": (
         {"evaluate.baseline": "bad.jsonl", "evaluate.score": "regex:a"}, ["evaluate.baseline", "bad.jsonl:1", "chosen"]
     ),
+    "no position for the pairs": (
+        {"evaluate.policy": "short"}, ["eval data", "the model knows 10 positions", "--data.max_length 10"]
+    ),
+    "no position for completions": (
+        {"evaluate.against": "short", "data.eval": "null", "evaluate.prompts": "one.jsonl"},
+        ["evaluate.max_new_tokens", "the model knows 10 positions", "--data.max_prompt_length 4"],
+    ),
     "prompts are missing": ({"evaluate.prompts": "nothing.jsonl"}, ["nothing.jsonl", "no such file"]),
     "pairs are wrong": ({"data.eval": "bad.jsonl"}, ["bad.jsonl:1", "chosen", "must be text"]),
     "DeepSpeed's file is missing": ({"deepspeed.config": "/nowhere.json"}, ["/nowhere.json", "no such file"]),
@@ -301,6 +317,9 @@ def outcomes(world):
     """One process goes through every mistake; a test each looks at its line."""
     other = train_tokenizer(["another text", "of other words"], vocab_size=290)
     save_tiny_model(world / "other", other, tiny_llama(other, hidden=16, layers=1))
+    words = AutoTokenizer.from_pretrained(world / "model")
+    short = GPT2Config(vocab_size=len(words), n_positions=10, n_embd=8, n_layer=1, n_head=1)
+    save_tiny_model(world / "short", words, GPT2LMHeadModel(short))
     (world / "adapter").mkdir()
     (world / "adapter" / "adapter_config.json").write_text("{}")
     (world / "bad.jsonl").write_text('{"prompt": "p", "chosen": 3}\n')

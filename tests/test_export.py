@@ -5,18 +5,21 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
+from dpo_ds import export as module
 from dpo_ds import export_checkpoint
 from dpo_ds.config import ExportConfig
-from dpo_ds.demo.tiny import random_model
+from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.errors import ConfigError
 from dpo_ds.export import write_shards
 from tests.small_jobs import make_world, run
+from tests.tiny import VOCAB
 
 LIMIT = 20_000  # bytes of an output shard in these tests; the largest weight has 19,200
 
@@ -50,6 +53,18 @@ def test_it_equals_what_the_run_itself_exported_file_by_file(trained, tmp_path):
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(names)
     same, different, odd = filecmp.cmpfiles(trained / "final", tmp_path / "a", names, shallow=False)
     assert (sorted(same), different, odd) == (names, [], [])
+
+
+def test_every_parameter_is_a_sign_of_life(tmp_path, monkeypatch):
+    """An export that takes longer than DPO_DS_HANG_SECONDS is no hang."""
+    alone = SimpleNamespace(get_rank=lambda: 0, barrier=lambda: None, is_initialized=lambda: False)
+    monkeypatch.setattr(module, "dist", alone)
+    for part in ("write_rest", "is_adapted"):
+        monkeypatch.setattr(module if part == "write_rest" else module.lora, part, lambda *_: False)
+    model, signs = random_model(tiny_config("llama", VOCAB)), []
+    model.dropouts = {}
+    module.export(model, None, tmp_path / "final", "card", progress=lambda: signs.append(0))
+    assert len(signs) == len(dict(model.named_parameters())) == len(all_weights(tmp_path / "final"))
 
 
 @pytest.mark.distributed

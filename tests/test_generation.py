@@ -139,6 +139,7 @@ class TestPrompts:
         rows = [
             ({"prompt": "hi"}, "hi"),
             ({"prompt": user}, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+            ({"messages": user}, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
             ({"prompt": "hi", **answers}, "hi"),
             ({"chosen": f"{transcript} yes", "rejected": f"{transcript} no"}, transcript),
             ({"chosen": f"{transcript} yes"}, transcript),

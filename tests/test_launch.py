@@ -47,6 +47,7 @@ def test_srun(environment):
     launch.complete_environment(place)
     assert (launch.os.environ["RANK"], launch.os.environ["MASTER_ADDR"]) == ("5", "gpu07")
     assert launch.os.environ["MASTER_PORT"] == str(20000 + (1234 * 97 + 0) % 12000)
+    assert launch.from_environment() == place, "asked again, now that RANK is set"
 
 
 @pytest.mark.parametrize(("on_node", "threads"), [("12", 3), ("48", 12)], ids=["shares all cores", "bound to its own"])
@@ -55,6 +56,15 @@ def test_threads_under_srun(environment, monkeypatch, on_node, threads):
     environment(**SRUN, SLURM_CPUS_ON_NODE=on_node)
     monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: range(12))
     assert launch.from_environment().threads == threads
+
+
+def test_threads_of_torchruns_ranks_in_one_task(environment, monkeypatch):
+    """srun starts torchrun once a node, bound to 12 of 48 cores, and that 4 ranks: they share the 12."""
+    one_task = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    environment(**SRUN | one_task, SLURM_CPUS_ON_NODE="48")
+    environment(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: range(12))
+    assert launch.from_environment().threads == 3
 
 
 def test_a_batch_script_itself_is_one_process(environment):

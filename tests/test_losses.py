@@ -165,6 +165,19 @@ def test_odds_are_stable_at_both_ends(mean):
     assert losses._log1mexp(chosen).item() == pytest.approx(exact, rel=1e-12)
 
 
+@pytest.mark.parametrize(("chosen", "rejected"), [(0.0, 0.0), (0.0, -5.0), (-5.0, 0.0), (-1e-8, -5.0)])
+def test_odds_of_certain_completions_give_numbers(chosen, rejected):
+    sums = [torch.tensor([value], requires_grad=True) for value in (chosen, rejected)]
+    loss = ORPO()(PairLogps(*sums, *torch.ones(2, 1)))
+    assert torch.isfinite(torch.stack([loss, *torch.autograd.grad(loss, sums)])).all()
+
+
+def test_discopop_far_on_the_wrong_side_is_linear():
+    margin = torch.tensor([-200.0], requires_grad=True)  # m = σ(-4000) = 0, e^200 is beyond float32
+    loss = DiscoPOP(1.0)(PairLogps(margin, *torch.zeros(3, 1)), logps([0.0], [0.0]))
+    assert loss.item() == 200 and torch.autograd.grad(loss, margin)[0].item() == -1
+
+
 def test_bcos_shift_is_the_moving_average_of_rewards_before():
     # 0.75 * 0 + 0.25 * 2 = 0.5; 0.75 * 0.5 + 0.25 * 4 = 1.375
     loss = BCOPair(0.5, delta_decay=0.75).after_step(2.0).after_step(4.0)
@@ -231,6 +244,7 @@ MISTAKES = {
     "loss.name: unknown loss 'simp'; did you mean 'simpo'?": {"loss.name": "simp"},
     "loss.name: unknown loss 'sigmoid'; TRL's sigmoid is 'dpo' here": {"loss.name": "sigmoid"},
     "loss.name: unknown loss 'aott'; did you mean 'aot'?": {"loss.name": "[dpo, aott]"},
+    "loss.name: [['dpo']] should be a valid string": {"loss.name": "[[dpo]]"},
     "one weight for each loss": {"loss.name": "[dpo, ipo]", "loss.weights": "[1]"},
     "loss.gamma 0.3: dpo has none; it is of simpo": {"loss.gamma": "0.3"},
     "loss.label_smoothing 0.1: ipo has none": {"loss.name": "ipo", "loss.label_smoothing": "0.1"},

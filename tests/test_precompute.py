@@ -1,5 +1,7 @@
 """`dpo-ds precompute` and training on what it left, as users start them; ranks are forks, so a launch takes seconds."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -133,6 +135,23 @@ def test_only_one_job_fills_a_folder(world, cache):
     later.close()
     codes, output = world.run("precompute", 1, "locked")
     assert codes == [0] and "complete, 60 pairs" in output, output
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
+    """As Lustre answers where it is mounted without them."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    said = []
+    for rank in (0, 1):
+        lock = FolderLock(tmp_path, rank)
+        if rank == 0:
+            lock.take(said.extend)
+        lock.share(lambda: None)
+        lock.close()
+    assert len(said) == 1 and "Function not implemented; where there are no locks" in said[0]
 
 
 def test_training_on_the_cache_is_training_on_the_live_reference(world, cache):

@@ -44,6 +44,18 @@ def test_different_code_names_both_sides(forks, tmp_path):
     assert lines[0].startswith(f"rank 0: ConfigError: dpo_ds {ours} on {HOST} (rank 0), another on {HOST} (rank 1)")
 
 
+def test_what_an_editor_leaves_beside_the_code_does_not_count(monkeypatch, tmp_path):
+    """Emacs' lock is a link that leads nowhere."""
+    (tmp_path / "dpo_ds").mkdir()
+    monkeypatch.setattr(rendezvous, "__file__", str(tmp_path / "dpo_ds" / "rendezvous.py"))
+    (tmp_path / "dpo_ds" / "run.py").write_text("1")
+    before = rendezvous.code()
+    (tmp_path / "dpo_ds" / ".#run.py").symlink_to("me@host.123")
+    assert rendezvous.code() == before
+    (tmp_path / "dpo_ds" / "run.py").write_text("2")
+    assert rendezvous.code() != before
+
+
 def test_only_what_differs_is_named():
     first = {"host": "a", "code": {"dpo_ds": "1", "torch": "2.13.0"}}
     other = {"host": "b", "code": {"dpo_ds": "1", "torch": "2.12.0"}}
@@ -59,6 +71,8 @@ def test_a_host_that_gives_no_answer(host, monkeypatch):
     monkeypatch.setattr(rendezvous, "START_SECONDS", 0.9)
     monkeypatch.setenv("MASTER_ADDR", host)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)  # `meet` would, and no later test is to see them
     said = "rank 0 did not start on 127.0.0.1" if host == "127.0.0.1" else "cannot reach rank 0's host no-such-host"
     with pytest.raises(CutOff, match=said):
         rendezvous.meet(Launch(1, 2, 0, 1))

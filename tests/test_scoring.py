@@ -30,6 +30,9 @@ def number(prompts, completions):
 def nan(prompts, completions):
     return [1.0 if text != "bad" else float("nan") for text in completions]
 
+def huge(prompts, completions):
+    return [10 ** 400] * len(completions)
+
 def words(prompts, completions):
     return ["good"] * len(completions)
 
@@ -84,6 +87,7 @@ def test_the_identity_changes_with_the_functions_file(folder):
         ("short", ["scoring_functions:short", "1 scores for 3 completions"]),
         ("number", ["scoring_functions:number", "3.5", "3 numbers"]),
         ("nan", ["scoring_functions:nan", "nan", "row 1", "'bad'", "finite"]),
+        ("huge", ["scoring_functions:huge", "1000", "row 0", "finite"]),
         ("words", ["scoring_functions:words", "'good'", "row 0"]),
         ("one_by_one", ["scoring_functions:one_by_one", "KeyError", "no such", "row 1", "'bad'"]),
         ("together", ["scoring_functions:together", "ValueError: one at a time", "3 rows together"]),

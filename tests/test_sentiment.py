@@ -78,9 +78,10 @@ def test_a_step_comes_behind_what_it_needs_and_every_policy_is_evaluated(tmp_pat
 
 
 def test_a_step_that_is_done_is_not_run_again_unless_something_before_it_changed(tmp_path, capsys):
-    def run(origin, argv=("-V",)):
-        steps = [Step("one", ("-V",), tmp_path / "one"), Step("two", argv, tmp_path / "two", ("one",))]
-        Runner(tmp_path / "steps", 2, origin).run(steps)
+    def run(content, argv=("-V",)):
+        (read := tmp_path / "read").write_text(content)
+        one = Step("one", ("-V",), tmp_path / "one", reads=(read,))
+        Runner(tmp_path / "steps", 2).run([one, Step("two", argv, tmp_path / "two", ("one",))])
         return capsys.readouterr().out
 
     assert run("a").count("-m dpo_ds -V") == 2
@@ -93,7 +94,7 @@ def test_a_step_that_is_done_is_not_run_again_unless_something_before_it_changed
 def test_a_step_that_fails_ends_the_rest_and_names_its_log(tmp_path):
     steps = [Step("bad", ("nonsense",), tmp_path / "bad"), Step("after", ("--version",), tmp_path / "after", ("bad",))]
     with pytest.raises(StepFailed, match="bad ended with exit code 2: dpo-ds: error: unknown command 'nonsense'"):
-        Runner(tmp_path / "steps", 1, "").run(steps)
+        Runner(tmp_path / "steps", 1).run(steps)
     assert not (tmp_path / "steps" / "after.log").exists()
 
 

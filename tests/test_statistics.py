@@ -23,6 +23,13 @@ def test_of_a_single_prompt_completions_are_the_observations():
     assert mean_of(np.array([[7.0]])) == {"mean": 7.0, "standard_error": None}
 
 
+@pytest.mark.parametrize("values", [[0.3, 0.1 + 0.2], [2.0, 2.0], [1e17, 1e17], [0.0]])
+def test_values_that_are_equal_but_for_rounding_have_a_histogram(values):
+    histogram = distribution(np.array(values))["histogram"]
+    assert sum(histogram["counts"]) == len(values)
+    assert histogram["edges"][0] < min(values) <= max(values) < histogram["edges"][-1]
+
+
 def test_bootstrap_draws_prompts():
     two = np.array([[0.0, 0.0], [1.0, 1.0]])  # the mean is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4
     assert bootstrap_interval(two, resamples=500, seed=0) == [0.0, 1.0]

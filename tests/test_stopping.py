@@ -3,11 +3,13 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ from dpo_ds.config import CheckpointSection
 from dpo_ds.errors import ConfigError
 from dpo_ds.launch import free_port
 from dpo_ds.manifest import open_folder
+from dpo_ds.peers import PeerWatch, _Connection, _listen, _Peer
 from dpo_ds.stopping import StopFlag, Stopped, at_once, check_end, deadline
 from tests.ranks import ROOT
 from tests.small_jobs import exact, make_world, run, start, status, steps, train_command, wait_for_step, weights
@@ -101,8 +104,30 @@ def test_a_rank_that_hangs_or_fails_alone_is_named(forks, tmp_path):
     assert codes == [1, 1, 1] and "rank 1 hangs at step 7: no rank got on for 2 s" in output, output
     codes, output = forks.run(["fail"], 3, tmp_path, module="tests.workers.peers")
     assert codes == [1, 1, 1] and "rank 1 failed at step 7: KeyError: 'lost'; this job ends" in output, output
-    codes, output = forks.run(["end"], 3, tmp_path, module="tests.workers.peers")
+    codes, output = forks.run(["end"], 3, tmp_path, module="tests.workers.peers", DPO_DS_HANG_SECONDS="1")
     assert codes == [0, 0, 0] and output == "", output
+
+
+def test_who_is_no_rank_is_sent_away():
+    """A scanner of ports says what it likes, and no rank is thought dead for it."""
+    for said in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n", b"hello 9\nat 1 1 0\n", b""):
+        stream, stranger = socket.socketpair()
+        stranger.sendall(said)
+        stranger.close()
+        assert not PeerWatch._hear(SimpleNamespace(_peers={1: _Peer()}), stream, _Connection())
+    rank, connection = SimpleNamespace(_peers={1: _Peer()}), _Connection()
+    stream, other = socket.socketpair()
+    other.sendall(b"hello 1\nat 5 3 1\n")
+    assert PeerWatch._hear(rank, stream, connection) and connection.rank == 1
+    assert rank._peers[1].step == "3" and rank._peers[1].waits
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_rank_0_listens_on_all_addresses(address):
+    if ":" in address and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with _listen(1) as listener:
+        socket.create_connection((address, listener.getsockname()[1]), timeout=5).close()
 
 
 def interrupt_all(launcher: subprocess.Popen) -> None:

@@ -54,7 +54,7 @@ class TrainConfig(SftConfig):
         """A loss that needs no reference loads none, unasked."""
         loss = values.get("loss")
         names = names_of(loss.get("name")) if isinstance(loss, dict) else []
-        if names and set(names) <= set(REFERENCE_FREE) and not values.get("reference"):
+        if names and all(name in REFERENCE_FREE for name in names) and not values.get("reference"):
             return {**values, "reference": {"kind": "none"}}
         return values
 

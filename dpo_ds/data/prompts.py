@@ -69,9 +69,9 @@ def read_prompts(
 ) -> Prompts:
     """The prompts of `source`: a path or Hub id, or a list of them or of {"path", "weight"}.
 
-    A row that has a prompt and no completion is taken as it is: text verbatim, messages through the chat template. Of
-    other rows the prompt is that of training (dpo_ds/data/formats.py). A weight is how often a source's prompts come:
-    0.5 is the first half. limit: of rows read. What comes twice is completed twice.
+    A row that has a prompt and no completion, or messages without an answer, is taken as it is: text verbatim, messages
+    through the chat template. Of other rows the prompt is that of training (dpo_ds/data/formats.py). A weight is how
+    often a source's prompts come: 0.5 is the first half. limit: of rows read. What comes twice is completed twice.
 
     Raises:
         UserError: nothing to read, a row that is wrong under on_bad_row error, no prompt at all.
@@ -107,10 +107,10 @@ def _prompts_of(
                 if isinstance(values, BadRow):
                     raise values
                 row = Row(values, options.columns)
-                is_bare = not any(field in row for field in COMPLETED)
-                if not is_bare and name == "auto":
+                bare = _bare_field(row)
+                if bare is None and name == "auto":
                     name = detect(row, CHOSEN_ONLY)
-                texts.append(_bare_prompt(row, tokenize) if is_bare else _prompt(row, name, tokenize))
+                texts.append(_prompt(row, name, tokenize) if bare is None else _bare_prompt(row, bare, tokenize))
                 locations.append(str(location))
             except BadRow as error:
                 _bad(census, options, location, error)
@@ -146,10 +146,19 @@ def _lines(path: Path) -> Iterator[tuple[Location, dict[str, str] | BadRow]]:
                 yield Location(str(path), number), {"prompt": text}
 
 
-def _bare_prompt(row: Row, tokenize: PairTokenizer) -> str:
-    if row.is_text("prompt"):
-        return row.text("prompt")
-    return render_prompt(tokenize.tokenizer, row.messages("prompt"), row.tools())
+def _bare_field(row: Row) -> str | None:
+    """Where the prompt of a row without a completion stands."""
+    there = [field for field in COMPLETED if field in row]
+    if there == ["messages"] and isinstance(row.get("messages"), list):
+        roles = [message["role"] for message in row.messages("messages")]
+        return "messages" if roles and "assistant" not in roles else None
+    return None if there else "prompt"
+
+
+def _bare_prompt(row: Row, field: str, tokenize: PairTokenizer) -> str:
+    if row.is_text(field):
+        return row.text(field)
+    return render_prompt(tokenize.tokenizer, row.messages(field), row.tools())
 
 
 def _prompt(row: Row, name: str, tokenize: PairTokenizer) -> str:

@@ -206,7 +206,12 @@ def _kind(path: Path) -> str | None:
 
 
 def _folder(folder: Path, split: str) -> Files:
-    """All data files below `folder`; where names tell splits apart (train-00.parquet, test.jsonl), those of ours."""
+    """All data files below `folder`; where names tell splits apart (train-00.parquet, test.jsonl), those of ours.
+
+    Of what `dpo-ds sample` leaves, completions/ beside pairs/, the pairs.
+    """
+    if all((folder / name).is_dir() for name in ("completions", "pairs")):
+        folder = folder / "pairs"
     found = sorted(p for p in folder.rglob("*") if p.is_file() and _kind(p) and not _hidden(p.relative_to(folder)))
     if not found:
         raise DataError(f"{folder}: the folder holds no data file; known: {', '.join(KINDS)}")

@@ -59,9 +59,11 @@ class FolderLock:
 
     def share(self, barrier: Callable[[], None]) -> None:
         """From rank 0's alone to every rank's own: the last to end gives it back. All ranks enter."""
-        if self._rank == 0:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 0, 1)  # all but byte 0
+        no_locks = contextlib.suppress(OSError)  # of a file system without them: rank 0 has said so
+        with no_locks:
+            if self._rank == 0:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 0, 1)  # all but byte 0
         barrier()
-        with contextlib.suppress(OSError):  # of a file system without locks: rank 0 has said so
+        with no_locks:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
         barrier()

@@ -6,6 +6,7 @@ Parquet is what lasts and travels; this copy is derived from it, once a node, an
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def _build(folder: Path, manifest: Manifest) -> None:
 def _saved(path: Path, compute, build: bool) -> np.ndarray:
     if build and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # containers on two nodes may share a process id
         with temporary.open("wb") as file:
             np.save(file, compute())
         os.replace(temporary, path)

@@ -19,12 +19,15 @@ def outcome(tmp_path_factory):
 
 
 def test_dpo_raises_the_reward_well_above_the_reference(outcome):
+    """A probability; that of π_ref is near 0.5, because its reviews are of both sentiments."""
     reward = {row["title"]: row["reward"][0] for row in outcome["rows"]}
-    best = max(value for title, value in reward.items() if title.startswith("DPO"))
-    assert best > reward["π_ref"] + 0.2, reward
+    assert 0.4 < reward["π_ref"] < 0.6
+    assert reward["DPO, β 0.1"] > reward["π_ref"] + 0.15
 
 
 def test_dpo_has_more_reward_than_sft_on_preferred_at_its_kl(outcome):
-    assert outcome["at_equal_kl"]
-    for at in outcome["at_equal_kl"]:
-        assert at["difference"][0] > 0, at
+    """At the end of SFT, whose reward stays where that of the preferred completions is while its KL grows."""
+    at = outcome["at_equal_kl"][-1]
+    largest = max(row["kl"][0] for row in outcome["rows"] if row["title"].startswith("DPO"))
+    assert at["kl"][0] < 2 * largest  # else DPO's last point stands for it, at a KL that is not comparable
+    assert at["difference"][0] > 0.05

@@ -66,7 +66,7 @@ FULL = Size(
     prompts=2500,
     held_out=400,
     betas={"dpo": (0.1, 0.3, 1.0, 3.0), "ipo": (1.0,), "orpo": (1.0,)},
-    looks=(78, 156, 234),
+    looks=(78, 156, 312),
 )
 SMALL = Size(
     seeds=1,
@@ -76,9 +76,11 @@ SMALL = Size(
     prompts=400,
     held_out=200,
     betas={"dpo": (0.1, 1.0)},
-    looks=(12, 36),
+    looks=(24, 120),
     changes={
         "reference": {"train.max_steps": 150},
+        "train": {"train.learning_rate": 6e-4},
+        "preferred": {"train.learning_rate": 5e-4},
         "sample": {"sample.max_new_tokens": 48, "sample.n": 2},
         "evaluate": {"evaluate.max_new_tokens": 48},
     },
@@ -115,10 +117,13 @@ class Plan:
             yield self._step(f"seed-{seed}/precompute", "precompute", (f"seed-{seed}/sample",), pairs[seed])
         for seed in self.seeds:
             yield from self._trainings(f"seed-{seed}", pairs[seed] | {"train.seed": seed})
-        for seed in self.seeds:
             yield self._evaluation(f"seed-{seed}", {"evaluate.seed": seed, "evaluate.against": pi_ref["model.path"]})
 
     def _trainings(self, at: str, keys: Mapping[str, Any]) -> Iterator[Step]:
+        *looks, last = self.size.looks
+        saved = {"train.max_steps": last, "checkpoint.every": looks[0], "checkpoint.keep": last // looks[0]}
+        whole = f"{at}/preferred-{last}"
+        yield self._step(whole, "preferred", (f"{at}/sample",), keys | saved)
         for loss, beta in self.size.losses:
             chosen = keys | {"loss.name": loss, "loss.beta": beta}
             needs = f"{at}/sample"
@@ -126,10 +131,6 @@ class Plan:
                 needs = f"{at}/precompute"
                 chosen |= {"reference.kind": "cached", "reference.cache": self.folder / needs}
             yield self._step(f"{at}/{loss}-{beta:g}", "train", (needs,), chosen)
-        *looks, last = self.size.looks
-        saved = {"train.max_steps": last, "checkpoint.every": looks[0], "checkpoint.keep": last // looks[0]}
-        whole = f"{at}/preferred-{last}"
-        yield self._step(whole, "preferred", (f"{at}/sample",), keys | saved)
         for look in looks:
             output = self.folder / f"{at}/preferred-{look}"
             checkpoint = f"{self.folder / whole}/checkpoints/step-{look:08d}"
