@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 
+import torch
 import torch.distributed as dist
 
 from dpo_ds import durable, faultpoints, launch, manifest, metrics
@@ -59,7 +60,7 @@ class CheckpointWriter:
 
         self.finish()
         temporary = (self.folder / _name(step)).with_suffix(".tmp")
-        needed = _state_bytes(engine)
+        needed = _state_bytes(engine) + dist.get_world_size() * _tensor_bytes(extra)
         problem = self._prepare(temporary, needed) if dist.get_rank() == 0 else None
         if _first(problem):
             self._failed(step, problem)
@@ -244,6 +245,13 @@ def _of_disk(error: OSError) -> str:
 def _state_bytes(engine) -> int:
     """What all ranks write, but for some kilobytes each: the fp32 weights and Adam's two moments."""
     return 3 * sum(4 * parameter.ds_numel for parameter in engine.module.parameters() if parameter.requires_grad)
+
+
+def _tensor_bytes(state) -> int:
+    """Of all tensors in nested dicts."""
+    if isinstance(state, dict):
+        return sum(map(_tensor_bytes, state.values()))
+    return state.nbytes if isinstance(state, torch.Tensor) else 0
 
 
 def _first(problem: str | None) -> bool:

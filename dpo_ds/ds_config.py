@@ -106,6 +106,7 @@ def fill_policy(
     notes += _check_scheduler(config, path, run)
     zero = _fill_zero(config, hidden_size)
     _check_hpz(zero, path, machine)
+    _check_optimizer_offload(zero, path)
     filled = config | _batch_of_one(machine) | {"zero_optimization": zero, "optimizer": optimizer}
     if run.max_grad_norm > 0:
         filled["gradient_clipping"] = run.max_grad_norm
@@ -133,6 +134,17 @@ def fill_reference(given: dict, path: str, machine: Machine, hidden_size: int) -
     _fill_precision(filled, machine)
     filled.pop("data_types", None)
     return _without_auto(filled), notes
+
+
+def _check_optimizer_offload(zero: dict, path: str) -> None:
+    """DeepSpeed 0.19.8 leaves the fp32 weights and moments that lie on NVMe out of a checkpoint's shards, and copies
+    its swap files beside them instead, without fsync.
+    """
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise ConfigError(
+            f"{path}: offload_optimizer.device nvme is refused: DeepSpeed's checkpoints would hold no weights; use cpu "
+            "(offload_param may stay on nvme)"
+        )
 
 
 def is_bf16(filled: dict) -> bool:

@@ -39,7 +39,7 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
     if damaged := checkpoint.damage():
         raise ConfigError(f"{checkpoint.path}: {', '.join(damaged)} differs from what was written (SHA-256)")
     section = ModelSection.model_validate(checkpoint.manifest["config"]["model"])
-    config = check_model(section, section.path)
+    config = check_model(section, section.path, classifier=True)
     tokenizer = load_tokenizer(section, config, section.path)
     is_reward = "reward" in checkpoint.manifest["config"]
     if is_reward:

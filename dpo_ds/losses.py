@@ -108,15 +108,16 @@ class SigmoidNorm(Loss):
 class EXOPair(Loss):
     """Exact optimisation on pairs, eq. 16 of arXiv 2402.00856: the reverse KL from σ(βΔ) to the smoothed label.
 
-    label_smoothing must be above 0.
+    label_smoothing 0, whose logarithm has no value, stands for 0.001.
     """
 
-    label_smoothing: float = 1e-3
+    label_smoothing: float = 0.0
     of_differences: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         margin = self.beta * (policy.logratio - reference.logratio)
-        kept, flipped = math.log1p(-self.label_smoothing), math.log(self.label_smoothing)
+        smoothing = self.label_smoothing or 1e-3
+        kept, flipped = math.log1p(-smoothing), math.log(smoothing)
         preferred = torch.sigmoid(margin) * (logsigmoid(margin) - kept)
         return preferred + torch.sigmoid(-margin) * (logsigmoid(-margin) - flipped)
 

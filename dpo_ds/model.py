@@ -18,6 +18,7 @@ from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
 from dpo_ds.logprobs.head import install_head
 
+CLASSIFIER = "ForSequenceClassification"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -62,7 +63,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:  # [rows * le
     return hidden.flatten(0, 1)
 
 
-def check_model(section: ModelSection, path: str, key: str = "model.path"):
+def check_model(section: ModelSection, path: str, key: str = "model.path", classifier: bool = False):
     """The model's transformers config, after looking at what can be looked at without loading weights.
 
     Raises:
@@ -83,6 +84,9 @@ def check_model(section: ModelSection, path: str, key: str = "model.path"):
     remote = section.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise ModelError(f"--{key} {path}: model_type {config.model_type!r} is no causal language model")
+    named = next(iter(config.architectures or []), "")
+    if named.endswith(CLASSIFIER) and not classifier:
+        raise ModelError(f"--{key} {path}: is a {named}, as dpo-ds reward makes them, and no language model")
     return config
 
 

@@ -73,7 +73,7 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
     say = speaker(place)
     torch.set_num_threads(place.threads)
     given = ds_config.read(run.deepspeed.config)
-    model_config = check_model(run.model, run.model.path)
+    model_config = check_model(run.model, run.model.path, classifier=isinstance(run, RewardConfig))
     text_config = model_config.get_text_config()
     check_lora(run.model.lora)
     if isinstance(run, RewardConfig):

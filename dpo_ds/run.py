@@ -75,7 +75,7 @@ def train(
     from dpo_ds.engine import from_rank_0, settle_layout
     from dpo_ds.reference.cached import spot_check
     from dpo_ds.reference.live import LiveReference
-    from dpo_ds.trainer import Trainer, TrainingError, total_steps
+    from dpo_ds.trainer import EVALUATION_DUE, Trainer, TrainingError, total_steps
 
     resume, notes = choose(from_rank_0(prepared.candidates))  # ranks must never load different checkpoints
     say = preflight.speaker(place)
@@ -89,11 +89,13 @@ def train(
     layout = Layout(layout_name, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
     if prepared.cached is not None:
         say(spot_check(run, policy, prepared.cached, layout))
+    evaluation_due = False
     if resume is not None:
-        extras = elastic.load(policy.engine, resume)
-        if extras[0]:
-            objective.load_state(extras)
-        del extras  # it maps files that will be deleted
+        saved = elastic.load(policy.engine, resume)
+        if saved[0]:
+            objective.load_state([of_rank["objective"] for of_rank in saved])
+        evaluation_due = saved[0].get(EVALUATION_DUE, False)
+        del saved  # it maps files that will be deleted
     first_step = 1 if resume is None else resume.step + 1
 
     used = versions()
@@ -115,7 +117,7 @@ def train(
         policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, tracker, stop, peers
     )
     try:
-        trainer.train(first_step, run.checkpoint.every)
+        trainer.train(first_step, run.checkpoint.every, evaluation_due)
     except TrainingError:
         writer.finish()  # the checkpoint that is being written stays, too
         raise

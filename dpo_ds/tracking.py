@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -26,7 +27,8 @@ class Tracker:
 
         path = output_dir / "metrics.jsonl"
         _keep_until(path, resumed_step)
-        self._jsonl = path.open("a", encoding="utf-8")
+        self._jsonl = path.open("ab", buffering=0)
+        self._told = False
         self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
         self._total, self._watch = total_steps, watch
         self._first = resumed_step
@@ -73,19 +75,31 @@ class Tracker:
             self._bar.close()
 
     def _record(self, line: dict) -> None:
-        self._jsonl.write(json.dumps(line) + "\n")
-        self._jsonl.flush()
-        for name, value in line.items():
-            if name != "step":
-                self._tensorboard.add_scalar(name, value, line["step"])
+        """A full disk costs lines, told once, and never the run; no line stays half-written."""
+        data, end = (json.dumps(line) + "\n").encode(), self._jsonl.seek(0, os.SEEK_END)
+        try:
+            if self._jsonl.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for name, value in line.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, line["step"])
+        except OSError as error:
+            if self._jsonl.tell() < end + len(data):
+                self._jsonl.truncate(end)
+            if not self._told:
+                self._told = True
+                self.say(f"metrics of step {line['step']} are lost ({error.strerror}); training goes on")
 
 
 def write_status(output_dir: Path, state: str, reason: str = "", step: int = 0, exit_code: int | None = None) -> None:
     """STATUS.json, replaced in one move: scripts read it where a launcher swallows exit codes."""
     status = {"state": state, "reason": reason, "step": step, "exit_code": exit_code}
     temporary = output_dir / "STATUS.json.tmp"
-    temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
-    os.replace(temporary, output_dir / "STATUS.json")
+    try:
+        temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
+        os.replace(temporary, output_dir / "STATUS.json")
+    except OSError as error:  # the exit code must still say how the run ended
+        print(f"dpo-ds: STATUS.json could not be written ({error.strerror}): {status}", file=sys.stderr, flush=True)
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -23,6 +23,8 @@ from dpo_ds.schedule import learning_rate
 from dpo_ds.stopping import StopFlag, Stopped
 from dpo_ds.tracking import Tracker
 
+EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an evaluation
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the last checkpoint stays."""
@@ -86,10 +88,15 @@ class Trainer:
         self.total_steps = total_steps(data.sources, run)
         self.last_metrics: dict = {}  # of the last step and evaluation, for the model card
 
-    def train(self, first_step: int, checkpoint_every: int) -> None:
-        """Updates from `first_step` on, with evaluations and checkpoints between and after them."""
+    def train(self, first_step: int, checkpoint_every: int, evaluation_due: bool = False) -> None:
+        """Updates from `first_step` on, with evaluations and checkpoints between and after them.
+
+        evaluation_due: the run resumed was stopped within the evaluation of the step before.
+        """
         per_epoch = steps_per_epoch(self.data.sources, self.run.global_batch_size)
         batches = global_batches(self.data.sources, self.run.seed, self.run.global_batch_size, first_step)
+        if evaluation_due:
+            self._evaluate_and_save(first_step - 1, per_epoch, checkpoint_every)
         step_ended = time.perf_counter()
         for step, rows in batches:
             if step > self.total_steps:
@@ -152,6 +159,8 @@ class Trainer:
             for start in range(0, len(rows), size):
                 self.peers.progress(step)
                 self.writer.look()
+                if reason := self.stop.agreed(self.policy.device):
+                    raise Stopped(reason, step)
                 micro_batches = self._micro_batches(data, rows[start : start + size])
                 objective.begin(self.policy, micro_batches)
                 for micro_batch in micro_batches:
@@ -167,19 +176,25 @@ class Trainer:
         is_last = step == self.total_steps
         if self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every)):
             started = time.perf_counter()
-            evaluation = self.evaluate(step)
+            try:
+                evaluation = self.evaluate(step)
+            except Stopped as stopped:
+                self._save_and_stop(step, str(stopped), evaluation_due=True)
             self.last_metrics |= evaluation
             if self.tracker:
                 size = {"eval_pairs": len(self.evaluation_data), "eval_seconds": time.perf_counter() - started}
                 self.tracker.evaluation({"step": step, "epoch": step / per_epoch, **evaluation, **size})
         if is_last or _is_due(step, checkpoint_every):
-            self.writer.save(self.policy.engine, step, self.objective.state(), wait=is_last)
+            self.writer.save(self.policy.engine, step, self._state(), wait=is_last)
 
-    def _save_and_stop(self, step: int, reason: str) -> None:
+    def _state(self, evaluation_due: bool = False) -> dict:
+        return {"objective": self.objective.state(), EVALUATION_DUE: evaluation_due}
+
+    def _save_and_stop(self, step: int, reason: str, evaluation_due: bool = False) -> None:
         """Ends the run between two steps, with all that was done until `step` in a checkpoint."""
         self.writer.finish()
         if self.writer.newest < step:
-            self.writer.save(self.policy.engine, step, self.objective.state(), wait=True)
+            self.writer.save(self.policy.engine, step, self._state(evaluation_due), wait=True)
         if self.writer.newest < step:
             raise TrainingError(f"{reason}, and the checkpoint of step {step} could not be saved")
         raise Stopped(reason, step)

@@ -79,6 +79,10 @@ def test_a_hugging_face_file_works_unchanged():
         ({"zero_optimization": {"stagee": 3}}, ["'zero_optimization.stagee'", "'stage'?"]),
         ({"zero_optimization": 3}, ["zero_optimization is 3", "object"]),
         ({"fp16": {"enabled": True}}, ["fp16 is refused", "bf16"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+            ["offload_optimizer.device nvme is refused", "checkpoints would hold no weights"],
+        ),
         ({"bf16": {"enabled": "yes"}}, ["bf16.enabled is \"yes\""]),
         ({"fp16": {"enabled": 1}}, ["fp16.enabled is 1"]),
         ({"zero_optimization": {"stage": "3"}}, ['stage "3" is refused', "the number 3"]),

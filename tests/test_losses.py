@@ -91,8 +91,7 @@ def test_config_knows_every_loss_and_its_fields():
         assert loss.needs_reference == (name not in config.REFERENCE_FREE), name
         assert loss.across_pairs == (name in config.ACROSS_PAIRS), name
         assert loss.of_differences == (name in config.OF_DIFFERENCES), name
-        default = loss() if name != "exo_pair" else loss(label_smoothing=1e-3)
-        assert make_loss(config.LossSection(name=name)) == default, "a default is written twice and differs"
+        assert make_loss(config.LossSection(name=name)) == loss(), "a default is written twice and differs"
     section = config.LossSection(name="dpo", beta=0.2, label_smoothing=0.05)
     assert make_loss(section) == DPO(beta=0.2, label_smoothing=0.05)
     assert Shaping.of(config.LossSection()) == Shaping(), "a default is written twice and differs"
@@ -248,7 +247,6 @@ MISTAKES = {
     "one weight for each loss": {"loss.name": "[dpo, ipo]", "loss.weights": "[1]"},
     "loss.gamma 0.3: dpo has none; it is of simpo": {"loss.gamma": "0.3"},
     "loss.label_smoothing 0.1: ipo has none": {"loss.name": "ipo", "loss.label_smoothing": "0.1"},
-    "exo_pair takes its logarithm": {"loss.name": "exo_pair", "loss.label_smoothing": "0"},
     "loss.divergence js: not for nca_pair": {"loss.name": "nca_pair", "loss.divergence": "js"},
     "that is loss.divergence reverse_kl": {"loss.divergence": "alpha", "loss.divergence_alpha": "1"},
     "loss.wpo weights pairs": {"loss.name": "aot", "loss.wpo": "true"},
@@ -277,4 +275,10 @@ def test_reference_free_losses_have_no_reference_unasked():
         again, _ = config.load("train", None, NEEDED | {"loss.name": name, "reference.kind": "none"})
         assert again == run
     assert config.load("train", None, NEEDED | {"loss.name": "[dpo, orpo]"})[0].reference.kind == "live"
-    assert config.load("train", None, NEEDED | {"loss.name": "exo_pair"})[0].loss.label_smoothing == 1e-3
+
+
+def test_exo_without_smoothing_has_its_own_and_leaves_the_others_theirs():
+    both = make_loss(config.LossSection(name=["dpo", "exo_pair"]))
+    assert both.losses[0] == DPO(0.1, label_smoothing=0.0)
+    own = EXOPair(0.1, label_smoothing=1e-3)(POLICY, REFERENCE)
+    assert both.losses[1](POLICY, REFERENCE).item() == own.item()

@@ -1,6 +1,7 @@
 """Signals, time limits, dead and hanging ranks, on real jobs."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -60,6 +61,30 @@ def test_a_signal_to_any_rank_saves_and_the_run_goes_on_as_if_nothing_had_been(f
     codes, output = run(forks, world, out.name, **KEYS)
     assert codes == [0, 0] and f"step-{done:08d}" in output, output
     assert exact(out) == exact(whole) and weights(out) == weights(whole)
+
+
+@pytest.mark.distributed
+def test_a_signal_within_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for(forks, world):
+    long = world / "long.jsonl"
+    long.write_text((world / "eval.jsonl").read_text() * 40)  # 100 batches
+    keys = {"train__max_steps": 3, "train__eval_every": 2, "data__eval": long}
+    out = world / "evaluating"
+    ranks = start(forks, world, out.name, **keys)
+    wait_for_step(out, 2)
+    os.kill(ranks.pids[1], signal.SIGUSR1)
+    assert ranks.codes() == [75, 75], ranks.output()
+    before = (out / "metrics.jsonl").read_text()
+    assert status(out)["step"] == 2 and before.count("\n") == 2 and "eval_loss" not in before
+    codes, output = run(forks, world, out.name, **keys)
+    assert codes == [0, 0], output
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "eval_loss" in line) for line in lines] == [
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (3, True),
+    ]
 
 
 @pytest.mark.distributed

@@ -31,7 +31,6 @@ LOSSES: dict[str, tuple[str, ...]] = {
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
 ACROSS_PAIRS = ("aot", "aot_unpaired")
 OF_DIFFERENCES = ("dpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop")
-EXO_LABEL_SMOOTHING = 1e-3
 
 
 class LossSection(Section):
@@ -39,7 +38,7 @@ class LossSection(Section):
     weights: list[float] | None = Field(None, description="of the losses that name lists; 1 each if not given")
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference; orpo: weight of its odds ratio")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO); exo_pair: 0.001 if not given"
+        0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO); exo_pair: 0 stands for 0.001"
     )
     gamma: float | None = Field(None, ge=0, description="simpo: the margin to reach; 0.5 if not given")
     alpha: float | None = Field(None, ge=0, description="cpo: weight of its SFT part; 1 if not given")
@@ -54,13 +53,6 @@ class LossSection(Section):
         "reverse_kl", description="the f-divergence to the reference (f-DPO)"
     )
     divergence_alpha: float = Field(0.5, ge=0, description="of loss.divergence alpha; 1 is reverse_kl")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _exo_needs_smoothing(cls, values):
-        if isinstance(values, dict) and "exo_pair" in names_of(values.get("name")):
-            return {"label_smoothing": EXO_LABEL_SMOOTHING, **values}
-        return values
 
     @field_validator("name")
     @classmethod
@@ -84,8 +76,6 @@ class LossSection(Section):
             owners = [name for name, own in LOSSES.items() if key in own]
             if getattr(self, key) and not set(owners) & set(names):
                 raise ValueError(f"loss.{key} {getattr(self, key)}: {listed} has none; it is of {', '.join(owners)}")
-        if "exo_pair" in names and not self.label_smoothing:
-            raise ValueError("loss.label_smoothing 0: exo_pair takes its logarithm; leave it out or use 0.001")
         if self.divergence != "reverse_kl" and not set(names) <= set(OF_DIFFERENCES):
             raise ValueError(f"loss.divergence {self.divergence}: not for {listed}; for {', '.join(OF_DIFFERENCES)}")
         if self.divergence == "alpha" and self.divergence_alpha == 1:
