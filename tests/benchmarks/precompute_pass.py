@@ -43,7 +43,7 @@ def ours(work: Workload, results: TextIO, engine: str | None = None) -> None:
     quiet_libraries()
     device = initialize_distributed(place)
     job = command.prepare(run, place)
-    model = LogProbModel(load_causal_lm(run.model, job.engine or {}))
+    model = LogProbModel(load_causal_lm(run.model, job.engine or {"bf16": {"enabled": False}}))
     model = Replica(model, device) if job.engine is None else FrozenModel(model, job.engine, device)
     settled = settle_layout(run.precompute.layout, [model])
     assert settled == ("packed", ""), settled
