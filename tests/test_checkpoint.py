@@ -251,7 +251,8 @@ def test_an_evaluation_does_not_keep_a_checkpoint_from_its_commit(monkeypatch):
         def __call__(self, policy, batch):
             return None, torch.tensor([batch.sum()])
 
-    alone = SimpleNamespace(run=run, writer=writer, policy=policy, **names)
+    stop = SimpleNamespace(agreed=lambda device: "")
+    alone = SimpleNamespace(run=run, writer=writer, policy=policy, stop=stop, **names)
     assert trainer.Trainer.means(alone, Total(), None, np.arange(5), 3) == {"loss": 2.0}
     assert len(looks) == 3
 
