@@ -91,8 +91,11 @@ def demo(folder: Path, ds_config: Path) -> None:
 
 def prepare(folder: Path) -> None:
     """The corpus' files and the folder of the untrained model."""
+    from transformers.utils import logging
+
     from dpo_ds.demo import tiny  # torch and transformers come in here
 
+    logging.disable_progress_bar()
     rows = list(corpus.written_rows(REVIEWS))
     corpus.write_jsonl(folder / "reviews.jsonl", rows)
     corpus.write_jsonl(folder / "prompts.jsonl", corpus.prompt_rows(PROMPTS, seed=1))
