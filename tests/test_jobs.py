@@ -1,4 +1,4 @@
-"""Whole jobs as a user starts them: two ranks, real files in, the output folder out. Launches are shared: 15 s each."""
+"""Whole jobs: two ranks, real files in, the output folder out; one of them through the deepspeed launcher."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_ds.demo.corpus import preference_rows, write_jsonl
 from dpo_ds.demo.tiny import save_tiny_model, tiny_llama, train_tokenizer
 from dpo_ds.launch import free_port
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import ROOT
 
 pytestmark = pytest.mark.distributed
 
@@ -49,14 +49,11 @@ def command(world: Path, name: str, out: str, **settings) -> list[str]:
     return [name, *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
 
 
-def launch(world: Path, *args, ranks: int = 2, env=None, **settings) -> tuple[int, str]:
-    """(exit code of rank 0, all output), each rank a process of its own."""
-    logs = world / "logs"
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir()
-    environment = {"DPO_DS_CACHE": str(world / "cache"), **(env or {})}
-    codes = run_ranks([sys.executable, "-m", "dpo_ds", *command(world, *args, **settings)], ranks, logs, **environment)
-    return codes[0], "".join((logs / f"rank-{rank}.log").read_text() for rank in range(ranks))
+def launch(forks, world: Path, *args, ranks: int = 2, **settings) -> tuple[int, str]:
+    """(exit code of rank 0, all output)."""
+    cache = str(world / "cache")
+    codes, output = forks.run(command(world, *args, **settings), ranks, world / "logs", DPO_DS_CACHE=cache)
+    return codes[0], output
 
 
 def lines(folder: Path, kind: str = "loss") -> list[dict]:
@@ -65,10 +62,10 @@ def lines(folder: Path, kind: str = "loss") -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(world):
+def whole(forks, world):
     """Eight steps in one go, two ranks: more than an epoch (7 steps, the last of 2 pairs)."""
     keys = {"train.max_steps": 8, "checkpoint.every": 4, "train.eval_every": 4, "data.eval": world / "eval.jsonl"}
-    code, output = launch(world, "train", "whole", **keys)
+    code, output = launch(forks, world, "train", "whole", **keys)
     assert code == 0, output
     return world / "whole"
 
@@ -120,13 +117,13 @@ def test_final_opens_with_transformers_and_has_learned(whole, world):
     assert "dpo_ds" in (whole / "final" / "README.md").read_text()
 
 
-def test_resuming_gives_the_same_numbers(whole, world):
+def test_resuming_gives_the_same_numbers(forks, whole, world):
     """Stopped after 4 of 8 steps and continued: every later loss and the weights are bit-equal."""
     keys = {"checkpoint.every": 4, "train.eval_every": 4, "data.eval": world / "eval.jsonl"}
-    assert launch(world, "train", "halves", **keys, **{"train.max_steps": 4})[0] == 0
+    assert launch(forks, world, "train", "halves", **keys, **{"train.max_steps": 4})[0] == 0
     with (world / "halves" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')  # what a killed run had logged beyond its checkpoint
-    code, output = launch(world, "train", "halves", **keys, **{"train.max_steps": 8})
+    code, output = launch(forks, world, "train", "halves", **keys, **{"train.max_steps": 8})
     assert code == 0, output
     assert "changed on resume: train.max_steps 4 -> 8" in output
     assert "resumed from" in output
@@ -137,14 +134,15 @@ def test_resuming_gives_the_same_numbers(whole, world):
     assert weights[0] == weights[1]
 
 
-def test_what_may_not_change_on_resume_is_refused(whole, world):
+def test_what_may_not_change_on_resume_is_refused(forks, whole, world):
     keys = {"train.max_steps": 9, "checkpoint.every": 4, "train.eval_every": 4, "data.eval": world / "eval.jsonl"}
-    code, output = launch(world, "train", "whole", ranks=1, **keys, **{"loss.beta": 0.2})
+    code, output = launch(forks, world, "train", "whole", ranks=1, **keys, **{"loss.beta": 0.2})
     assert code == 2 and "loss.beta 0.1 -> 0.2 cannot change on resume" in output
     before = (whole / "metrics.jsonl").read_bytes()
-    code, output = launch(world, "train", "whole", **keys, **{"train.seed": 5})
+    code, output = launch(forks, world, "train", "whole", **keys, **{"train.seed": 5})
     assert code == 2
-    assert output.startswith("dpo-ds: error: train.seed 0 -> 5 cannot change on resume") and output.count("\n") == 1
+    assert output.startswith("dpo-ds: error: train.seed 0 -> 5 cannot change on resume")
+    assert output.count("dpo-ds:") == 1, "one line, from one rank"
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
@@ -177,17 +175,17 @@ def test_sft_through_the_deepspeed_launcher(world):
     assert AutoModelForCausalLM.from_pretrained(world / "sft" / "final").config.vocab_size == 400
 
 
-def test_weights_that_are_missing_are_not_drawn_at_random(world):
+def test_weights_that_are_missing_are_not_drawn_at_random(forks, world):
     shutil.copytree(world / "model", world / "headless")
     file = world / "headless" / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k != "lm_head.weight"}, file, {"format": "pt"})
-    code, output = launch(world, "train", "headless_out", ranks=1, **{"model.path": world / "headless"})
+    code, output = launch(forks, world, "train", "headless_out", ranks=1, **{"model.path": world / "headless"})
     assert code == 2 and "lacks the weights lm_head.weight" in output, output
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pairs(world):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pairs(forks, world):
     keys = {"train.learning_rate": 1e30, "train.max_steps": 9, "checkpoint.every": 1, "train.max_grad_norm": 0}
-    code, output = launch(world, "train", "diverged", **keys)
+    code, output = launch(forks, world, "train", "diverged", **keys)
     assert code == 1
     assert "step 2: loss nan" in output and "train.jsonl:" in output
     status = json.loads((world / "diverged" / "STATUS.json").read_text())
