@@ -27,8 +27,8 @@ class Row:
     def title(self) -> str:
         if self.policy is None:
             return "π_ref"
-        detail = f"β {self.policy.beta:g}" if self.policy.steps is None else f"{self.policy.steps} steps"
-        return f"{TITLES[self.policy.loss]}, {detail}"
+        beta, rate = self.policy.beta, self.policy.learning_rate
+        return f"{TITLES[self.policy.loss]}, {f'learning rate {rate:g}' if beta is None else f'β {beta:g}'}"
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Outcome:
         return cls([row(policy) for policy in [None, *policies]])
 
     def at_equal_kl(self) -> list[EqualKL]:
-        """Every look at SFT on the preferred completions."""
+        """SFT on the preferred completions, at every learning rate."""
         line = [row for row in self.rows if row.policy is None or row.policy.loss == "dpo"]
-        looks = [row for row in self.rows if row.policy is not None and row.policy.steps is not None]
-        return [EqualKL(row.title, row.kl, row.reward, _read_off(line, row.kl)) for row in looks]
+        sft = [row for row in self.rows if row.policy is not None and row.policy.loss == "preferred"]
+        return [EqualKL(row.title, row.kl, row.reward, _read_off(line, row.kl)) for row in sft]
 
     def table(self) -> str:
         """Markdown; ± is a standard error over the seeds."""

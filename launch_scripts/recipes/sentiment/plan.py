@@ -19,22 +19,20 @@ OUTPUT_KEYS = {"sample": "sample.to", "precompute": "reference.cache"}  # else o
 
 @dataclass(frozen=True)
 class Policy:
-    """What is evaluated. beta: of its loss; steps: after which SFT on the preferred completions is looked at."""
+    """What is trained and evaluated. beta: of a preference loss; without one: SFT on the preferred completions."""
 
     loss: str
+    learning_rate: float
     beta: float | None = None
-    steps: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.loss}-{self.beta:g}" if self.steps is None else f"{self.loss}-{self.steps}"
+        return f"{self.loss}-{self.learning_rate if self.beta is None else self.beta:g}"
 
 
 @dataclass(frozen=True)
 class Size:
-    """betas: of each loss of `dpo-ds train`; looks: steps after which SFT on the preferred completions is looked at,
-    the last one its end; changes: name of a YAML file -> keys that win over it.
-    """
+    """changes: name of a YAML file -> keys that win over it."""
 
     seeds: int
     vocabulary: int
@@ -42,31 +40,28 @@ class Size:
     layers: int
     prompts: int
     held_out: int
-    betas: Mapping[str, Sequence[float]]
-    looks: tuple[int, ...]
+    policies: Sequence[Policy]
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def losses(self) -> list[tuple[str, float]]:
-        """By name, with their β."""
-        return [(loss, beta) for loss, betas in self.betas.items() for beta in betas]
-
-    @property
-    def policies(self) -> list[Policy]:
-        """All that are evaluated."""
-        trained = [Policy(loss, beta=beta) for loss, beta in self.losses]
-        return trained + [Policy("preferred", steps=look) for look in self.looks]
 
 
 FULL = Size(
     seeds=3,
     vocabulary=2048,
-    hidden=128,
-    layers=3,
-    prompts=2500,
+    hidden=64,
+    layers=2,
+    prompts=3000,
     held_out=400,
-    betas={"dpo": (0.1, 0.3, 1.0, 3.0), "ipo": (1.0,), "orpo": (1.0,)},
-    looks=(78, 156, 312),
+    policies=(
+        Policy("dpo", 2e-4, beta=0.1),
+        Policy("dpo", 2e-4, beta=0.3),
+        Policy("dpo", 2e-4, beta=1.0),
+        Policy("dpo", 1e-4, beta=3.0),
+        Policy("ipo", 2e-4, beta=1.0),
+        Policy("orpo", 2e-4, beta=1.0),
+        Policy("preferred", 1e-4),
+        Policy("preferred", 4e-4),
+        Policy("preferred", 1.6e-3),
+    ),
 )
 SMALL = Size(
     seeds=1,
@@ -75,13 +70,11 @@ SMALL = Size(
     layers=2,
     prompts=400,
     held_out=200,
-    betas={"dpo": (0.1, 1.0)},
-    looks=(24, 120),
+    policies=(Policy("dpo", 6e-4, beta=0.1), Policy("dpo", 6e-4, beta=1.0), Policy("preferred", 2e-3)),
     changes={
         "reference": {"train.max_steps": 150},
-        "train": {"train.learning_rate": 6e-4},
-        "preferred": {"train.learning_rate": 5e-4},
-        "sample": {"sample.max_new_tokens": 48, "sample.n": 2},
+        "preferred": {"train.epochs": 4},
+        "sample": {"sample.max_new_tokens": 48, "sample.n": 3},
         "evaluate": {"evaluate.max_new_tokens": 48},
     },
 )
@@ -116,25 +109,20 @@ class Plan:
         for seed in self.seeds:
             yield self._step(f"seed-{seed}/precompute", "precompute", (f"seed-{seed}/sample",), pairs[seed])
         for seed in self.seeds:
-            yield from self._trainings(f"seed-{seed}", pairs[seed] | {"train.seed": seed})
+            for policy in self.size.policies:
+                yield self._training(f"seed-{seed}", policy, pairs[seed] | {"train.seed": seed})
             yield self._evaluation(f"seed-{seed}", {"evaluate.seed": seed, "evaluate.against": pi_ref["model.path"]})
 
-    def _trainings(self, at: str, keys: Mapping[str, Any]) -> Iterator[Step]:
-        *looks, last = self.size.looks
-        saved = {"train.max_steps": last, "checkpoint.every": looks[0], "checkpoint.keep": last // looks[0]}
-        whole = f"{at}/preferred-{last}"
-        yield self._step(whole, "preferred", (f"{at}/sample",), keys | saved)
-        for loss, beta in self.size.losses:
-            chosen = keys | {"loss.name": loss, "loss.beta": beta}
-            needs = f"{at}/sample"
-            if loss not in REFERENCE_FREE:
-                needs = f"{at}/precompute"
-                chosen |= {"reference.kind": "cached", "reference.cache": self.folder / needs}
-            yield self._step(f"{at}/{loss}-{beta:g}", "train", (needs,), chosen)
-        for look in looks:
-            output = self.folder / f"{at}/preferred-{look}"
-            checkpoint = f"{self.folder / whole}/checkpoints/step-{look:08d}"
-            yield Step(f"{at}/preferred-{look}", ("export", checkpoint, "--to", f"{output}/final"), output, (whole,))
+    def _training(self, at: str, policy: Policy, keys: Mapping[str, Any]) -> Step:
+        needs, name = f"{at}/sample", f"{at}/{policy.name}"
+        keys = keys | {"train.learning_rate": policy.learning_rate}
+        if policy.beta is None:
+            return self._step(name, policy.loss, (needs,), keys)
+        keys |= {"loss.name": policy.loss, "loss.beta": policy.beta}
+        if policy.loss not in REFERENCE_FREE:
+            needs = f"{at}/precompute"
+            keys |= {"reference.kind": "cached", "reference.cache": self.folder / needs}
+        return self._step(name, "train", (needs,), keys)
 
     def _evaluation(self, at: str, keys: Mapping[str, Any]) -> Step:
         names = [policy.name for policy in self.size.policies]
