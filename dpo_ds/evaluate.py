@@ -7,7 +7,6 @@ policies' samples; then a baseline; then what scores the texts.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from dpo_ds.measure import Sequences, draw, spread, sums_of_logps
 from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.outcome import BASELINE, REFERENCE, Measured, Outcome
 from dpo_ds.precompute import NO_DEEPSPEED
-from dpo_ds.preflight import check_fit, check_room, speaker, this_machine
+from dpo_ds.preflight import check_fit, check_room, process_group, speaker, this_machine
 from dpo_ds.run import keeping_status, write_config
 from dpo_ds.scoring import Scorer, load_scorer
 
@@ -77,17 +76,9 @@ def start(run: EvaluateConfig) -> int:
         _refuse_training_folder(output_dir)
         with keeping_status(output_dir, place), stopping.at_once():
             work = prepare(run, place)
-            if not torch.accelerator.is_available():
-                os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
-            from dpo_ds import engine  # deepspeed comes in here, after every check
-
-            engine.quiet_libraries()
-            device = engine.initialize_distributed(place)
-            torch.set_num_threads(run.evaluate.threads)
-            try:
+            with process_group(place) as device:
+                torch.set_num_threads(run.evaluate.threads)
                 evaluate(work, place, device)
-            finally:
-                engine.finish_distributed()
     except stopping.Stopped:
         return stopping.EXIT_STOPPED
     return 0

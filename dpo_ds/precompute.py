@@ -7,7 +7,6 @@ micro-batches depend on nothing but its pairs, so that its bytes are the same wh
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from dpo_ds.preflight import (
     check_reference_model,
     make_writable,
     prepare_data,
+    process_group,
     speaker,
     this_machine,
 )
@@ -102,16 +102,8 @@ def start(run: PrecomputeConfig | VerifyConfig) -> int:
         speaker(place)([f"{run.reference.cache}: complete, {work.manifest.values['rows']} pairs; nothing to compute"])
         work.lock.close()
         return 0
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
-    from dpo_ds import engine  # deepspeed comes in here, after every check
-
-    engine.quiet_libraries()
-    device = engine.initialize_distributed(place)
-    try:
+    with process_group(place) as device:
         fill(run, work, place, device)
-    finally:
-        engine.finish_distributed()
     work.lock.close()
     return 0
 

@@ -5,10 +5,11 @@ Every rank runs it; the first of each node prepares the data, the others wait fo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +135,21 @@ def speaker(place: Launch) -> Say:
                 print(f"dpo-ds: {line}", flush=True)
 
     return say
+
+
+@contextlib.contextmanager
+def process_group(place: Launch) -> Iterator[torch.device]:
+    """This rank's device, in the group of all ranks, who enter together; deepspeed comes in here, after every check."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
+    from dpo_ds import engine
+
+    engine.quiet_libraries()
+    device = engine.initialize_distributed(place)
+    try:
+        yield device
+    finally:
+        engine.finish_distributed()
 
 
 def this_machine(place: Launch) -> ds_config.Machine:

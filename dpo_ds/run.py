@@ -15,7 +15,6 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import yaml
 
@@ -45,21 +44,13 @@ def start(command: str, run: Section) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     started = time.time()
     try:
-        with keeping_status(output_dir, place):
+        with keeping_status(output_dir, place), contextlib.ExitStack() as stack:
             with stopping.at_once():
                 prepared = preflight.prepare(run, place, output_dir)
-                if not torch.accelerator.is_available():
-                    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
-                from dpo_ds import engine  # deepspeed comes in here, after every check
-
-                engine.quiet_libraries()
-                device = engine.initialize_distributed(place)
+                device = stack.enter_context(preflight.process_group(place))
             stop = stopping.StopFlag(stopping.deadline(run.checkpoint, started))
-            try:
-                with _watched(output_dir, place, stop) as peers:
-                    train(command, run, prepared, place, output_dir, device, stop, peers)
-            finally:
-                engine.finish_distributed()
+            with _watched(output_dir, place, stop) as peers:
+                train(command, run, prepared, place, output_dir, device, stop, peers)
     except Stopped:
         return stopping.EXIT_STOPPED
     return 0
@@ -110,9 +101,7 @@ def train(
             say(set_aside_newer(output_dir, resume))
             tracker.say(f"resumed from {resume.path}")
     tell = tracker.say if tracker else print
-    writer = CheckpointWriter(
-        output_dir, run, prepared.identity, first_step - 1, stop.committing, tell, peers.progress
-    )
+    writer = CheckpointWriter(output_dir, run, prepared.identity, first_step - 1, stop.committing, tell, peers.progress)
     trainer = Trainer(
         policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, tracker, stop, peers
     )

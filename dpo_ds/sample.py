@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +26,7 @@ from dpo_ds.generation import Completion, Generator, in_rounds
 from dpo_ds.launch import Launch
 from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.precompute import NO_DEEPSPEED
-from dpo_ds.preflight import check_room, make_writable, speaker, this_machine
+from dpo_ds.preflight import check_room, make_writable, process_group, speaker, this_machine
 from dpo_ds.progress import Progress
 from dpo_ds.reference.weights import weights_digest
 from dpo_ds.samples import Folder, completion_rows
@@ -57,16 +56,8 @@ def start(run: SampleConfig) -> int:
     place = launch.from_environment()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     work = prepare(run, place)
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
-    from dpo_ds import engine  # deepspeed comes in here, after every check
-
-    engine.quiet_libraries()
-    device = engine.initialize_distributed(place)
-    try:
+    with process_group(place) as device:
         fill(run, work, place, device)
-    finally:
-        engine.finish_distributed()
     return 0
 
 

@@ -27,7 +27,7 @@ TWICE_SECONDS = 2.0  # launchers turn one Ctrl-C into several signals within mil
 EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # not an Exception: a user's scoring function may be running, whose own are caught
     """All ranks agreed to end before the last step; str() is the reason, `step` the one that the checkpoint holds."""
 
     def __init__(self, reason: str, step: int):

@@ -10,8 +10,13 @@ from transformers import AutoModelForSequenceClassification
 from dpo_ds.demo.tiny import save_tiny_model, tiny_config, train_tokenizer
 from dpo_ds.errors import UserError
 from dpo_ds.scoring import load_scorer
+from dpo_ds.stopping import Stopped, at_once
 
 FUNCTIONS = """
+import os
+import signal
+import time
+
 import numpy as np
 import torch
 
@@ -45,6 +50,10 @@ def together(prompts, completions):
     if len(completions) > 1:
         raise ValueError("one at a time")
     return [0.0]
+
+def signalled(prompts, completions):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
 
 constant = 3
 """
@@ -98,6 +107,11 @@ def test_a_function_that_fails_is_one_line(name, parts):
         load_scorer(f"scoring_functions:{name}", "sample.score")(PROMPTS, COMPLETIONS)
     line = str(mistake.value)
     assert "\n" not in line and [part for part in parts if part not in line] == [], line
+
+
+def test_a_signal_that_comes_within_a_function_is_not_the_functions_mistake():
+    with pytest.raises(Stopped, match="SIGTERM"), at_once():
+        load_scorer("scoring_functions:signalled", "sample.score")(PROMPTS, COMPLETIONS)
 
 
 @pytest.mark.parametrize(
