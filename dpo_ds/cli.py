@@ -177,7 +177,10 @@ def _start(command: str, run: config.Section) -> int:
 
 
 def _leave_status(argv: Sequence[str], mistake: str) -> None:
-    """What an earlier run left in STATUS.json must not pass for this one's, also if the keys could not be read."""
+    """What an earlier run left in STATUS.json must not pass for this one's, also if the keys could not be read.
+
+    Without an earlier run it is written for torchrun's sake, which returns 1 whatever the ranks do.
+    """
     from dpo_ds.tracking import write_status
 
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -190,8 +193,15 @@ def _leave_status(argv: Sequence[str], mistake: str) -> None:
     if output_dir is None and found.config is not None:
         with contextlib.suppress(ConfigError):  # the file itself may be the mistake
             output_dir = yaml_file.read_mapping(Path(found.config), "config").get("output_dir")
-    if isinstance(output_dir, str) and (Path(output_dir).expanduser() / "STATUS.json").is_file():
-        write_status(Path(output_dir).expanduser(), "failed", mistake, exit_code=EXIT_USER)
+    if not isinstance(output_dir, str):
+        return
+    folder = Path(output_dir).expanduser()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError):  # write_status says so
+            folder.mkdir(parents=True, exist_ok=True)
+    elif not (folder / "STATUS.json").is_file():
+        return
+    write_status(folder, "failed", mistake, exit_code=EXIT_USER)
 
 
 def _print_overview() -> None:

@@ -35,6 +35,7 @@ ZERO_KEYS = frozenset(
     stage3_model_persistence_threshold save_muon_momentum_buffer_in_memory gather_16bit_weights_on_model_save""".split()
 )
 LEAST_BUCKET = 2**24  # elements: width 4096 squared; smaller messages cost more time than they save memory
+SECTIONS = ("zero_optimization", "bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler", "data_types")
 # What people misspell; DeepSpeed itself ignores a top-level key that it does not know.
 TOP_KEYS = frozenset(
     """activation_checkpointing aio amp bf16 checkpoint comms_logger communication_data_type compile csv_monitor
@@ -152,7 +153,7 @@ def is_bf16(filled: dict) -> bool:
 
 
 def _check_common(config: dict, path: str, machine: Machine) -> list[str]:
-    for section in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"):
+    for section in SECTIONS:
         if section in config and not isinstance(config[section], dict) and config[section] != AUTO:
             raise ConfigError(f"{path}: {section} is {config[section]!r}, DeepSpeed expects an object {{...}}")
         if config.get(section) == AUTO:
@@ -177,8 +178,9 @@ def _check_common(config: dict, path: str, machine: Machine) -> list[str]:
             raise ConfigError(f'{path}: {section}.enabled is {json.dumps(enabled)}, must be true, false or "auto"')
     if config.get("fp16", {}).get("enabled") is True:
         raise ConfigError(f"{path}: fp16 is refused, its range is too small for log-probs; use bf16 or fp32")
-    if config.get("amp", {}) or config.get("torch_autocast", {}).get("enabled"):
-        raise ConfigError(f"{path}: amp and torch_autocast are refused, they hide a type; use bf16 or fp32")
+    for section in ("amp", "torch_autocast"):
+        if config.pop(section, {}).get("enabled", False) not in (False, AUTO):
+            raise ConfigError(f"{path}: amp and torch_autocast are refused, they hide a type; use bf16 or fp32")
     if zero.get("compute_grad_norm") is False:
         raise ConfigError(f"{path}: zero_optimization.compute_grad_norm false is refused, the norm is logged")
     for key in config.keys() - TOP_KEYS:

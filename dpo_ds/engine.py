@@ -127,11 +127,12 @@ class Policy:
 
     @contextlib.contextmanager
     def evaluating(self):
-        """No gradients, evaluation mode."""
+        """No gradients, evaluation mode; within another one it ends nothing."""
+        was_training = self.engine.training
         self.engine.eval()
         with torch.no_grad(), contextlib.nullcontext() if self.has_run_backward else _leaving_no_trace(self.engine):
             yield
-        self.engine.train()
+        self.engine.train(was_training)
 
 
 class FrozenModel:

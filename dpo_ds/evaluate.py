@@ -20,14 +20,14 @@ import torch
 
 from dpo_ds import data, ds_config, launch, stopping
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.comparison import Judge, by_scores, load_judge, read_baseline
+from dpo_ds.comparison import Judge, give_preferences, give_scores, load_judge, read_baseline
 from dpo_ds.config import EvaluateConfig, ModelSection
 from dpo_ds.data.batching import Layout
 from dpo_ds.data.prompts import Prompt, read_prompts
 from dpo_ds.data.sources import KINDS
 from dpo_ds.errors import ConfigError, ModelError, UserError
 from dpo_ds.launch import Launch
-from dpo_ds.measure import Sequences, draw, spread, sums_of_logps
+from dpo_ds.measure import Sequences, draw, numbered, sums_of_logps
 from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.outcome import BASELINE, REFERENCE, Measured, Outcome
 from dpo_ds.precompute import NO_DEEPSPEED
@@ -36,6 +36,9 @@ from dpo_ds.run import keeping_status, write_config
 from dpo_ds.scoring import Scorer, load_scorer
 
 TRAINED_THERE = ("metrics.jsonl", "checkpoints", "final")  # what only a training run leaves in its output_dir
+# Added to the seed, above any that a user gives: policies are drawn alike, what they are compared with apart from them,
+# so that who wins is told of independent completions.
+STREAMS = {REFERENCE: 1 << 64, BASELINE: 2 << 64}
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,13 @@ def evaluate(work: Work, place: Launch, device: torch.device) -> None:
         asks(baseline, draws=True)
     elif work.theirs is not None:
         baseline = Measured(BASELINE, wanted.baseline, run.loss.beta, texts=_dealt(work.theirs, wanted.n))
-    outcome = Outcome(run, work.prompts, policies, reference, baseline, work.notes)
+    pair_prompts = [] if work.pairs is None else (prompt.tobytes() for prompt, _, _ in work.pairs.token_ids())
+    outcome = Outcome(run, work.prompts, numbered(pair_prompts), policies, reference, baseline, work.notes)
     if place.is_first:
         outcome.write_completions()  # a scoring function that fails must not cost them
     try:
-        _score(work, outcome)
+        give_scores(outcome, work.scorer)
+        give_preferences(outcome, work.judge)
     except UserError as error:
         raise UserError(f"{error}; the completions are kept in {outcome.completions_path}") from None
     if place.is_first:
@@ -178,7 +183,8 @@ def _ask(
     notes, found = [], []
     if draws:  # before the layout is settled: packed attention is for whole batches
         tokenizer, prompts = (other.tokenizer, other.prompts) if other else (work.tokenizer, work.prompts)
-        model.completions = draw(loaded, tokenizer, prompts, run.evaluate, together=work.engine is not None)
+        settings = run.evaluate.model_copy(update={"seed": run.evaluate.seed + STREAMS.get(model.name, 0)})
+        model.completions = draw(loaded, tokenizer, prompts, settings, together=work.engine is not None)
     if other is None and (work.pairs is not None or of):
         name, note = settle_layout(run.evaluate.layout, [loaded])
         notes = [f"{model.name}: {note.replace('train.layout', 'evaluate.layout')}"] if note else []
@@ -199,38 +205,6 @@ def _logps_of(drawn: Measured, loaded, work: Work, layout: Layout) -> np.ndarray
     prompts = [prompt.ids for prompt in work.prompts for _ in range(n)]
     completions = [completion.ids for row in drawn.completions for completion in row]
     return sums_of_logps(loaded, Sequences(prompts, completions), layout).reshape(-1, n)
-
-
-def _score(work: Work, outcome: Outcome) -> None:
-    """Scores of all texts, then who is preferred to the rival. All ranks enter."""
-    n = work.run.evaluate.n
-    prompts = [prompt.text for prompt in work.prompts for _ in range(n)]
-    for model in outcome.rows:
-        if work.scorer is None or model.texts is None:
-            continue
-        texts = [text for row in model.texts for text in row]
-
-        def score(rows: np.ndarray, texts=texts) -> np.ndarray:
-            return work.scorer([prompts[row] for row in rows], [texts[row] for row in rows])
-
-        model.scores = spread(len(texts), score).reshape(-1, n)
-    rival = outcome.rival
-    if rival is None or rival.texts is None:
-        return
-    theirs = [text for row in rival.texts for text in row]
-    for model in outcome.rows:
-        if model is rival or model.texts is None:
-            continue
-        if work.judge is None:
-            model.preferred = by_scores(model.scores, rival.scores)
-            continue
-        texts = [text for row in model.texts for text in row]
-
-        def ask(rows: np.ndarray, texts=texts) -> np.ndarray:
-            return work.judge(*([column[row] for row in rows] for column in (prompts, texts, theirs)))
-
-        model.in_orders = spread(len(texts), ask).reshape(-1, n, 2)
-        model.preferred = model.in_orders.mean(2)
 
 
 def _check_models(run: EvaluateConfig):

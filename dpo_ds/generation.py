@@ -176,17 +176,22 @@ def stop_tokens(generation_config: GenerationConfig | None, tokenizer: Any) -> l
 def as_completions(
     tokenizer: Any, stops: Sequence[int], prompt: np.ndarray, drawn: Sequence[np.ndarray]
 ) -> list[Completion]:
-    """Token ids drawn after `prompt`, with their text as it reads there."""
+    """Token ids drawn after `prompt`, with their text as it reads there.
+
+    Where the prompt's own text reads differently with them (bytes that go on with its last character, or that a
+    tokenizer with byte fallback decodes as one run with it), it is the text of these ids alone.
+    """
+
+    def decode(runs: list[np.ndarray]) -> list[str]:
+        return tokenizer.batch_decode(runs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     context = prompt[-CONTEXT:]
-    before, *texts = tokenizer.batch_decode(
-        [context, *(np.concatenate([context, ids]) for ids in drawn)],
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )
-    return [
-        Completion(ids, text.removeprefix(before), int(ids[-1]) in stops)
+    before, *texts = decode([context, *(np.concatenate([context, ids]) for ids in drawn)])
+    own = [
+        text.removeprefix(before) if text.startswith(before) else decode([ids])[0]
         for ids, text in zip(drawn, texts, strict=True)
     ]
+    return [Completion(ids, text, int(ids[-1]) in stops) for ids, text in zip(drawn, own, strict=True)]
 
 
 def left_padded(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

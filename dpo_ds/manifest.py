@@ -14,6 +14,7 @@ from dpo_ds import durable
 MANIFEST, LATEST = "MANIFEST.json", "latest"
 FORMAT = 1  # of a checkpoint's files: DeepSpeed's ZeRO-3 shards, one pair a rank
 FOLDERS = "step-????????"
+OWN_DIGEST = "manifest_sha256"  # of the manifest without this key, as JSON with sorted keys
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
 
 
@@ -41,15 +42,13 @@ class Checkpoint:
 def open_folder(path: Path) -> tuple[Checkpoint | None, str]:
     """The checkpoint, or why it is none: no whole manifest of a known format, a file missing or of another size."""
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None, f"no {MANIFEST}, so it is no complete checkpoint"
-    except UnicodeDecodeError:
+    except ValueError:  # no UTF-8 or no JSON
         return None, f"{MANIFEST} is damaged"
-    body, _, digest = text.rpartition("\n")
-    if digest != _digest(body):
+    if not isinstance(manifest, dict) or manifest.pop(OWN_DIGEST, None) != _digest(manifest):
         return None, f"{MANIFEST} is damaged"
-    manifest = json.loads(body)
     if manifest["format"] != FORMAT:
         version = manifest["versions"]["dpo_ds"]
         return None, f"its layout {manifest['format']} (dpo_ds {version}) is not known here, only {FORMAT} is"
@@ -59,8 +58,8 @@ def open_folder(path: Path) -> tuple[Checkpoint | None, str]:
 
 def write(folder: Path, record: dict) -> None:
     """Makes the folder a complete checkpoint; `record` has step, world_size, config, versions, identity and files."""
-    body = json.dumps({"format": FORMAT, **record}, indent=1)
-    durable.write_text(folder / MANIFEST, f"{body}\n{_digest(body)}")
+    manifest = json.loads(json.dumps({"format": FORMAT, **record}))  # as it will be read
+    durable.write_text(folder / MANIFEST, json.dumps(manifest | {OWN_DIGEST: _digest(manifest)}, indent=1) + "\n")
 
 
 def first_wrong_size(folder: Path, files: dict) -> str | None:
@@ -84,5 +83,5 @@ def versions() -> dict[str, str]:
     return {"dpo_ds": version("dpo-ds")} | {package: version(package) for package in PACKAGES}
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@ alone: another number of ranks changes who computes what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,12 @@ def spread(rows: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray
     for other, (_, values) in enumerate(parts):
         whole[other::ranks] = values
     return whole
+
+
+def numbered(items: Iterable[Hashable]) -> np.ndarray:
+    """int64 [items]: equal ones have the same number; numbers count from 0 as new ones come."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(item, len(numbers)) for item in items], np.int64)
 
 
 def _gathered(value: Any) -> list:

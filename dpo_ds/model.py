@@ -71,7 +71,7 @@ def check_model(section: ModelSection, path: str, key: str = "model.path", class
     """
     folder = Path(path)
     if folder.is_dir():
-        _check_folder(folder, path, key, needs_weights=not section.from_config)
+        check_folder(folder, path, key, needs_weights=not section.from_config)
     elif folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         what = "is a file" if folder.exists() else "does not exist"
         raise ModelError(f"--{key} {path}: {what}; expected a Hugging Face folder with config.json, or a Hub id")
@@ -149,7 +149,7 @@ def load_model(
             raise
         raise ModelError(f"{path}: weights of other shapes than its config.json says ({_one_line(error)})") from None
     if not section.from_config:
-        _check_complete(path, set(loading["missing_keys"]) - set(new))
+        check_complete(path, set(loading["missing_keys"]) - set(new))
     del zero_init
     causal_lm.dropouts = dropouts
     return causal_lm
@@ -167,7 +167,8 @@ def switch_dropout_off(config) -> dict[str, float]:
     return rates
 
 
-def _check_folder(folder: Path, path: str, key: str, needs_weights: bool) -> None:
+def check_folder(folder: Path, path: str, key: str, needs_weights: bool = True) -> None:
+    """ModelError: no readable config.json, no weights, or some that are missing or cut short."""
     if not (folder / "config.json").is_file():
         problem = "no config.json in this folder, so it is no Hugging Face model"
         raise ModelError(f"--{key} {path}: {problem}{_remedy(folder)}")
@@ -176,9 +177,8 @@ def _check_folder(folder: Path, path: str, key: str, needs_weights: bool) -> Non
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"--{key} {path}/config.json: not JSON ({error})") from None
     if needs_weights and not any((folder / name).is_file() for name in WEIGHTS):
-        raise ModelError(
-            f"--{key} {path}: no weights ({WEIGHTS[0]} or its index); --model.from_config true starts at random"
-        )
+        remedy = "; --model.from_config true starts at random" if key == "model.path" else ""
+        raise ModelError(f"--{key} {path}: no weights ({WEIGHTS[0]} or its index){remedy}")
     if needs_weights:
         _check_weights(folder, path, key)
 
@@ -209,7 +209,7 @@ def _check_weights(folder: Path, path: str, key: str) -> None:
             raise ModelError(f"--{key} {path}: {file.name} is broken or cut short ({error}); copy it again") from None
 
 
-def _check_complete(path: str, missing: set[str]) -> None:
+def check_complete(path: str, missing: set[str]) -> None:
     """transformers draws weights that it does not find at random, with a warning at most: here that is an error."""
     if missing:
         first = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

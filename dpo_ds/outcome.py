@@ -18,7 +18,7 @@ from dpo_ds.config import ROWS, EvaluateConfig, to_plain
 from dpo_ds.data.prompts import Prompt
 from dpo_ds.generation import Completion
 from dpo_ds.manifest import versions
-from dpo_ds.statistics import distribution, mean_of, win_rate
+from dpo_ds.statistics import distribution, mean_of, mean_of_pairs, win_rate
 
 REFERENCE, BASELINE = ROWS
 MOST = 0.9  # of the completions should end by themselves
@@ -59,10 +59,14 @@ class Measured:
 
 @dataclass
 class Outcome:
-    """All models of a run. The rival is what win rates are against: the baseline, else the reference."""
+    """All models of a run. The rival is what win rates are against: the baseline, else the reference.
+
+    pair_prompts [pairs]: numbers, the same for pairs of one prompt.
+    """
 
     run: EvaluateConfig
     prompts: Sequence[Prompt]
+    pair_prompts: np.ndarray
     policies: Sequence[Measured]
     reference: Measured | None
     baseline: Measured | None
@@ -173,7 +177,7 @@ class Outcome:
     def _row(self, model: Measured) -> dict:
         row = {"name": model.name, "path": model.path, "beta": model.beta}
         if model.pair_logps is not None and model is not self.reference:
-            row["pairs"] = pair_measures(model)
+            row["pairs"] = pair_measures(model, self.pair_prompts)
         if model.texts is not None:
             row["samples"] = self._sample_measures(model)
         return row
@@ -239,19 +243,21 @@ class Outcome:
         return [model.name for model in models], rows
 
 
-def pair_measures(model: Measured) -> dict:
-    """Implicit rewards of the pairs, under the names that training logs them by."""
+def pair_measures(model: Measured, prompts: np.ndarray) -> dict:
+    """Implicit rewards of the pairs, under the names that training logs them by; prompts [pairs]: each pair's."""
     rewards = model.rewards
     margins = rewards[:, 0] - rewards[:, 1]
-    return {
-        "pairs": len(rewards),
-        "rewards/accuracies": mean_of(margins > 0),
-        "rewards/margins": mean_of(margins) | distribution(margins),
-        "rewards/chosen": mean_of(rewards[:, 0]),
-        "rewards/rejected": mean_of(rewards[:, 1]),
-        "logps/chosen": mean_of(model.pair_logps[:, 0]),
-        "logps/rejected": mean_of(model.pair_logps[:, 1]),
+    values = {
+        "rewards/accuracies": margins > 0,
+        "rewards/margins": margins,
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "logps/chosen": model.pair_logps[:, 0],
+        "logps/rejected": model.pair_logps[:, 1],
     }
+    measures = {name: mean_of_pairs(of, prompts) for name, of in values.items()}
+    measures["rewards/margins"] |= distribution(margins)
+    return {"pairs": len(rewards), **measures}
 
 
 def training_metrics(path: Path) -> list[dict]:

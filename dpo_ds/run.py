@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,8 @@ def train(
         raise
     if isinstance(run, RewardConfig):
         say(reward.finish(trainer, run.reward, prepared))
-    card = export.model_card(command, to_plain(run), trainer.last_metrics, used)
+    metrics = _last_metrics(output_dir, objective.names) | trainer.last_metrics
+    card = export.model_card(command, to_plain(run), metrics, used)
     merge = isinstance(run, RewardConfig)  # adapters alone would lack the head
     getting_on = partial(peers.progress, trainer.total_steps)
     export.export(policy.causal_lm, prepared.tokenizer, output_dir / "final", card, merge, getting_on)
@@ -258,7 +259,18 @@ def write_config(output_dir: Path, run: Section, used: dict, place: Launch) -> N
 
 def _last_step(output_dir: Path) -> int:
     """The last step that metrics.jsonl holds."""
+    lines = _last_lines(output_dir)
+    return lines[-1]["step"] if lines else 0
+
+
+def _last_metrics(output_dir: Path, names: Sequence[str]) -> dict:
+    """What metrics.jsonl says of the last step and its evaluation: the run may have had no step left to take."""
+    lines = _last_lines(output_dir)
+    return {name: line[name] for line in lines for name in line if name.removeprefix("eval_") in names}
+
+
+def _last_lines(output_dir: Path) -> list[dict]:
+    """The last two of metrics.jsonl."""
     path = output_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines[-2:] if line.endswith("\n")]  # a process may have died while writing the last one
-    return json.loads(whole[-1])["step"] if whole else 0
+    return [json.loads(line) for line in lines[-2:] if line.endswith("\n")]  # a process may have died while writing

@@ -6,9 +6,11 @@ prompts and the settings, so that its bytes are the same whoever draws them, and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,7 @@ from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.precompute import NO_DEEPSPEED
 from dpo_ds.preflight import check_room, make_writable, process_group, speaker, this_machine
 from dpo_ds.progress import Progress
+from dpo_ds.reference.lock import FolderLock
 from dpo_ds.reference.weights import weights_digest
 from dpo_ds.samples import Folder, completion_rows
 from dpo_ds.scoring import Scorer, load_scorer
@@ -49,6 +52,7 @@ class Work:
     scorer: Scorer | None
     prompts: list[Prompt]
     folder: Folder | None
+    lock: FolderLock
 
 
 def start(run: SampleConfig) -> int:
@@ -56,7 +60,7 @@ def start(run: SampleConfig) -> int:
     place = launch.from_environment()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     work = prepare(run, place)
-    with process_group(place) as device:
+    with contextlib.closing(work.lock), process_group(place) as device:
         fill(run, work, place, device)
     return 0
 
@@ -70,6 +74,9 @@ def prepare(run: SampleConfig, place: Launch) -> Work:
     sample, say = run.sample, speaker(place)
     torch.set_num_threads(place.threads)
     make_writable(Path(sample.to), "sample.to")
+    lock = FolderLock(Path(sample.to), place.rank, "sample.to")
+    if place.is_first:
+        lock.take(say)
     if sample.engine == "vllm":
         check_vllm(run, place)
     scorer = None if sample.score is None else load_scorer(sample.score, "sample.score")
@@ -100,17 +107,20 @@ def prepare(run: SampleConfig, place: Launch) -> Work:
         }
         folder = Folder(Path(sample.to), settings, -(-len(prompts.rows) // sample.shard_rows))
         folder.check_settings()
-    return Work(engine, precision, tokenizer, scorer, prompts.rows, folder)
+    return Work(engine, precision, tokenizer, scorer, prompts.rows, folder, lock)
 
 
 def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> None:
     """Model, missing shards, pairs and manifest; all ranks together."""
-    from dpo_ds.engine import from_rank_0, raise_together
+    from dpo_ds.engine import from_rank_0
 
     sample, say = run.sample, speaker(place)
+    work.lock.share(dist.barrier)
     folder: Folder = from_rank_0(work.folder)
     complete, todo = from_rank_0(_left(folder) if place.is_first else None)
     if todo:
+        with _raising_together():
+            folder.check_shared()
         done = folder.shards - len(todo)
         say([f"{done} of {folder.shards} shards are there already"] if done else [])
         torch.set_num_threads(sample.threads)
@@ -126,21 +136,31 @@ def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> 
         for shard in in_rounds(todo, place.rank, place.world_size):
             first = 0 if shard is None else shard * size
             prompts = [] if shard is None else work.prompts[first : first + size]
-            mistake, rows = None, []
-            try:
+            with _raising_together():
                 drawn = generator([prompt.ids for prompt in prompts], sample.n, first)
                 scores = _scores(work.scorer, prompts, drawn)
                 rows = completion_rows(prompts, drawn, scores, first, sample.seed, stop_texts)
-            except UserError as error:
-                mistake = error
-            raise_together(mistake)  # of a rank that fails alone, rank 0 would not know
             if shard is not None:
                 folder.write(shard, rows)
         progress.close()
         dist.barrier()
-    if place.is_first:
-        manifest = folder.manifest() if complete else folder.finish(sample)
-        say(_summary(folder, manifest, complete, sample.score is not None))
+    with _raising_together():
+        if place.is_first:
+            manifest = folder.manifest() if complete else folder.finish(sample)
+            say(_summary(folder, manifest, complete, sample.score is not None))
+
+
+@contextlib.contextmanager
+def _raising_together() -> Iterator[None]:
+    """Every rank raises the mistake of the first that has one: rank 0 would not know of another's. All ranks enter."""
+    from dpo_ds.engine import raise_together
+
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
+    raise_together(mistake)
 
 
 def _left(folder: Folder) -> tuple[bool, list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from dpo_ds.ranking import Ranker
 
 MANIFEST = "MANIFEST.json"
 HEAD = b"dpo_ds"  # of a shard's footer
+SHARED = "--sample.to must be a folder that all nodes share"
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # of a Parquet file with bytes changed
 # stop: the text of the token that ended it where that is not the tokenizer's EOS; tokens: as drawn, that one included.
 COMPLETIONS = pa.schema(
@@ -93,6 +95,11 @@ class Folder:
                 path.unlink()
         return [shard for shard in range(self.shards) if self.read(shard) is None]
 
+    def check_shared(self) -> None:
+        """On any rank, after rank 0's `unfinished`; raises ConfigError where the folder is another one here."""
+        if not self.completions.is_dir():
+            raise ConfigError(f"{self.completions}: rank 0 made it, {socket.gethostname()} does not see it; {SHARED}")
+
     def is_complete(self) -> bool:
         """Whether every file is what the manifest says."""
         try:
@@ -119,10 +126,16 @@ class Folder:
         return rows if head["content"] == _digest(rows) else None
 
     def finish(self, sample: SampleSection) -> dict:
-        """Pairs of all shards and the manifest, which is returned."""
+        """Pairs of all shards and the manifest, which is returned.
+
+        Raises:
+            ConfigError: a shard that another rank wrote cannot be read here.
+        """
         counts, dropped, scores = Counter(), Counter(), []
         for shard in range(self.shards):
             rows = self.read(shard)
+            if rows is None:
+                raise ConfigError(f"{self.completions / _name(shard)}: written, but rank 0 cannot read it; {SHARED}")
             counts["completions"] += len(rows)
             counts["finished"] += sum(row["finished"] for row in rows)
             counts["tokens"] += sum(len(row["tokens"]) for row in rows)

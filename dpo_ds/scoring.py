@@ -23,21 +23,23 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dpo_ds.batch import CHOSEN_ONLY
 from dpo_ds.config import ModelSection, did_you_mean
 from dpo_ds.data.formats import Conversation, shorten
-from dpo_ds.data.tokenize import PairTokenizer
+from dpo_ds.data.tokenize import PairTokenizer, Tokenized
 from dpo_ds.errors import ConfigError, ModelError, UserError
-from dpo_ds.model import load_tokenizer
+from dpo_ds.model import check_complete, check_folder, load_tokenizer
 from dpo_ds.reference.weights import weights_digest
+from dpo_ds.reward_model import REWARD_MEAN, RewardHead
 
 REGEX = "regex:"
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
-REWARD_MEAN = "reward_mean"  # in a reward model's config.json: its mean over a calibration set
 REWARD_BATCH = 32
 NO_LIMIT = 1 << 20  # tokens, for a model that names no number of positions
+CODE_FAILS = (Exception, SystemExit)  # somebody else's code fails in any way; a signal is not of its doing
 
 
 class Scorer(Protocol):
@@ -93,7 +95,7 @@ class FunctionScorer:
             return np.zeros(0)
         try:
             answer = self.function(prompts, completions)
-        except Exception as error:  # somebody else's code fails in any way
+        except CODE_FAILS as error:
             raise UserError(self._raised(prompts, completions, error)) from error
         return checked(answer, self.spec, completions)
 
@@ -103,39 +105,39 @@ class FunctionScorer:
         digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12] if source else "built in"
         return f"{self.spec} {digest}"
 
-    def _raised(self, prompts: list[str], completions: list[str], error: Exception) -> str:
+    def _raised(self, prompts: list[str], completions: list[str], error: BaseException) -> str:
         """Names the first row that fails alone, where one does."""
         what = f"{self.spec} raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         for row, pair in enumerate(zip(prompts, completions, strict=True)):
             try:
                 self.function([pair[0]], [pair[1]])
-            except Exception:
+            except CODE_FAILS:
                 return f"{what} (row {row}, completion {shorten(pair[1])})"
         return f"{what} (on {len(completions)} rows together, on none alone)"
 
 
 class RewardModel:
-    """A classifier of one label over prompt, completion and EOS, read at the last token.
+    """A classifier of one label over prompt, completion and EOS, read at the last token; scores are float32.
 
-    The text is tokenised as for training. One that is longer than the model has positions for is cut as there: the
-    prompt from its start to half of them, then the completion from its end.
+    The text is tokenised as for training. Of one that is longer than the model has positions for, a line says so, and
+    the prompt is cut from its start, to half of them at the least, then the completion from its end.
     """
 
     def __init__(self, path: str, key: str):
         self.path = path
         self._section = ModelSection(path=path)
         config = _classifier_config(path, key)
-        tokenizer = load_tokenizer(self._section, config, path, key)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
-        self._tokenize = PairTokenizer(tokenizer, positions, positions // 2, CHOSEN_ONLY)
+        self._tokenizer = load_tokenizer(self._section, config, path, key)
+        self._tokenize = PairTokenizer(self._tokenizer, NO_LIMIT, NO_LIMIT - 1, CHOSEN_ONLY)
+        self._positions = getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
         self._mean = float(getattr(config, REWARD_MEAN, 0.0))
-        self._pad = int(tokenizer.eos_token_id == 0)  # any token but EOS, which every text ends in
         self._model = None
+        self._has_cut = False
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         conversations = [Conversation(*texts) for texts in zip(prompts, completions, strict=True)]
-        pairs = [tokenized.pair for tokenized in self._tokenize(conversations)] if conversations else []
-        ids = [np.concatenate([pair.prompt, pair.chosen]) for pair in pairs]
+        whole = self._tokenize(conversations) if conversations else []
+        ids = [self._fitting(*both) for both in zip(conversations, whole, strict=True)]
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # like lengths share a forward
         scores = np.zeros(len(ids))
         for start in range(0, len(ids), REWARD_BATCH):
@@ -146,11 +148,25 @@ class RewardModel:
     def identity(self) -> str:
         return f"{self.path} {weights_digest(self._section, self.path)[:12]} mean {self._mean!r}"
 
+    def _fitting(self, conversation: Conversation, whole: Tokenized) -> np.ndarray:
+        prompt, completion = whole.pair.prompt, whole.pair.chosen
+        if len(prompt) + len(completion) > self._positions:
+            room = max(self._positions // 2, self._positions - len(completion))
+            cut = PairTokenizer(self._tokenizer, self._positions, room, CHOSEN_ONLY)([conversation])[0]
+            if not self._has_cut:
+                what = f"a text of {len(prompt) + len(completion)} tokens, {shorten(conversation.chosen)}, and others"
+                print(f"dpo-ds: {self.path}: cuts {what} longer than its {self._positions} positions", flush=True)
+            self._has_cut, (prompt, completion) = True, (cut.pair.prompt, cut.pair.chosen)
+        return np.concatenate([prompt, completion])
+
     @torch.no_grad()
     def _forward(self, ids: list[np.ndarray]) -> np.ndarray:
         self._model = self._model or self._load()
         device = self._model.device
-        input_ids = torch.full((len(ids), max(map(len, ids))), self._pad)
+        # transformers reads the last token that is not this one
+        pad = next(token for token in range(len(ids) + 1) if all(token != row[-1] for row in ids))
+        self._model.config.get_text_config().pad_token_id = pad
+        input_ids = torch.full((len(ids), max(map(len, ids))), pad)
         mask = torch.zeros_like(input_ids)
         for row, tokens in enumerate(ids):
             input_ids[row, : len(tokens)] = torch.from_numpy(tokens)
@@ -161,8 +177,12 @@ class RewardModel:
     def _load(self):
         has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
         dtype = "auto" if has_cuda else torch.float32
-        model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=dtype)
-        model.config.get_text_config().pad_token_id = self._pad  # transformers reads the last token that is not this
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            self.path, dtype=dtype, output_loading_info=True
+        )
+        check_complete(self.path, set(loading["missing_keys"]))
+        if type(getattr(model, "score", None)) is nn.Linear:
+            model.score.__class__ = RewardHead  # else bfloat16 weights would round scores, and make ties
         return model.requires_grad_(False).eval().to("cuda" if has_cuda else "cpu")
 
 
@@ -180,7 +200,7 @@ def load_function(module: str, name: str, given: str) -> Callable:
         where = f"start in the folder of {module.split('.')[0]}.py or set PYTHONPATH to it"
         problem = f"there is no module {error.name} in {os.getcwd()} or on PYTHONPATH"
         raise ConfigError(f"{given}: {problem}; {where}") from None
-    except Exception as error:  # a module is a program
+    except CODE_FAILS as error:  # a module is a program
         raise ConfigError(f"{given}: importing {module} raised {type(error).__name__}: {_one_line(error)}") from error
     function = getattr(found, name, None)
     if not callable(function):
@@ -206,6 +226,8 @@ def _classifier_config(path: str, key: str):
         raise ModelError(f"{given}: is a {kind}, no sequence classification model; dpo-ds reward trains one")
     if config.num_labels != 1:
         raise ModelError(f"{given}: has {config.num_labels} labels; a reward model has one (num_labels 1)")
+    if folder.is_dir():
+        check_folder(folder, path, key)
     return config
 
 
@@ -213,8 +235,10 @@ def checked(answer: Any, who: str, completions: Sequence[str]) -> np.ndarray:
     """float64 [n]; UserError for another count, or for a score that is no finite number."""
     wanted = len(completions)
     if isinstance(answer, torch.Tensor):
-        answer = answer.detach().float().cpu().numpy()
+        answer = answer.detach().double().cpu().numpy()
     try:
+        if isinstance(answer, (dict, str)):
+            raise TypeError
         count = len(answer)
     except TypeError:
         rule = f"it must return {wanted} numbers, one for each completion"
@@ -233,5 +257,5 @@ def checked(answer: Any, who: str, completions: Sequence[str]) -> np.ndarray:
     return scores
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -21,6 +21,20 @@ def mean_of(values: np.ndarray) -> dict[str, float | None]:
     return {"mean": float(means.mean()), "standard_error": None if error is None else float(error)}
 
 
+def mean_of_pairs(values: np.ndarray, prompts: np.ndarray) -> dict[str, float | None]:
+    """mean and standard_error of values [pairs]; prompts [pairs]: the number of each one's prompt, from 0 on.
+
+    A prompt's pairs count as one observation, as in a cluster-robust error: √(Σ over prompts of (Σ over its pairs of
+    value - mean)² G / (G - 1)) / pairs, of G prompts. With one pair a prompt, and of a single prompt, as `mean_of`.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    sums = np.bincount(prompts, weights=values - values.mean())
+    if len(sums) == 1:
+        return mean_of(values)
+    error = np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(values)
+    return {"mean": float(values.mean()), "standard_error": float(error)}
+
+
 def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
     """The percentile interval [low, high] of the mean of values [prompts, n], observations drawn with replacement."""
     means = _observations(values)

@@ -209,22 +209,30 @@ class Trainer:
         return int(metrics.reduce_sum(torch.tensor(count, device=self.policy.device)).item())
 
     def _check_finite(self, step: int, means: Tensor, grad_norm: float, losses: Sequence[tuple[Tensor, Batch]]) -> None:
-        """Stops every rank at a loss or gradient that is not finite, naming the step and the pairs."""
+        """Stops every rank at a loss or gradient that is not finite, naming the step and the pairs: those of the
+        micro-batches whose loss is not finite; all where only the gradient is.
+        """
         if means.isfinite().all() and math.isfinite(grad_norm):
             return
-        mine = [self.data.location(row) for loss, batch in losses if not loss.isfinite() for row in batch.pair_indices]
+        mine = [
+            (self.data.location(row), bool(loss.isfinite())) for loss, batch in losses for row in batch.pair_indices
+        ]
         gathered: list = [None] * self.world_size
         dist.all_gather_object(gathered, mine)
-        pairs = [pair for rank_pairs in gathered for pair in rank_pairs]
-        where = f"; among these pairs: {', '.join(pairs[:16])}{' ...' if len(pairs) > 16 else ''}" if pairs else ""
-        raise TrainingError(f"step {step}: loss {means[0].item()} and gradient norm {grad_norm} must be finite{where}")
+        all_pairs = [pair for of_rank in gathered for pair in of_rank]
+        pairs = [name for name, finite in all_pairs if not finite] or [name for name, _ in all_pairs]
+        raise TrainingError(
+            f"step {step}: loss {means[0].item()} and gradient norm {grad_norm} must be finite; among these pairs: "
+            f"{', '.join(pairs[:16])}{f' and {len(pairs) - 16} more' if len(pairs) > 16 else ''}"
+        )
 
 
 def total_steps(sources: Sequence[tuple[int, int, float]], run: TrainSection) -> int:
     """train.max_steps alone if given, else train.epochs passes."""
     if run.max_steps is not None:
         return run.max_steps
-    return max(1, math.ceil(run.epochs * steps_per_epoch(sources, run.global_batch_size)))
+    steps = run.epochs * steps_per_epoch(sources, run.global_batch_size)
+    return max(1, math.ceil(round(steps, 6)))  # 1.1 x 10 is a little more than 11
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -41,8 +41,8 @@ def make(folder: Path, step: int, **changes) -> Path:
         "format": 1, "step": step, "world_size": 2, "config": to_plain(RUN), "versions": versions(),
         "identity": {"the model in model.path": "abc"}, "files": files,
     } | changes  # fmt: skip
-    body = json.dumps(manifest)
-    (path / "MANIFEST.json").write_text(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}")
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / "MANIFEST.json").write_text(json.dumps(manifest | {"manifest_sha256": digest}))
     (path.parent / "latest").write_text(path.name + "\n")
     return path
 

@@ -70,6 +70,23 @@ def test_empty_sections_dates_and_the_home_folder(tmp_path):
     run = cli.parse(["train", *REQUIRED[:-2], "--config", str(path), "--train.max_steps", "3"])[1]
     assert (run.train.max_steps, run.output_dir) == (3, "2024-13-45")
     assert parse("--output_dir", "~/out").output_dir == str(Path.home() / "out")
+    path.write_text("model:\n  lora:\n")
+    assert parse("--config", str(path), "--model.lora.r", "8").model.lora.r == 8
+    path.write_text("model: {lora: 8}\n")
+    assert "lora: 8 is no section, so --model.lora.r" in mistake(
+        "train", *REQUIRED, "--config", str(path), "--model.lora.r", "8"
+    )
+
+
+def test_a_max_length_alone_leaves_half_of_it_to_the_prompt():
+    def limits(*argv):
+        data = parse(*argv).data
+        return data.max_length, data.max_prompt_length
+
+    assert limits("--data.max_length", "512") == (512, 256)
+    assert limits("--data.max_length", "1024") == (1024, 512)
+    assert limits("--data.max_length", "1025") == (1025, 1024)
+    assert limits("--data.max_length", "512", "--data.max_prompt_length", "500") == (512, 500)
 
 
 def test_a_mistake_in_the_keys_does_not_leave_an_earlier_done(tmp_path):
@@ -78,6 +95,15 @@ def test_a_mistake_in_the_keys_does_not_leave_an_earlier_done(tmp_path):
         status.write_text('{"state": "done", "exit_code": 0}')
         assert cli.main(["train", *argv]) == 2
         assert json.loads(status.read_text())["state"] == "failed"
+
+
+def test_under_torchrun_which_returns_1_a_mistake_in_the_keys_is_in_a_new_status(tmp_path, monkeypatch):
+    argv = ["train", "--output_dir", str(tmp_path / "new" / "run"), "--loss.nam", "x"]
+    assert cli.main(argv) == 2 and not (tmp_path / "new").exists()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert cli.main(argv) == 2
+    status = json.loads((tmp_path / "new" / "run" / "STATUS.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2) and "unknown key --loss.nam" in status["reason"]
 
 
 def test_launchers_local_rank_before_the_command_is_taken_off():
@@ -127,7 +153,10 @@ def test_one_file_serves_sft_and_train_and_says_what_is_unused(tmp_path):
         (["train", *REQUIRED, "--data.train", "[{path: a, weight: 0}]"], ["weight 0 of a"]),
         (["train", *REQUIRED, "--data.train", "[{file: a}]"], ["is not a source"]),
         (["train", *REQUIRED, "--data.columns", "{a"], ["--data.columns {a", "not a YAML"]),
-        (["train", *REQUIRED, "--data.max_length", "1024"], ["max_prompt_length 1024 must be below", "1024"]),
+        (
+            ["train", *REQUIRED, "--data.max_length", "9", "--data.max_prompt_length", "9"],
+            ["max_prompt_length 9 must be below"],
+        ),
         (["train", *REQUIRED, "--config", "/nowhere.yaml"], ["/nowhere.yaml: no such file"]),
         (["train", *REQUIRED, "--reference.kind", "cahced"], ["--reference.kind", "'cahced'", "live"]),
     ],

@@ -90,6 +90,7 @@ def test_a_hugging_face_file_works_unchanged():
         ({"train_batch_size": "64"}, ['batch size "64"', "whole number"]),
         ({"optimizer": {"params": [1]}}, ["optimizer.params is [1]"]),
         ({"amp": {"enabled": True}}, ["amp", "refused"]),
+        ({"amp": True}, ["amp is True", "object"]),
     ],
 )
 def test_contradictions_name_both_sides(given, parts):
@@ -102,6 +103,7 @@ def test_literals_that_agree_pass():
         {"train_batch_size": 64, "gradient_clipping": 1.0, "optimizer": {"params": {"lr": 5e-7, "betas": [0.9, 0.999]}}}
     )
     fill({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8})
+    fill({"amp": {"enabled": "auto", "opt_level": "auto"}, "torch_autocast": {"enabled": False}})
 
 
 @pytest.mark.parametrize(

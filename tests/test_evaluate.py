@@ -6,19 +6,28 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
-from dpo_ds import config
+from dpo_ds import comparison, config
 from dpo_ds.data.formats import Conversation
 from dpo_ds.data.tokenize import PairTokenizer
-from dpo_ds.demo.tiny import save_tiny_model, tiny_llama, train_tokenizer
+from dpo_ds.demo.tiny import save_tiny_model, tiny_config, tiny_llama, train_tokenizer
 from dpo_ds.errors import ConfigError
+from dpo_ds.outcome import Measured
+from dpo_ds.scoring import load_scorer
 from tests.oracle import sequence_logp
 from tests.ranks import ROOT, WORKERS
 from tests.small_jobs import make_world, status
@@ -190,6 +199,29 @@ def test_every_number_follows_from_the_completions(world, evaluations):
     assert rate["win_rate"] == pytest.approx(np.mean(wins)) and rate["against"] == str(world / "model")
     assert rate["interval"][0] <= rate["win_rate"] <= rate["interval"][1]
     assert evaluations["one"]["reference"]["samples"]["kl"]["mean"] == 0
+    by_model = {name: [row["completion"] for row in rows if row["model"] == name] for name in ("still", "reference")}
+    same = [ours == theirs for ours, theirs in zip(*by_model.values(), strict=True)]
+    assert len(same) == 2 * PROMPTS and not all(same), "a policy is compared with draws that are not its own"
+
+
+def test_equal_texts_of_a_prompt_are_scored_once(monkeypatch):
+    """By a scorer whose numbers depend on the place, as a reward model's last bits do."""
+    calls = []
+
+    def scorer(prompts, completions):
+        calls.append(list(zip(prompts, completions, strict=True)))
+        return np.arange(float(len(completions)))
+
+    reference = Measured("reference", "r", 0.1, texts=[["a", "b"], ["a", "c"]])
+    policy = Measured("policy", "p", 0.1, texts=[["b", "b"], ["c", "d"]])
+    prompts = [SimpleNamespace(text="first"), SimpleNamespace(text="second")]
+    outcome = SimpleNamespace(prompts=prompts, rows=[reference, policy], rival=reference)
+    monkeypatch.setattr(comparison, "spread", lambda rows, compute: compute(np.arange(rows)))
+    comparison.give_scores(outcome, scorer)
+    comparison.give_preferences(outcome, judge=None)
+    assert calls == [[("first", "a"), ("first", "b"), ("second", "a"), ("second", "c"), ("second", "d")]]
+    assert reference.scores.tolist() == [[0, 1], [2, 3]] and policy.scores.tolist() == [[1, 1], [3, 4]]
+    assert policy.preferred.tolist() == [[1, 0.5], [1, 1]] and reference.preferred is None
 
 
 @pytest.mark.distributed
@@ -243,11 +275,40 @@ def test_a_second_run_replaces_the_first(forks, world):
     }
     assert policy["pairs"]["rewards/chosen"]["mean"] == pytest.approx(0.1 * policy["pairs"]["logps/chosen"]["mean"])
 
-    codes, output = run(forks, world, "again", evaluate__n=0, evaluate__against="null")
+    (world / "twice.jsonl").write_text(2 * (world / "eval.jsonl").read_text())
+    codes, output = run(
+        forks, world, "again", evaluate__n=0, evaluate__against="null", data__eval=world / "twice.jsonl"
+    )
     assert codes == [0], output
+    once, twice = policy["pairs"], evaluation(world, "again")["policies"][0]["pairs"]
+    assert (once["pairs"], twice["pairs"]) == (PAIRS, 2 * PAIRS)
+    for key in ("mean", "standard_error"):  # a prompt's pairs are one observation
+        assert twice["rewards/margins"][key] == pytest.approx(once["rewards/margins"][key], rel=1e-3)
     assert not (world / "again" / "completions.parquet").exists()
     assert {path.name for path in (world / "again" / "report").iterdir()} == {"margins.png", "report.html"}
     assert "samples" not in evaluation(world, "again")["policies"][0]
+
+
+@pytest.mark.distributed
+def test_a_reward_model_scores_policy_and_a_baseline_of_another_tokenizer(forks, world):
+    tokenizer = train_tokenizer(["words that the policy's tokenizer was not trained on"], vocab_size=270)
+    save_tiny_model(world / "rival", tokenizer, tiny_llama(tokenizer, hidden=16, layers=1))
+    of_one_label = tiny_config("llama", len(tokenizer), hidden=16, layers=1, eos_token_id=1, num_labels=1)
+    save_tiny_model(world / "reward", tokenizer, AutoModelForSequenceClassification.from_config(of_one_label))
+    asked = {"evaluate__baseline": world / "rival", "evaluate__score": world / "reward", "evaluate__against": "null"}
+    codes, output = run(forks, world, "rivals", 2, evaluate__n=2, **asked)
+    assert codes == [0, 0], output
+    rows = pq.read_table(world / "rivals" / "completions.parquet").to_pylist()
+    score, rewards = load_scorer(str(world / "reward"), "evaluate.score"), {}
+    for model in ("policy", "baseline"):
+        own = [row for row in rows if row["model"] == model]
+        rewards[model] = np.array([row["reward"] for row in own])
+        wanted = score([row["prompt"] for row in own], [row["completion"] for row in own])
+        assert len(own) == 2 * PROMPTS and np.allclose(rewards[model], wanted, atol=1e-6)
+    ours, theirs = rewards["policy"], rewards["baseline"]
+    wins = ((ours > theirs) + 0.5 * (ours == theirs)).mean()
+    assert 0 < wins < 1
+    assert evaluation(world, "rivals")["policies"][0]["samples"]["win_rate"]["win_rate"] == pytest.approx(wins)
 
 
 @pytest.mark.distributed
@@ -298,6 +359,9 @@ MISTAKES = {
     "baseline row is wrong": (
         {"evaluate.baseline": "bad.jsonl", "evaluate.score": "regex:a"}, ["evaluate.baseline", "bad.jsonl:1", "chosen"]
     ),
+    "baseline of several models": (
+        {"evaluate.baseline": "mixed.jsonl", "evaluate.score": "regex:a"}, ["mixed.jsonl:2", "'model'", "rows alone"]
+    ),
     "no position for the pairs": (
         {"evaluate.policy": "short"}, ["eval data", "the model knows 10 positions", "--data.max_length 10"]
     ),
@@ -323,6 +387,8 @@ def outcomes(world):
     (world / "adapter").mkdir()
     (world / "adapter" / "adapter_config.json").write_text("{}")
     (world / "bad.jsonl").write_text('{"prompt": "p", "chosen": 3}\n')
+    mixed = [{"prompt": "p", "completion": "c", "model": name} for name in ("reference", "dpo")]
+    (world / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     (world / "trained").mkdir()
     (world / "trained" / "metrics.jsonl").touch()
     argv = {}
@@ -363,6 +429,10 @@ NEEDED = {"evaluate.policy": "p", "deepspeed.config": "none", "output_dir": "o"}
         ({}, ["nothing to evaluate on", "data.eval", "evaluate.prompts"]),
         ({"evaluate.prompts": "a", "evaluate.n": "0"}, ["nothing to evaluate on"]),
         ({"data.eval": "a", "evaluate.n": "0", "evaluate.score": "regex:a"}, ["evaluate.n 0"]),
+        (
+            {"data.eval": "a", "evaluate.min_new_tokens": "300"},
+            ["evaluate.min_new_tokens 300 is above evaluate.max_new_tokens 256"],
+        ),
         ({"data.eval": "a", "evaluate.judge": "m:f"}, ["evaluate.judge m:f", "evaluate.baseline"]),
         ({"data.eval": "a", "evaluate.baseline": "b"}, ["evaluate.baseline b", "evaluate.score"]),
         ({"data.eval": "a", "evaluate.policy": "[]"}, ["evaluate.policy", "empty list"]),

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from dpo_ds.config import GenerationSection
 from dpo_ds.data.prompts import read_prompts
 from dpo_ds.demo.tiny import random_model, special_ids, tiny_config, train_tokenizer
 from dpo_ds.errors import DataError, ModelError
-from dpo_ds.generation import Generator, in_rounds, inverse_cdf, truncated
+from dpo_ds.generation import Generator, as_completions, in_rounds, inverse_cdf, truncated
 from dpo_ds.model import LogProbModel
 from tests.data_helpers import BOS, CHATML, tokenizer, write_lines
 
@@ -91,6 +93,29 @@ def test_a_chat_models_end_of_turn_ends_a_completion_too(words):
     causal_lm.generation_config.eos_token_id = [5, words.eos_token_id]
     causal_lm.generation_config.repetition_penalty = 100.0  # not our distribution
     assert Generator(replica(causal_lm), words, GenerationSection(), together=False).stops == [1, 5]
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """Decodes as Llama 2's: bytes that follow each other are one character or, all of them, broken ones."""
+    vocab = {token: i for i, token in enumerate(["<eos>", "▁hi", "▁yes", *(f"<0x{byte:02X}>" for byte in range(256))])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+def test_a_broken_byte_brings_no_prompt_into_the_text(words):
+    hi, yes, first_byte = 1, 2, 3
+    prompt = np.array([hi, *(first_byte + byte for byte in "😀".encode())])
+    broken, whole = [first_byte + 0x80, yes, 0], [first_byte + byte for byte in "é".encode()]
+    drawn = [np.array(ids) for ids in (broken, whole, [yes, 0])]
+    completions = as_completions(byte_fallback(), [0], prompt, drawn)
+    assert byte_fallback().decode([*prompt, *broken]) == "hi" + 5 * "\N{REPLACEMENT CHARACTER}" + " yes<eos>"
+    assert [one.text for one in completions] == ["\N{REPLACEMENT CHARACTER} yes", "é", " yes"]
+    assert [one.finished for one in completions] == [True, False, True]
+    [ids] = ids_of(words, ["A😀"])  # no merge of its four bytes was learned
+    [cut] = as_completions(words, [0], ids[:-2], [ids[-2:]])
+    assert words.decode(ids) == "A😀" and cut.text == 2 * "\N{REPLACEMENT CHARACTER}"
 
 
 def test_inverse_cdf_by_hand():

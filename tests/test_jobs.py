@@ -133,6 +133,11 @@ def test_resuming_gives_the_same_numbers(forks, whole, world):
     weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (whole, world / "halves")]
     assert weights[0] == weights[1]
 
+    card = (world / "halves" / "final" / "README.md").read_text()
+    assert f"| rewards/margins | {twice[-1]['rewards/margins']:.6g} |" in card and "| eval_loss |" in card
+    assert launch(forks, world, "train", "halves", ranks=1, **keys, **{"train.max_steps": 8})[0] == 0
+    assert (world / "halves" / "final" / "README.md").read_text() == card, "the run has no step left to take"
+
 
 def test_what_may_not_change_on_resume_is_refused(forks, whole, world):
     keys = {"train.max_steps": 9, "checkpoint.every": 4, "train.eval_every": 4, "data.eval": world / "eval.jsonl"}

@@ -248,6 +248,9 @@ MISTAKES = {
     "loss.gamma 0.3: dpo has none; it is of simpo": {"loss.gamma": "0.3"},
     "loss.label_smoothing 0.1: ipo has none": {"loss.name": "ipo", "loss.label_smoothing": "0.1"},
     "loss.divergence js: not for nca_pair": {"loss.name": "nca_pair", "loss.divergence": "js"},
+    "loss.divergence_alpha 0.3: loss.divergence js has none; it is of loss.divergence alpha": {
+        "loss.divergence": "js", "loss.divergence_alpha": "0.3",
+    },
     "that is loss.divergence reverse_kl": {"loss.divergence": "alpha", "loss.divergence_alpha": "1"},
     "loss.wpo weights pairs": {"loss.name": "aot", "loss.wpo": "true"},
     "loss.ld_alpha 0.5: for losses against a reference": {"loss.name": "simpo", "loss.ld_alpha": "0.5"},

@@ -1,7 +1,9 @@
 """`dpo-ds sample` as users start it, to the pairs that `train` takes; ranks are forks, so a launch takes seconds."""
 
 import json
+import os
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -11,9 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ds.config import SampleSection
+from dpo_ds.config import SampleSection, load
 from dpo_ds.demo.corpus import preference_rows, write_jsonl
 from dpo_ds.demo.tiny import save_tiny_model, tiny_llama, train_tokenizer
+from dpo_ds.errors import ConfigError
+from dpo_ds.reference.lock import FolderLock
+from dpo_ds.samples import Folder
 
 ZERO3 = "ds_configs/zero3_cpu.json"
 
@@ -79,7 +84,7 @@ def test_completions_scores_and_pairs_belong_together(world, sampled):
         assert own[pair["chosen"]] == pair["score_chosen"] == max(own.values())
         assert own[pair["rejected"]] == pair["score_rejected"] == min(own.values()) < pair["score_chosen"]
     assert manifest["score"]["mean"] == pytest.approx(np.mean([row["score"] for row in rows]))
-    assert sorted(manifest["files"]) == sorted(set(content(sampled)) - {"MANIFEST.json"})
+    assert sorted(manifest["files"]) == sorted(set(content(sampled)) - {"MANIFEST.json", ".lock"})
 
 
 @pytest.mark.distributed
@@ -100,6 +105,38 @@ def test_killed_it_ends_with_the_same_bytes_on_other_ranks_and_engine(world, sam
     assert content(target) == content(sampled)
     codes, output = world.run("killed", 1)
     assert codes == [0] and "complete, nothing to draw" in output and "--data.train" in output
+
+
+@pytest.mark.distributed
+def test_only_one_job_fills_a_folder(world, sampled):
+    """What the other is writing stays; what a killed one left goes."""
+    folder = shutil.copytree(sampled, world.folder / "locked")
+    (folder / "MANIFEST.json").unlink()
+    half = folder / "completions/shard-000000.parquet.1234abcd.tmp"
+    half.write_bytes(b"half a shard")
+    lock, holder = FolderLock(folder, 0, "sample.to"), f"process {os.getpid()} on {socket.gethostname()}"
+    lock.take(print)
+    codes, output = world.run("locked", 1)
+    assert codes == [2] and f"--sample.to {folder}: {holder} is filling it; wait for its end" in output, output
+    assert half.exists()
+    lock.close()
+    codes, output = world.run("locked", 1)
+    assert codes == [0] and content(folder) == content(sampled), output
+
+
+def test_a_folder_that_the_nodes_do_not_share_is_told(tmp_path):
+    """Rank 0's is not seen elsewhere, or rank 0 does not see a shard from elsewhere."""
+    folder, sample = Folder(tmp_path, {}, 2), SampleSection(prompts="p", to="t", n=1)
+    with pytest.raises(ConfigError, match=r"completions: rank 0 made it, .*must be a folder that all nodes share"):
+        folder.check_shared()
+    assert folder.unfinished() == [0, 1]
+    folder.check_shared()
+    folder.write(0, [])
+    with pytest.raises(ConfigError, match=r"shard-000001\.parquet: written, .*must be a folder that all nodes share"):
+        folder.finish(sample)
+    assert not (tmp_path / "MANIFEST.json").exists()
+    folder.write(1, [])
+    assert len(folder.finish(sample)["files"]) == 2
 
 
 @pytest.mark.distributed
@@ -173,6 +210,16 @@ def test_mistakes_found_before_a_model_is_loaded(world, refused):
     (folder / "lora/final").mkdir(parents=True)
     (folder / "lora/final/adapter_config.json").write_text("{}")
     assert f"dpo-ds export {folder / 'lora'} --merge true" in refused(model__path=folder / "lora/final")
+
+
+def test_adapters_to_train_are_no_setting_of_it(refused, tmp_path):
+    assert "unknown key --model.lora.r" in refused(model__lora__r=8)
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "{model: {path: m, lora: {r: 8}}, deepspeed: {config: none}, sample: {prompts: p, to: t}, train: {epochs: 2}}"
+    )
+    run, notes = load("sample", str(path), {})
+    assert run.model.path == "m" and notes == [f"{path}: sample does not use train, model.lora"]
 
 
 def test_vllm_is_asked_for_what_the_settings_say(world, monkeypatch):

@@ -1,10 +1,12 @@
 """What `load_scorer` makes of a spec, and the line for each mistake in a scoring function or a reward model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from dpo_ds.demo.tiny import save_tiny_model, tiny_config, train_tokenizer
@@ -15,6 +17,7 @@ from dpo_ds.stopping import Stopped, at_once
 FUNCTIONS = """
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -28,6 +31,12 @@ def tensor(prompts, completions):
 
 def short(prompts, completions):
     return [0.0]
+
+def text(prompts, completions):
+    return "123"
+
+def by_row(prompts, completions):
+    return {0: 0.1, 1: 0.2, 2: 0.3}
 
 def number(prompts, completions):
     return 3.5
@@ -51,6 +60,9 @@ def together(prompts, completions):
         raise ValueError("one at a time")
     return [0.0]
 
+def leaves(prompts, completions):
+    sys.exit("no licence")
+
 def signalled(prompts, completions):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
@@ -66,6 +78,7 @@ def folder(tmp_path_factory):
     (folder / "scoring_functions.py").write_text(FUNCTIONS)
     (folder / "broken_functions.py").write_text("import no_such_package_at_all\n")
     (folder / "failing_functions.py").write_text("1 / 0\n")
+    (folder / "leaving_functions.py").write_text("raise SystemExit(2)\n")
     return folder
 
 
@@ -94,11 +107,14 @@ def test_the_identity_changes_with_the_functions_file(folder):
     ("name", "parts"),
     [
         ("short", ["scoring_functions:short", "1 scores for 3 completions"]),
+        ("text", ["scoring_functions:text returned '123'", "3 numbers"]),
+        ("by_row", ["scoring_functions:by_row", "3 numbers"]),
         ("number", ["scoring_functions:number", "3.5", "3 numbers"]),
         ("nan", ["scoring_functions:nan", "nan", "row 1", "'bad'", "finite"]),
         ("huge", ["scoring_functions:huge", "1000", "row 0", "finite"]),
         ("words", ["scoring_functions:words", "'good'", "row 0"]),
         ("one_by_one", ["scoring_functions:one_by_one", "KeyError", "no such", "row 1", "'bad'"]),
+        ("leaves", ["scoring_functions:leaves raised SystemExit: no licence"]),
         ("together", ["scoring_functions:together", "ValueError: one at a time", "3 rows together"]),
     ],
 )
@@ -123,6 +139,7 @@ def test_a_signal_that_comes_within_a_function_is_not_the_functions_mistake():
         ("scoring_functions.py:length", ["write scoring_functions:length"]),
         ("broken_functions:score", ["needs no_such_package_at_all"]),
         ("failing_functions:score", ["importing failing_functions raised ZeroDivisionError"]),
+        ("leaving_functions:score", ["importing leaving_functions raised SystemExit: 2"]),
         ("regex:(", ["not a regular expression"]),
         ("./nowhere", ["does not exist", "module:function"]),
         (".", ["no config.json", "module:function"]),
@@ -163,6 +180,42 @@ class TestRewardModel:
         centred = load_scorer(str(folder / "reward"), "sample.score")
         assert centred(["p:"] * 3, self.TEXTS) == pytest.approx(np.array(wanted) - 0.25, abs=1e-6)
         assert centred.identity() != scorer.identity()
+
+    def test_a_text_is_cut_only_where_the_whole_does_not_fit(self, folder, made, capsys):
+        """20 positions: 14 of prompt, 3 of completion and EOS fit; 21 are cut to the last tokens of the prompt."""
+        tokenizer, model = made
+        shutil.copytree(folder / "reward", folder / "short")
+        path = folder / "short" / "config.json"
+        settings = {"max_position_embeddings": 20, "reward_mean": 0.0}
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        scorer = load_scorer(str(folder / "short"), "sample.score")
+
+        def by_hand(ids):
+            with torch.no_grad():
+                return model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0].item()
+
+        eos, letters = tokenizer.eos_token_id, tokenizer("qwrtypsdfghjklzxcvbm")["input_ids"]
+        assert len(letters) == 20
+        prompt, completion = "qwrtypsdfghjkl", "zxc"
+        assert scorer([prompt], [completion]) == pytest.approx([by_hand([*letters[:17], eos])], abs=1e-6)
+        assert capsys.readouterr().out == ""
+        long = scorer([prompt + "zxc"], ["vbm"])
+        assert long == pytest.approx([by_hand([*letters[1:20], eos])], abs=1e-6)
+        assert "cuts a text of 21 tokens, 'vbm', and others longer than its 20 positions" in capsys.readouterr().out
+        endless = scorer(["q"], ["w" * 40])
+        assert endless == pytest.approx([by_hand([letters[0], *[letters[1]] * 19])], abs=1e-6)
+        assert capsys.readouterr().out == "", "told once"
+
+    def test_weights_that_are_missing_are_not_drawn_at_random(self, folder, made):
+        shutil.copytree(folder / "reward", folder / "headless")
+        file = folder / "headless" / "model.safetensors"
+        kept = {name: tensor for name, tensor in load_file(file).items() if name != "score.weight"}
+        save_file(kept, file, {"format": "pt"})
+        with pytest.raises(UserError, match="lacks the weights score.weight"):
+            load_scorer(str(folder / "headless"), "sample.score")(["p"], ["c"])
+        file.unlink()
+        with pytest.raises(UserError, match="--sample.score .*headless: no weights"):
+            load_scorer(str(folder / "headless"), "sample.score")
 
     def test_other_models_are_refused(self, folder, made):
         tokenizer, _ = made

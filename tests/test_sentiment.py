@@ -20,7 +20,10 @@ def test_reviews_are_cut_into_prompt_and_completion_and_splits_share_none(tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert all(2 <= len(row["prompt"].split()) <= 8 and row["completion"][:1] == " " for row in rows)
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "train_prompts.jsonl").read_text().splitlines()]
-    assert len(prompts) == len(set(prompts)) == 50 and set(prompts) <= {row["prompt"] for row in rows}
+    known = {row["prompt"] for row in rows}
+    assert len(prompts) == len(set(prompts)) == 50 and set(prompts) <= known
+    held_out = [json.loads(line)["prompt"] for line in (tmp_path / "held_out_prompts.jsonl").read_text().splitlines()]
+    assert len(held_out) == 10 and not set(held_out) & known
 
 
 def test_movie_reviews_are_taken_where_they_lie(tmp_path, capsys):

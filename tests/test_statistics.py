@@ -1,12 +1,16 @@
-"""Means, errors, intervals and win rates against hand arithmetic; judges; the frontier."""
+"""Means, errors, intervals and win rates against hand arithmetic; judges; baselines; the frontier."""
+
+import json
 
 import numpy as np
 import pytest
 
-from dpo_ds.comparison import Judge, by_scores
-from dpo_ds.errors import UserError
+from dpo_ds.comparison import Judge, by_scores, read_baseline
+from dpo_ds.errors import DataError, UserError
+from dpo_ds.measure import numbered
+from dpo_ds.outcome import Measured, pair_measures
 from dpo_ds.plots import frontier
-from dpo_ds.statistics import bootstrap_interval, distribution, mean_of, win_rate
+from dpo_ds.statistics import bootstrap_interval, distribution, mean_of, mean_of_pairs, win_rate
 from tests import scores
 
 
@@ -21,6 +25,24 @@ def test_the_error_is_of_means_of_prompts():
 def test_of_a_single_prompt_completions_are_the_observations():
     assert mean_of(np.array([[1.0, 3.0]])) == pytest.approx({"mean": 2.0, "standard_error": 1.0})
     assert mean_of(np.array([[7.0]])) == {"mean": 7.0, "standard_error": None}
+
+
+def test_pairs_of_one_prompt_are_one_observation():
+    values, prompts = np.array([1.0, 3.0, 2.0, 6.0]), numbered(["a", "a", "b", "c"])
+    assert prompts.tolist() == [0, 0, 1, 2] and numbered("bab").tolist() == [0, 1, 0]
+    # from the mean 3 the prompts are off by -2 + 0, -1 and 3: √((4 + 1 + 9) 3/2) / 4
+    assert mean_of_pairs(values, prompts) == pytest.approx({"mean": 3.0, "standard_error": 21**0.5 / 4})
+    assert mean_of_pairs(values, np.arange(4)) == pytest.approx(mean_of(values)), "one pair a prompt"
+    assert mean_of_pairs(values, np.zeros(4, int)) == mean_of(values), "a single prompt"
+    copies = mean_of_pairs(np.repeat(values, 6), np.repeat(np.arange(4), 6))
+    assert copies == pytest.approx(mean_of(values)), "copies of a pair tell nothing new"
+
+    logps = np.stack([10 * values, np.zeros(4)], axis=1)
+    measures = pair_measures(Measured("policy", "path", beta=0.1, pair_logps=logps), prompts)
+    for name, scale in (("rewards/margins", 1), ("rewards/chosen", 1), ("logps/chosen", 10)):
+        assert measures[name]["standard_error"] == pytest.approx(scale * 21**0.5 / 4)
+    assert measures["pairs"] == 4 and measures["rewards/accuracies"] == {"mean": 1.0, "standard_error": 0.0}
+    assert sum(measures["rewards/margins"]["histogram"]["counts"]) == 4
 
 
 @pytest.mark.parametrize("values", [[0.3, 0.1 + 0.2], [2.0, 2.0], [1e17, 1e17], [0.0]])
@@ -81,6 +103,22 @@ def test_a_judge_that_errs_is_named(function, parts):
     with pytest.raises(UserError) as caught:
         Judge("mine:judge", function)(["p", "q"], ["ours", "b"], ["c", "d"])
     assert [part for part in ["mine:judge", *parts] if part not in str(caught.value)] == []
+
+
+def baseline(path, *rows: dict) -> list[list[str]]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_baseline(str(path), ["p", "q"], {}, tokenizer=None)
+
+
+def test_a_baseline_may_end_at_once_and_is_one_models(tmp_path):
+    p, q = {"prompt": "p", "completion": "", "model": "dpo"}, {"prompt": "q", "completion": "yes", "model": "dpo"}
+    assert baseline(tmp_path / "one.jsonl", p, q, p) == [["", ""], ["yes"]]
+    with pytest.raises(DataError) as caught:
+        baseline(tmp_path / "two.jsonl", p, q, {**q, "model": "reference"})
+    wanted = ["evaluate.baseline", "two.jsonl:3", "'model' has 'dpo' and 'reference'", "that model's rows alone"]
+    assert [part for part in wanted if part not in str(caught.value)] == [] and "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="'completion' is null"):
+        baseline(tmp_path / "null.jsonl", {**p, "completion": None})
 
 
 def test_the_frontier_leaves_out_what_another_point_beats():

@@ -21,6 +21,7 @@ from dpo_ds.config.training import (
     ReferenceSection,
     RewardSection,
     SampleDataSection,
+    SampleModelSection,
     TrainSection,
 )
 
@@ -117,7 +118,7 @@ def reference_section(run: TrainConfig | PrecomputeConfig) -> ModelSection:
 class SampleConfig(Section):
     """Completions of prompts, scored, and the pairs that the scores make: what train takes."""
 
-    model: ModelSection
+    model: SampleModelSection
     data: SampleDataSection = SampleDataSection()
     sample: SampleSection
     deepspeed: InferenceSection

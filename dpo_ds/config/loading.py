@@ -48,7 +48,11 @@ def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tupl
         *sections, leaf = key.split(".")
         node = values
         for section in sections:
-            node = node.setdefault(section, {})
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+            if not isinstance(node, dict):
+                raise ConfigError(f"{yaml_path}: {section}: {node!r} is no section, so --{key} has no place in it")
         node[leaf] = _from_text(text, known[key].annotation, key)
     try:
         return config.model_validate(values), notes

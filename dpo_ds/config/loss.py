@@ -28,6 +28,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "orpo": (),
     "cpo": ("alpha",),
 }
+DIVERGENCE_ALPHA = 0.5  # where none is given
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
 ACROSS_PAIRS = ("aot", "aot_unpaired")
 OF_DIFFERENCES = ("dpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop")
@@ -52,7 +53,7 @@ class LossSection(Section):
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field(
         "reverse_kl", description="the f-divergence to the reference (f-DPO)"
     )
-    divergence_alpha: float = Field(0.5, ge=0, description="of loss.divergence alpha; 1 is reverse_kl")
+    divergence_alpha: float = Field(DIVERGENCE_ALPHA, ge=0, description="of loss.divergence alpha; 1 is reverse_kl")
 
     @field_validator("name")
     @classmethod
@@ -78,6 +79,9 @@ class LossSection(Section):
                 raise ValueError(f"loss.{key} {getattr(self, key)}: {listed} has none; it is of {', '.join(owners)}")
         if self.divergence != "reverse_kl" and not set(names) <= set(OF_DIFFERENCES):
             raise ValueError(f"loss.divergence {self.divergence}: not for {listed}; for {', '.join(OF_DIFFERENCES)}")
+        if self.divergence != "alpha" and self.divergence_alpha != DIVERGENCE_ALPHA:
+            problem = f"loss.divergence {self.divergence} has none; it is of loss.divergence alpha"
+            raise ValueError(f"loss.divergence_alpha {self.divergence_alpha}: {problem}")
         if self.divergence == "alpha" and self.divergence_alpha == 1:
             raise ValueError("loss.divergence_alpha 1: that is loss.divergence reverse_kl")
         if self.wpo and set(names) & set(ACROSS_PAIRS):

@@ -121,6 +121,9 @@ class EvaluateSection(GenerationSection):
         for place, name in enumerate(names):
             if name in (*names[:place], *ROWS):
                 raise ValueError(f"evaluate.policy: {name!r} names two models; give names: {{path: ..., name: ...}}")
+        if self.min_new_tokens > self.max_new_tokens:
+            limits = f"{self.min_new_tokens} is above evaluate.max_new_tokens {self.max_new_tokens}"
+            raise ValueError(f"evaluate.min_new_tokens {limits}")
         if self.n == 0 and (self.score or self.judge or self.baseline):
             raise ValueError("evaluate.n 0 draws no completions, so there is nothing to score or to compare")
         if self.judge and not (self.baseline or self.against):

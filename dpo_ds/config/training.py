@@ -23,10 +23,15 @@ class ModelOptions(Section):
     trust_remote_code: bool = Field(False, description="run model code that comes with the folder")
 
 
-class ModelSection(ModelOptions):
+class SampleModelSection(ModelOptions):
+    """A model as it lies in its folder."""
+
     path: str = Field(description="Hugging Face folder or Hub id")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     from_config: bool = Field(False, description="random weights from the folder's config.json, for tests")
+
+
+class ModelSection(SampleModelSection):
     lora: LoraSection = LoraSection()
 
 
@@ -35,7 +40,9 @@ class PromptDataSection(Section):
 
     format: str = Field("auto", description="auto, explicit, implicit, hh, sharegpt, alpaca; sft: completion, messages")
     columns: dict[str, str] = Field(default_factory=dict, description="renames: {chosen: better, rejected: worse}")
-    max_prompt_length: int = Field(1024, gt=0, description="tokens of the prompt")
+    max_prompt_length: int = Field(
+        1024, gt=0, description="tokens of the prompt; not given, at most half of a data.max_length up to 1024"
+    )
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts them and lists them in the census")
 
 
@@ -51,6 +58,15 @@ class EvaluationDataSection(PromptDataSection):
     @classmethod
     def _weights(cls, source):
         return checked_source(source)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _half_for_the_prompt(cls, values):
+        """Where max_length alone is given and the other's default would leave no room."""
+        length = str(values.get("max_length")) if isinstance(values, dict) else ""  # the command line gives text
+        if length.isdigit() and 1 < int(length) <= cls.model_fields["max_prompt_length"].default:
+            return {"max_prompt_length": int(length) // 2} | values
+        return values
 
     @model_validator(mode="after")
     def _room_for_completions(self):

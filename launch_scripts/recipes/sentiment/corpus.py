@@ -47,7 +47,8 @@ def generated_reviews(count: int = GENERATED) -> list[Review]:
 
 def write_splits(folder: Path, reviews: Iterable[Review], train_prompts: int, held_out_prompts: int) -> None:
     """train.jsonl and held_out.jsonl, rows of prompt, completion and positive, in an order drawn at random, and
-    train_prompts.jsonl and held_out_prompts.jsonl with the first so many different prompts of each.
+    train_prompts.jsonl and held_out_prompts.jsonl with the first so many (or fewer) different prompts of each; none
+    of the latter is in train.jsonl.
     """
     rng = random.Random(0)
     rows = []
@@ -58,11 +59,13 @@ def write_splits(folder: Path, reviews: Iterable[Review], train_prompts: int, he
         rows.append({"prompt": prompt, "completion": completion, "positive": review.positive})
     rng.shuffle(rows)
     held_out = round(HELD_OUT * len(rows))
-    splits = {"held_out": (rows[:held_out], held_out_prompts), "train": (rows[held_out:], train_prompts)}
+    known: set[str] = set()
+    splits = {"train": (rows[held_out:], train_prompts), "held_out": (rows[:held_out], held_out_prompts)}
     for name, (own, wanted) in splits.items():
         _write(folder / f"{name}.jsonl", own)
-        prompts = list(dict.fromkeys(row["prompt"] for row in own))[:wanted]
-        _write(folder / f"{name}_prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+        prompts = list(dict.fromkeys(row["prompt"] for row in own if row["prompt"] not in known))
+        known.update(prompts)
+        _write(folder / f"{name}_prompts.jsonl", [{"prompt": prompt} for prompt in prompts[:wanted]])
 
 
 def texts(path: Path) -> tuple[list[str], list[bool]]:

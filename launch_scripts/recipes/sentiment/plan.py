@@ -75,7 +75,7 @@ SMALL = Size(
         "reference": {"train.max_steps": 150},
         "preferred": {"train.epochs": 4},
         "sample": {"sample.max_new_tokens": 48, "sample.n": 3},
-        "evaluate": {"evaluate.max_new_tokens": 48},
+        "evaluate": {"evaluate.max_new_tokens": 48, "evaluate.n": 4},
     },
 )
 
