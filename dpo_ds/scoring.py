@@ -149,15 +149,16 @@ class RewardModel:
         return f"{self.path} {weights_digest(self._section, self.path)[:12]} mean {self._mean!r}"
 
     def _fitting(self, conversation: Conversation, whole: Tokenized) -> np.ndarray:
-        prompt, completion = whole.pair.prompt, whole.pair.chosen
-        if len(prompt) + len(completion) > self._positions:
-            room = max(self._positions // 2, self._positions - len(completion))
-            cut = PairTokenizer(self._tokenizer, self._positions, room, CHOSEN_ONLY)([conversation])[0]
+        pair = whole.pair
+        tokens = len(pair.prompt) + len(pair.chosen)
+        if tokens > self._positions:
+            room = max(self._positions // 2, self._positions - len(pair.chosen))
+            pair = PairTokenizer(self._tokenizer, self._positions, room, CHOSEN_ONLY)([conversation])[0].pair
             if not self._has_cut:
-                what = f"a text of {len(prompt) + len(completion)} tokens, {shorten(conversation.chosen)}, and others"
+                what = f"a text of {tokens} tokens, {shorten(conversation.chosen)}, and others"
                 print(f"dpo-ds: {self.path}: cuts {what} longer than its {self._positions} positions", flush=True)
-            self._has_cut, (prompt, completion) = True, (cut.pair.prompt, cut.pair.chosen)
-        return np.concatenate([prompt, completion])
+            self._has_cut = True
+        return np.concatenate([pair.prompt, pair.chosen])
 
     @torch.no_grad()
     def _forward(self, ids: list[np.ndarray]) -> np.ndarray:

@@ -153,18 +153,19 @@ def test_a_spec_that_names_nothing_is_one_line(spec, parts):
     assert [part for part in parts if part not in line] == [], line
 
 
+@pytest.fixture(scope="module")
+def made(folder):
+    """A random classifier of one label and its tokenizer, whose EOS is token 1 and pad token 0."""
+    tokenizer = train_tokenizer(["good bad fine and long"], vocab_size=270)
+    config = tiny_config("llama", len(tokenizer), hidden=16, layers=1, eos_token_id=1, num_labels=1)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    save_tiny_model(folder / "reward", tokenizer, model)
+    return tokenizer, model.eval()
+
+
 class TestRewardModel:
     TEXTS = ["good bad and rather long", "bad", "good"]
-
-    @pytest.fixture(scope="class")
-    def made(self, folder):
-        """A random classifier of one label and its tokenizer, whose EOS is token 1 and pad token 0."""
-        tokenizer = train_tokenizer(["good bad fine and long"], vocab_size=270)
-        config = tiny_config("llama", len(tokenizer), hidden=16, layers=1, eos_token_id=1, num_labels=1)
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_config(config)
-        save_tiny_model(folder / "reward", tokenizer, model)
-        return tokenizer, model.eval()
 
     def test_it_reads_the_last_token_and_subtracts_the_mean(self, folder, made):
         tokenizer, model = made
