@@ -10,7 +10,8 @@ import numpy as np
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.chat import render_prompt
-from dpo_ds.data.formats import BadRow, Conversation, Row, completion, detect, read, shorten
+from dpo_ds.data.formats import Conversation, completion, detect, read
+from dpo_ds.data.rows import BadRow, Row, shorten
 from dpo_ds.data.sources import open_source
 from dpo_ds.errors import ConfigError, DataError, UserError
 from dpo_ds.measure import spread

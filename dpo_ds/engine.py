@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import deepspeed
@@ -73,8 +73,14 @@ def from_rank_0(value):
     return box[0]
 
 
-def raise_together(mistake: UserError | None) -> None:
+@contextlib.contextmanager
+def raising_together() -> Iterator[None]:
     """Raises the mistake of the first rank that has one on every rank, so that rank 0 tells it. All ranks enter."""
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
     found: list[UserError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mistake)
     first = next(filter(None, found), None)

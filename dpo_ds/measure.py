@@ -61,7 +61,7 @@ def draw(
     Raises:
         UserError: on every rank, where the model cannot be drawn from on any.
     """
-    from dpo_ds.engine import raise_together  # deepspeed comes in with a model alone
+    from dpo_ds.engine import raising_together  # deepspeed comes in with a model alone
 
     generator = Generator(model, tokenizer, settings, together)
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -70,12 +70,8 @@ def draw(
     own: dict[int, list[Completion]] = {}
     for rows in in_rounds(chunks, rank, ranks):
         rows = rows if rows is not None else range(0)
-        mistake = None
-        try:
+        with raising_together():
             own |= zip(rows, generator([prompts[row].ids for row in rows], settings.n, rows.start), strict=True)
-        except UserError as error:
-            mistake = error
-        raise_together(mistake)
     whole = {row: found for part in _gathered(own) for row, found in part.items()}
     return [whole[row] for row in range(len(prompts))]
 

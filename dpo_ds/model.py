@@ -80,7 +80,7 @@ def check_model(section: ModelSection, path: str, key: str = "model.path", class
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"--{key} {path}: no usable model config ({_one_line(error)})") from None
+        raise ModelError(f"--{key} {path}: no usable model config ({one_line(error)})") from None
     remote = section.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise ModelError(f"--{key} {path}: model_type {config.model_type!r} is no causal language model")
@@ -97,7 +97,7 @@ def load_tokenizer(section: ModelSection, config, path: str, key: str = "model.p
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"--{key} {path}: no usable tokenizer ({_one_line(error)})") from None
+        raise ModelError(f"--{key} {path}: no usable tokenizer ({one_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"--{key} {path}: the tokenizer has no EOS token, so a completion could never end; "
@@ -143,11 +143,11 @@ def load_model(
                 path, config=config, revision=section.revision, output_loading_info=True, **options
             )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{path}: cannot be loaded ({_one_line(error)})") from error
+        raise ModelError(f"{path}: cannot be loaded ({one_line(error)})") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
-        raise ModelError(f"{path}: weights of other shapes than its config.json says ({_one_line(error)})") from None
+        raise ModelError(f"{path}: weights of other shapes than its config.json says ({one_line(error)})") from None
     if not section.from_config:
         check_complete(path, set(loading["missing_keys"]) - set(new))
     del zero_init
@@ -216,5 +216,5 @@ def check_complete(path: str, missing: set[str]) -> None:
         raise ModelError(f"{path}: lacks the weights {first}, so it is no whole model of its config.json")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -20,6 +20,7 @@ from dpo_ds.batch import PAIR, PreferencePair
 from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout
+from dpo_ds.folder_lock import FolderLock
 from dpo_ds.launch import Launch
 from dpo_ds.manifest import versions
 from dpo_ds.model import check_model, load_tokenizer
@@ -49,7 +50,6 @@ from dpo_ds.reference.cache import (
     write_shard,
 )
 from dpo_ds.reference.cached import check_identity, identity, kernels, refuse_random_weights
-from dpo_ds.reference.lock import FolderLock
 from dpo_ds.reference.store import data_keys
 from dpo_ds.reference.verify import verify
 
@@ -118,7 +118,7 @@ def prepare(run: PrecomputeConfig, place: Launch) -> Work:
     torch.set_num_threads(place.threads)
     folder = Path(run.reference.cache)
     make_writable(folder, "reference.cache")
-    lock = FolderLock(folder, place.rank)
+    lock = FolderLock(folder, place.rank, "reference.cache")
     if place.is_first:
         lock.take(speaker(place))
     policy_config = check_model(run.model, run.model.path)

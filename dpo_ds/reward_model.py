@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from dpo_ds.batch import Batch
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
-from dpo_ds.model import hidden_states, load_model
+from dpo_ds.model import CLASSIFIER, hidden_states, load_model
 
 REWARD_MEAN = "reward_mean"  # in config.json: the mean score over calibration data, which scoring subtracts
 HEAD = "score.weight"
@@ -95,7 +95,7 @@ def check_reward_model(section: ModelSection, config) -> None:
 
 
 def is_classifier(config) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return any(name.endswith(CLASSIFIER) for name in config.architectures or ())
 
 
 def load_classifier(section: ModelSection, ds_config: dict, seed: int) -> PreTrainedModel:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +23,13 @@ from dpo_ds.config import SampleConfig
 from dpo_ds.data.prompts import Prompt, read_prompts
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError, UserError
+from dpo_ds.folder_lock import FolderLock
 from dpo_ds.generation import Completion, Generator, in_rounds
 from dpo_ds.launch import Launch
 from dpo_ds.model import check_model, load_tokenizer
 from dpo_ds.precompute import NO_DEEPSPEED
 from dpo_ds.preflight import check_room, make_writable, process_group, speaker, this_machine
 from dpo_ds.progress import Progress
-from dpo_ds.reference.lock import FolderLock
 from dpo_ds.reference.weights import weights_digest
 from dpo_ds.samples import Folder, completion_rows
 from dpo_ds.scoring import Scorer, load_scorer
@@ -112,14 +111,14 @@ def prepare(run: SampleConfig, place: Launch) -> Work:
 
 def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> None:
     """Model, missing shards, pairs and manifest; all ranks together."""
-    from dpo_ds.engine import from_rank_0
+    from dpo_ds.engine import from_rank_0, raising_together
 
     sample, say = run.sample, speaker(place)
     work.lock.share(dist.barrier)
     folder: Folder = from_rank_0(work.folder)
     complete, todo = from_rank_0(_left(folder) if place.is_first else None)
     if todo:
-        with _raising_together():
+        with raising_together():
             folder.check_shared()
         done = folder.shards - len(todo)
         say([f"{done} of {folder.shards} shards are there already"] if done else [])
@@ -136,7 +135,7 @@ def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> 
         for shard in in_rounds(todo, place.rank, place.world_size):
             first = 0 if shard is None else shard * size
             prompts = [] if shard is None else work.prompts[first : first + size]
-            with _raising_together():
+            with raising_together():
                 drawn = generator([prompt.ids for prompt in prompts], sample.n, first)
                 scores = _scores(work.scorer, prompts, drawn)
                 rows = completion_rows(prompts, drawn, scores, first, sample.seed, stop_texts)
@@ -144,23 +143,10 @@ def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> 
                 folder.write(shard, rows)
         progress.close()
         dist.barrier()
-    with _raising_together():
+    with raising_together():
         if place.is_first:
             manifest = folder.manifest() if complete else folder.finish(sample)
             say(_summary(folder, manifest, complete, sample.score is not None))
-
-
-@contextlib.contextmanager
-def _raising_together() -> Iterator[None]:
-    """Every rank raises the mistake of the first that has one: rank 0 would not know of another's. All ranks enter."""
-    from dpo_ds.engine import raise_together
-
-    mistake = None
-    try:
-        yield
-    except UserError as error:
-        mistake = error
-    raise_together(mistake)
 
 
 def _left(folder: Folder) -> tuple[bool, list[int]]:

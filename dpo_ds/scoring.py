@@ -28,10 +28,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dpo_ds.batch import CHOSEN_ONLY
 from dpo_ds.config import ModelSection, did_you_mean
-from dpo_ds.data.formats import Conversation, shorten
+from dpo_ds.data.formats import Conversation
+from dpo_ds.data.rows import shorten
 from dpo_ds.data.tokenize import PairTokenizer, Tokenized
 from dpo_ds.errors import ConfigError, ModelError, UserError
-from dpo_ds.model import check_complete, check_folder, load_tokenizer
+from dpo_ds.model import check_complete, check_folder, load_tokenizer, one_line
 from dpo_ds.reference.weights import weights_digest
 from dpo_ds.reward_model import REWARD_MEAN, RewardHead
 
@@ -127,8 +128,8 @@ class RewardModel:
         self.path = path
         self._section = ModelSection(path=path)
         config = _classifier_config(path, key)
-        self._tokenizer = load_tokenizer(self._section, config, path, key)
-        self._tokenize = PairTokenizer(self._tokenizer, NO_LIMIT, NO_LIMIT - 1, CHOSEN_ONLY)
+        tokenizer = load_tokenizer(self._section, config, path, key)
+        self._tokenize = PairTokenizer(tokenizer, NO_LIMIT, NO_LIMIT - 1, CHOSEN_ONLY)
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
         self._mean = float(getattr(config, REWARD_MEAN, 0.0))
         self._model = None
@@ -153,7 +154,7 @@ class RewardModel:
         tokens = len(pair.prompt) + len(pair.chosen)
         if tokens > self._positions:
             room = max(self._positions // 2, self._positions - len(pair.chosen))
-            pair = PairTokenizer(self._tokenizer, self._positions, room, CHOSEN_ONLY)([conversation])[0].pair
+            pair = self._tokenize.within(self._positions, room)([conversation])[0].pair
             if not self._has_cut:
                 what = f"a text of {tokens} tokens, {shorten(conversation.chosen)}, and others"
                 print(f"dpo-ds: {self.path}: cuts {what} longer than its {self._positions} positions", flush=True)
@@ -202,7 +203,7 @@ def load_function(module: str, name: str, given: str) -> Callable:
         problem = f"there is no module {error.name} in {os.getcwd()} or on PYTHONPATH"
         raise ConfigError(f"{given}: {problem}; {where}") from None
     except CODE_FAILS as error:  # a module is a program
-        raise ConfigError(f"{given}: importing {module} raised {type(error).__name__}: {_one_line(error)}") from error
+        raise ConfigError(f"{given}: importing {module} raised {type(error).__name__}: {one_line(error)}") from error
     function = getattr(found, name, None)
     if not callable(function):
         there = [other for other in vars(found) if callable(getattr(found, other)) and not other.startswith("_")]
@@ -221,7 +222,7 @@ def _classifier_config(path: str, key: str):
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"{given}: no usable model config ({_one_line(error)}); {forms}") from None
+        raise ModelError(f"{given}: no usable model config ({one_line(error)}); {forms}") from None
     if not any("SequenceClassification" in name for name in config.architectures or []):
         kind = ", ".join(config.architectures or ["unknown"])
         raise ModelError(f"{given}: is a {kind}, no sequence classification model; dpo-ds reward trains one")
@@ -256,7 +257,3 @@ def checked(answer: Any, who: str, completions: Sequence[str]) -> np.ndarray:
             where = f"row {row}, completion {shorten(completions[row])}"
             raise UserError(f"{who} returned {shorten(value)} for {where}; a score must be a finite number")
     return scores
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

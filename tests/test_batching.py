@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.batching import Layout, Lengths, epoch_order, global_batches, plan, steps_per_epoch
-from dpo_ds.data.formats import BadRow, Row, hh
+from dpo_ds.data.formats import hh
+from dpo_ds.data.rows import BadRow, Row
 from dpo_ds.data.sources import read_rows
 from tests.tiny import random_pairs
 

@@ -8,7 +8,7 @@ import pytest
 from dpo_ds.batch import packed_batch, padded_batch
 from dpo_ds.data import PairDataset
 from dpo_ds.data.dataset import PairWriter
-from dpo_ds.data.formats import Location
+from dpo_ds.data.rows import Location
 from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.errors import ConfigError
 from dpo_ds.precompute import micro_batches, missing_rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.data.formats import BadRow, Conversation, Location, Row, check_columns, check_name, detect, read
+from dpo_ds.data.formats import Conversation, check_columns, check_name, detect, read
+from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.errors import ConfigError
 
 

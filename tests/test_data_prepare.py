@@ -19,7 +19,7 @@ from dpo_ds.batch import CHOSEN_ONLY
 from dpo_ds.data import dataset, format_census, prepare
 from dpo_ds.data import prepare as prepare_function
 from dpo_ds.data.census import Census
-from dpo_ds.data.formats import Location
+from dpo_ds.data.rows import Location
 from dpo_ds.errors import ConfigError, DataError
 from tests.data_helpers import BOS, EOS, options, pairs, tokenizer, write_lines
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_ds.data import json_stream
-from dpo_ds.data.formats import BadRow
+from dpo_ds.data.rows import BadRow
 from dpo_ds.data.sources import open_source, read_rows
 from dpo_ds.errors import DataError
 from tests.data_helpers import pairs, write_lines

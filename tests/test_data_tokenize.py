@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.data.formats import BadRow, Conversation
+from dpo_ds.data.formats import Conversation
+from dpo_ds.data.rows import BadRow
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
 from dpo_ds.errors import ModelError
 from tests.data_helpers import CHATML, EOS, tokenizer

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_ds.demo.corpus import preference_rows, write_jsonl
 from dpo_ds.demo.tiny import save_tiny_model, tiny_llama, train_tokenizer
-from dpo_ds.reference.lock import FolderLock
+from dpo_ds.folder_lock import FolderLock
 
 pytestmark = pytest.mark.distributed
 
@@ -123,12 +123,12 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_bytes(world, cache)
 def test_only_one_job_fills_a_folder(world, cache):
     """Refused while rank 0 of another job has all of the lock, and while a later rank of it still has its part."""
     folder = shutil.copytree(cache, world.folder / "locked")
-    first, holder = FolderLock(folder, 0), f"process {os.getpid()} on {socket.gethostname()}"
+    first, holder = FolderLock(folder, 0, "reference.cache"), f"process {os.getpid()} on {socket.gethostname()}"
     first.take(print)
     codes, output = world.run("precompute", 1, "locked")
     assert codes == [2] and f"--reference.cache {folder}: {holder} is filling it; wait for its end" in output, output
     first.close()
-    later = FolderLock(folder, 1)
+    later = FolderLock(folder, 1, "reference.cache")
     later.share(lambda: None)
     codes, output = world.run("precompute", 1, "locked")
     assert codes == [2] and "another process is filling it" in output, output
@@ -146,7 +146,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     said = []
     for rank in (0, 1):
-        lock = FolderLock(tmp_path, rank)
+        lock = FolderLock(tmp_path, rank, "reference.cache")
         if rank == 0:
             lock.take(said.extend)
         lock.share(lambda: None)

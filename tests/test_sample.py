@@ -17,7 +17,7 @@ from dpo_ds.config import SampleSection, load
 from dpo_ds.demo.corpus import preference_rows, write_jsonl
 from dpo_ds.demo.tiny import save_tiny_model, tiny_llama, train_tokenizer
 from dpo_ds.errors import ConfigError
-from dpo_ds.reference.lock import FolderLock
+from dpo_ds.folder_lock import FolderLock
 from dpo_ds.samples import Folder
 
 ZERO3 = "ds_configs/zero3_cpu.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ds.data.formats import Location
+from dpo_ds.data.rows import Location
 from dpo_ds.data.tokenize import Tokenized
 
 LISTED_BAD_ROWS = 300

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-from dpo_ds.data.formats import BadRow, Messages, shorten
+from dpo_ds.data.rows import BadRow, Messages, shorten
 from dpo_ds.errors import ModelError
 
 # For a tokenizer without a template. Role lines as in Tulu 2 (arXiv 2311.10702), EOS after each assistant turn:

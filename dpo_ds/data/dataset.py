@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_ds.batch import PreferencePair
-from dpo_ds.data.formats import Location
+from dpo_ds.data.rows import Location
 
 PARTS = ("prompt", "chosen", "rejected")
 MASKS = ("chosen_mask", "rejected_mask")

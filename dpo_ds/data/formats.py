@@ -6,44 +6,15 @@ entry in `FORMATS`. Rows of a supervised data set (`sides` without "rejected") n
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, NamedTuple
 
-from dpo_ds.errors import ConfigError, DataError
-
-Messages = list[dict[str, Any]]  # {"role", "content"} and, on some, "tool_calls", "name", ...
+from dpo_ds.data.rows import BadRow, Messages, Row, as_message, as_text, shorten, wrong_type
+from dpo_ds.errors import ConfigError
 
 HH_ANSWER = "\n\nAssistant:"
-MAX_MARGIN = 1e6  # exact enough in float32
-REMEDY = "drop such rows with --data.on_bad_row skip"
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}  # ShareGPT's names
-KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-class Location(NamedTuple):
-    """A row: `row` counts from 1 and is the line number in JSON lines."""
-
-    file: str
-    row: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.row}"
-
-
-class BadRow(DataError):
-    """A mistake in one row, which `--data.on_bad_row skip` may drop. `reason` is the heading it is counted under."""
-
-    def __init__(self, reason: str, problem: str):
-        super().__init__(problem)
-        self.reason = reason
-
-    def at(self, location: Location) -> DataError:
-        return DataError(f"{location}: {self} ({REMEDY})")
 
 
 @dataclass(frozen=True)
@@ -60,72 +31,6 @@ class Conversation:
     tools: list | None = None
     prompts_differ: bool = False
     margin: float = 0.0
-
-
-class Row:
-    """A raw row under our names: `columns` maps ours to theirs. Reading a field checks its presence and type."""
-
-    def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str]):
-        self.values = values
-        self.columns = columns
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.values or self.columns.get(name) in self.values
-
-    def get(self, name: str) -> Any:
-        """The value, or None where it is absent or null."""
-        theirs = self.columns.get(name, name)
-        return self.values.get(theirs if theirs in self.values else name)
-
-    def __getitem__(self, name: str) -> Any:
-        value = self.get(name)
-        if value is not None:
-            return value
-        theirs = self.columns.get(name)
-        renamed = f" (data.columns takes it from {theirs!r})" if theirs else ""
-        if name in self:
-            raise BadRow(f"{name} is null", f"{name!r}{renamed} is null; it must hold text or messages")
-        there = ", ".join(map(repr, self.values)) or "nothing"
-        raise BadRow(f"no {name}", f"lacks {name!r}{renamed}; it has {there} (rename columns with data.columns)")
-
-    def text(self, name: str) -> str:
-        return _text(name, self[name])
-
-    def optional_text(self, name: str) -> str:
-        return "" if self.get(name) is None else self.text(name)
-
-    def margin(self, name: str) -> float:
-        value = self[name]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _wrong_type(name, value, "a number")
-        if not 0 <= value <= MAX_MARGIN:  # also when it is not a number
-            raise BadRow("margin out of range", f"{name!r} is {value}; a margin must be between 0 and {MAX_MARGIN:g}")
-        return float(value)
-
-    def is_text(self, name: str) -> bool:
-        """Of a field that holds text or messages."""
-        if not isinstance(self[name], str | list):
-            raise _wrong_type(name, self[name], "text or a list of messages {role, content}")
-        return isinstance(self[name], str)
-
-    def messages(self, name: str) -> Messages:
-        if not isinstance(self[name], list):
-            raise _wrong_type(name, self[name], "a list of messages {role, content}")
-        return [_message(f"{name}[{i}]", item) for i, item in enumerate(self[name])]
-
-    def tools(self) -> list | None:
-        """Tool descriptions: a list, or JSON text of one."""
-        tools = self.get("tools")
-        if isinstance(tools, str) and tools.strip():
-            tools = _json("tools", tools)
-        if not tools:
-            return None
-        if not isinstance(tools, list):
-            raise _wrong_type("tools", tools, "a list of tools, or JSON text of one")
-        for i, tool in enumerate(tools):
-            if not isinstance(tool, dict):
-                raise _wrong_type(f"tools[{i}]", tool, "an object that describes a tool")
-        return _without_nulls(tools)
 
 
 @dataclass(frozen=True)
@@ -199,8 +104,8 @@ def sharegpt(row: Row, pair: bool) -> Conversation:
     if not pair and row.get("chosen") is None:
         prompt, chosen = _split_at_first_answer("conversations", turns)
         return Conversation(prompt, chosen, tools=row.tools())
-    chosen = [_message("chosen", row["chosen"])]
-    return Conversation(turns, chosen, [_message("rejected", row["rejected"])] if pair else None, row.tools())
+    chosen = [as_message("chosen", row["chosen"])]
+    return Conversation(turns, chosen, [as_message("rejected", row["rejected"])] if pair else None, row.tools())
 
 
 def alpaca(row: Row, pair: bool) -> Conversation:
@@ -212,8 +117,8 @@ def alpaca(row: Row, pair: bool) -> Conversation:
     history = row.get("history") or []
     for i, turn in enumerate(history if isinstance(history, list) else [history]):
         if not isinstance(turn, list) or len(turn) != 2:
-            raise _wrong_type(f"history[{i}]", turn, "a list [user, assistant]")
-        user, assistant = (_text(f"history[{i}][{j}]", text) for j, text in enumerate(turn))
+            raise wrong_type(f"history[{i}]", turn, "a list [user, assistant]")
+        user, assistant = (as_text(f"history[{i}][{j}]", text) for j, text in enumerate(turn))
         prompt += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     extra = row.optional_text("input")
     prompt.append({"role": "user", "content": row.text("instruction") + ("\n" + extra if extra else "")})
@@ -320,18 +225,6 @@ def read(row: Row, name: str, sides: tuple[str, ...], margin_column: str | None 
     return conversation
 
 
-def unreadable(error: ValueError | RecursionError) -> BadRow:
-    """JSON that is right but more than Python reads."""
-    if isinstance(error, RecursionError):
-        return BadRow("nested too deep", "lists and objects are nested too deep to be read")
-    return BadRow("number too long", f"a whole number has more than {sys.get_int_max_str_digits()} digits")
-
-
-def shorten(value: Any, width: int = 60) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= width else shown[: width - 1] + "…"
-
-
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name, known, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}"
@@ -368,60 +261,3 @@ def _split_at_first_answer(name: str, turns: Messages) -> tuple[Messages, Messag
 
 def _answer(row: Row, side: str) -> Messages:
     return [{"role": "assistant", "content": row.text(side)}]
-
-
-def _message(name: str, value: Any) -> dict[str, Any]:
-    """{"role", "content"} or ShareGPT's {"from", "value"}; other keys stay where not null (tool_calls, name, ...)."""
-    if not isinstance(value, dict):
-        raise _wrong_type(name, value, "a message {role, content} or {from, value}")
-    message = _without_nulls(value)
-    keys = ("from", "value") if "from" in message else ("role", "content")
-    if keys[0] not in message:
-        raise BadRow("message without a role", f"{name} lacks a role ({shorten(value)}); a message needs role, content")
-    their_role, content = message.pop(keys[0]), message.pop(keys[1], None)
-    role = ROLES.get(their_role, their_role) if isinstance(their_role, str) else None
-    if role not in KNOWN_ROLES:
-        known = ", ".join([*KNOWN_ROLES, *ROLES])
-        raise BadRow("unknown role", f"{name} has the unknown role {shorten(their_role)}; known: {known}")
-    if content is None and not message.get("tool_calls"):
-        raise BadRow("message without content", f"{name} has no content, or null ({shorten(value)})")
-    content = "" if content is None else _text(f"{name}.{keys[1]}", content)
-    if their_role == "function_call":
-        calls = _json(name, content)
-        calls = calls if isinstance(calls, list) else [calls]
-        if not all(isinstance(call, dict) for call in calls):
-            raise _wrong_type(name, content, "JSON of a call {name, arguments}, or a list of them")
-        message["tool_calls"], content = [{"type": "function", "function": call} for call in calls], ""
-    return {"role": role, "content": content, **message}
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(name, value, "text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            problem = f"{name!r} holds half a surrogate pair, {value[error.start]!r}, at character {error.start}"
-            raise BadRow("not Unicode", problem) from None
-    return value
-
-
-def _json(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRow("broken JSON in a field", f"{name!r} must be JSON but is {shorten(text)} ({error})") from None
-    except (ValueError, RecursionError) as error:
-        raise unreadable(error) from None
-
-
-def _wrong_type(name: str, value: Any, wanted: str) -> BadRow:
-    return BadRow("wrong type", f"{name!r} is {type(value).__name__} {shorten(value)}; it must be {wanted}")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every struct of a column all keys, null where a row had none; a template would render those."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpo_ds.data.formats import unreadable
+from dpo_ds.data.rows import unreadable
 from dpo_ds.errors import DataError
 
 CHUNK = 1 << 20  # bytes

@@ -27,18 +27,8 @@ from filelock import FileLock, Timeout
 from dpo_ds.batch import PAIR
 from dpo_ds.data.census import Census
 from dpo_ds.data.dataset import CENSUS, PairDataset, PairWriter
-from dpo_ds.data.formats import (
-    FIELDS,
-    BadRow,
-    Conversation,
-    Location,
-    Row,
-    check_columns,
-    check_name,
-    detect,
-    read,
-    unreadable,
-)
+from dpo_ds.data.formats import FIELDS, Conversation, check_columns, check_name, detect, read
+from dpo_ds.data.rows import BadRow, Location, Row, unreadable
 from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
 from dpo_ds.errors import ConfigError, DataError

@@ -13,7 +13,8 @@ import numpy as np
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.census import Census
 from dpo_ds.data.chat import render_prompt
-from dpo_ds.data.formats import FIELDS, BadRow, Location, Row, check_columns, check_name, detect, read, unreadable
+from dpo_ds.data.formats import FIELDS, check_columns, check_name, detect, read
+from dpo_ds.data.rows import BadRow, Location, Row, unreadable
 from dpo_ds.data.sources import open_source
 from dpo_ds.data.tokenize import PairTokenizer
 from dpo_ds.errors import DataError

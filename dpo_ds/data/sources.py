@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_ds.data.formats import BadRow, Location, shorten, unreadable
 from dpo_ds.data.json_stream import JsonArray
+from dpo_ds.data.rows import BadRow, Location, shorten, unreadable
 from dpo_ds.errors import DataError
 
 Rows = Iterator[tuple[Location, dict[str, Any] | BadRow]]

@@ -5,6 +5,7 @@ Tokenising prompt and completion apart, or slicing by the prompt's own length, i
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ from tokenizers import Encoding, Tokenizer
 
 from dpo_ds.batch import PAIR, PreferencePair
 from dpo_ds.data.chat import DEFAULT_CHAT_TEMPLATE, Rendered, render
-from dpo_ds.data.formats import BadRow, Conversation
+from dpo_ds.data.formats import Conversation
+from dpo_ds.data.rows import BadRow
 from dpo_ds.errors import ModelError
 
 
@@ -66,6 +68,12 @@ class PairTokenizer:
             sides if isinstance(sides, BadRow) else self._pair([self._side(next(encodings), side) for side in sides])
             for sides in rendered
         ]
+
+    def within(self, max_length: int, max_prompt_length: int) -> PairTokenizer:
+        """The same with other limits."""
+        other = copy.copy(self)
+        other.max_length, other.max_prompt_length = max_length, max_prompt_length
+        return other
 
     def prompts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
         """Token ids of texts that a completion is to follow, [tokens] int64, and whether each was cut."""

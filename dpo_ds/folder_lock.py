@@ -27,7 +27,7 @@ class FolderLock:
     The file stays open: closing any descriptor of it would give the lock back. key: by which the user gave the folder.
     """
 
-    def __init__(self, folder: Path, rank: int, key: str = "reference.cache"):
+    def __init__(self, folder: Path, rank: int, key: str):
         self._path, self._rank, self._key = folder / NAME, rank, key
         self._file = self._path.open("a+", encoding="utf-8")
 

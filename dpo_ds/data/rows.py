@@ -1,0 +1,173 @@
+"""A raw row under our names: its fields, checked for presence and type as they are read, and what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dpo_ds.errors import DataError
+
+Messages = list[dict[str, Any]]  # {"role", "content"} and, on some, "tool_calls", "name", ...
+
+MAX_MARGIN = 1e6  # exact enough in float32
+REMEDY = "drop such rows with --data.on_bad_row skip"
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}  # ShareGPT's names
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Location(NamedTuple):
+    """A row: `row` counts from 1 and is the line number in JSON lines."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+class BadRow(DataError):
+    """A mistake in one row, which `--data.on_bad_row skip` may drop. `reason` is the heading it is counted under."""
+
+    def __init__(self, reason: str, problem: str):
+        super().__init__(problem)
+        self.reason = reason
+
+    def at(self, location: Location) -> DataError:
+        return DataError(f"{location}: {self} ({REMEDY})")
+
+
+class Row:
+    """A raw row under our names: `columns` maps ours to theirs. Reading a field checks its presence and type."""
+
+    def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str]):
+        self.values = values
+        self.columns = columns
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values or self.columns.get(name) in self.values
+
+    def get(self, name: str) -> Any:
+        """The value, or None where it is absent or null."""
+        theirs = self.columns.get(name, name)
+        return self.values.get(theirs if theirs in self.values else name)
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.get(name)
+        if value is not None:
+            return value
+        theirs = self.columns.get(name)
+        renamed = f" (data.columns takes it from {theirs!r})" if theirs else ""
+        if name in self:
+            raise BadRow(f"{name} is null", f"{name!r}{renamed} is null; it must hold text or messages")
+        there = ", ".join(map(repr, self.values)) or "nothing"
+        raise BadRow(f"no {name}", f"lacks {name!r}{renamed}; it has {there} (rename columns with data.columns)")
+
+    def text(self, name: str) -> str:
+        return as_text(name, self[name])
+
+    def optional_text(self, name: str) -> str:
+        return "" if self.get(name) is None else self.text(name)
+
+    def margin(self, name: str) -> float:
+        value = self[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise wrong_type(name, value, "a number")
+        if not 0 <= value <= MAX_MARGIN:  # also when it is not a number
+            raise BadRow("margin out of range", f"{name!r} is {value}; a margin must be between 0 and {MAX_MARGIN:g}")
+        return float(value)
+
+    def is_text(self, name: str) -> bool:
+        """Of a field that holds text or messages."""
+        if not isinstance(self[name], str | list):
+            raise wrong_type(name, self[name], "text or a list of messages {role, content}")
+        return isinstance(self[name], str)
+
+    def messages(self, name: str) -> Messages:
+        if not isinstance(self[name], list):
+            raise wrong_type(name, self[name], "a list of messages {role, content}")
+        return [as_message(f"{name}[{i}]", item) for i, item in enumerate(self[name])]
+
+    def tools(self) -> list | None:
+        """Tool descriptions: a list, or JSON text of one."""
+        tools = self.get("tools")
+        if isinstance(tools, str) and tools.strip():
+            tools = _json("tools", tools)
+        if not tools:
+            return None
+        if not isinstance(tools, list):
+            raise wrong_type("tools", tools, "a list of tools, or JSON text of one")
+        for i, tool in enumerate(tools):
+            if not isinstance(tool, dict):
+                raise wrong_type(f"tools[{i}]", tool, "an object that describes a tool")
+        return _without_nulls(tools)
+
+
+def unreadable(error: ValueError | RecursionError) -> BadRow:
+    """JSON that is right but more than Python reads."""
+    if isinstance(error, RecursionError):
+        return BadRow("nested too deep", "lists and objects are nested too deep to be read")
+    return BadRow("number too long", f"a whole number has more than {sys.get_int_max_str_digits()} digits")
+
+
+def shorten(value: Any, width: int = 60) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def as_message(name: str, value: Any) -> dict[str, Any]:
+    """{"role", "content"} or ShareGPT's {"from", "value"}; other keys stay where not null (tool_calls, name, ...)."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, value, "a message {role, content} or {from, value}")
+    message = _without_nulls(value)
+    keys = ("from", "value") if "from" in message else ("role", "content")
+    if keys[0] not in message:
+        raise BadRow("message without a role", f"{name} lacks a role ({shorten(value)}); a message needs role, content")
+    their_role, content = message.pop(keys[0]), message.pop(keys[1], None)
+    role = ROLES.get(their_role, their_role) if isinstance(their_role, str) else None
+    if role not in KNOWN_ROLES:
+        known = ", ".join([*KNOWN_ROLES, *ROLES])
+        raise BadRow("unknown role", f"{name} has the unknown role {shorten(their_role)}; known: {known}")
+    if content is None and not message.get("tool_calls"):
+        raise BadRow("message without content", f"{name} has no content, or null ({shorten(value)})")
+    content = "" if content is None else as_text(f"{name}.{keys[1]}", content)
+    if their_role == "function_call":
+        calls = _json(name, content)
+        calls = calls if isinstance(calls, list) else [calls]
+        if not all(isinstance(call, dict) for call in calls):
+            raise wrong_type(name, content, "JSON of a call {name, arguments}, or a list of them")
+        message["tool_calls"], content = [{"type": "function", "function": call} for call in calls], ""
+    return {"role": role, "content": content, **message}
+
+
+def as_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise wrong_type(name, value, "text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            problem = f"{name!r} holds half a surrogate pair, {value[error.start]!r}, at character {error.start}"
+            raise BadRow("not Unicode", problem) from None
+    return value
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRow("broken JSON in a field", f"{name!r} must be JSON but is {shorten(text)} ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise unreadable(error) from None
+
+
+def wrong_type(name: str, value: Any, wanted: str) -> BadRow:
+    return BadRow("wrong type", f"{name!r} is {type(value).__name__} {shorten(value)}; it must be {wanted}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every struct of a column all keys, null where a row had none; a template would render those."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
