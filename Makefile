@@ -49,7 +49,7 @@ test-cluster: $(STAMP)
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(CLUSTER); } || \
 		echo "not installed: what the tests need of $(CLUSTER)"; \
 	fi
-	$(BIN)/python -m pytest tests/cluster --timeout 600
+	$(BIN)/python -m pytest tests/two_hosts --timeout 600
 
 # Steps of ours against TRL's, on the CPU in some minutes, on all GPUs where there are any: make bench ARGS="--out bench.json"
 bench: $(VENV)/.bench

@@ -19,7 +19,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dpo_ds", "dpo_ds.*"]),
-    entry_points={"console_scripts": ["dpo-ds = dpo_ds.cli:main"]},
+    entry_points={"console_scripts": ["dpo-ds = dpo_ds.commands.cli:main"]},
     install_requires=[
         "torch",
         "deepspeed>=0.19.8",  # earlier ones lose all-gather handles under gloo

@@ -2,6 +2,6 @@
 
 import sys
 
-from dpo_ds.cli import main
+from dpo_ds.commands.cli import main
 
 sys.exit(main())

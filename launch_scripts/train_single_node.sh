@@ -14,7 +14,7 @@ ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
 if [ "$gpus" -eq 0 ]; then
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # else the launcher warns that it found nothing
 fi
-port=$(python -c 'from dpo_ds.launch import free_port; print(free_port())')
+port=$(python -c 'from dpo_ds.cluster.launch import free_port; print(free_port())')
 
 set -x
 exec deepspeed --num_gpus "$ranks" --master_port "$port" --log_level critical --module dpo_ds "$@"

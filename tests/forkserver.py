@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
 
-from dpo_ds.launch import free_port
+from dpo_ds.cluster.launch import free_port
 from tests.ranks import ROOT
 
 IMPORTS = """
     deepspeed transformers.integrations transformers.models.llama.modeling_llama torch.utils.tensorboard peft
-    dpo_ds.cli dpo_ds.run dpo_ds.export dpo_ds.elastic dpo_ds.trainer dpo_ds.precompute dpo_ds.reference.live
-    dpo_ds.reference.adapter dpo_ds.sample dpo_ds.evaluate dpo_ds.report
+    dpo_ds.commands.cli dpo_ds.commands.train dpo_ds.commands.precompute dpo_ds.commands.sample.command
+    dpo_ds.commands.evaluate.command dpo_ds.commands.evaluate.report dpo_ds.models.export dpo_ds.checkpoint.shards
+    dpo_ds.training.trainer dpo_ds.reference.live dpo_ds.reference.adapter
 """.split() + """
     deepspeed.module_inject.auto_ep_layer deepspeed.runtime.zero.muon.original_muon deepspeed.ops.op_builder.all_ops
     torch._functorch.aot_autograd torch._inductor.codecache networkx
@@ -65,7 +66,7 @@ class ForkServer:
         self._process = process
 
     def start(
-        self, argv: list[str], ranks: int, folder: Path, *, module: str = "dpo_ds.cli", timeout: float = 120,
+        self, argv: list[str], ranks: int, folder: Path, *, module: str = "dpo_ds.commands.cli", timeout: float = 120,
         only: dict[int, dict[str, str]] | None = None, **env: str,
     ) -> Ranks:  # fmt: skip
         """only: environment of single ranks, beside `env` of all of them."""
@@ -115,7 +116,7 @@ def _fork(job: dict, place: dict[str, str]) -> int:
         os.dup2(log, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         main = importlib.import_module(job["module"]).main
-        code = main(job["argv"]) if job["module"] == "dpo_ds.cli" else main(*job["argv"])
+        code = main(job["argv"]) if job["module"] == "dpo_ds.commands.cli" else main(*job["argv"])
     except BaseException:
         traceback.print_exc()
     finally:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpo_ds.launch import free_port
+from dpo_ds.cluster.launch import free_port
 
 ROOT = Path(__file__).parent.parent
 WORKERS = ROOT / "tests" / "workers"

@@ -3,7 +3,7 @@ README true.
 """
 
 from dpo_ds import config
-from dpo_ds.cli import shown
+from dpo_ds.commands.cli import shown
 
 
 def table() -> str:

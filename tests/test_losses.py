@@ -33,7 +33,7 @@ from dpo_ds.losses import (
     WeightedSum,
     make_loss,
 )
-from dpo_ds.shaping import Shaping, wpo_weights
+from dpo_ds.training.shaping import Shaping, wpo_weights
 
 
 def logps(chosen, rejected, dtype=torch.float32) -> PairLogps:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dpo_ds.config.completions import EvaluateSection, SampleSection
 from dpo_ds.config.loss import REFERENCE_FREE, ImplicitRewardSection, LossSection, names_of
-from dpo_ds.config.sampling import EvaluateSection, SampleSection
 from dpo_ds.config.section import Section
 from dpo_ds.config.training import (
     CheckpointSection,

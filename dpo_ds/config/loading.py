@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpo_ds import yaml_file
+from dpo_ds.config import yaml_file
 from dpo_ds.config.commands import COMMANDS, RECORDED
 from dpo_ds.config.section import Section, did_you_mean, is_section
 from dpo_ds.errors import ConfigError

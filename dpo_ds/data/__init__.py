@@ -2,6 +2,6 @@
 
 from dpo_ds.data.census import format_census
 from dpo_ds.data.dataset import PairDataset
-from dpo_ds.data.prepare import prepare
+from dpo_ds.data.preparation import prepare
 
 __all__ = ["PairDataset", "format_census", "prepare"]

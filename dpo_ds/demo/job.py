@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpo_ds.launch import free_port
+from dpo_ds.cluster.launch import free_port
 
 RANKS = 2
 FOLDERS = {"sample": "sample.to", "precompute": "reference.cache"}  # where it is not output_dir with its STATUS.json

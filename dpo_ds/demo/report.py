@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from dpo_ds.report import text_table
+from dpo_ds.commands.evaluate.report import text_table
 
 REFERENCE = "reference"
 

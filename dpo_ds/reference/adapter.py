@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dpo_ds.batch import Batch
-from dpo_ds.engine import Policy
-from dpo_ds.lora import adapters_off
+from dpo_ds.models.engine import Policy
+from dpo_ds.models.lora import adapters_off
 from dpo_ds.reference import Reference
 
 

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_ds.batch import PAIR
+from dpo_ds.cluster.shared_files import write_whole
 from dpo_ds.data import PairDataset
-from dpo_ds.durable import write_whole
 from dpo_ds.errors import ConfigError
-from dpo_ds.reference.weights import file_digest
+from dpo_ds.models.fingerprint import file_digest
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"

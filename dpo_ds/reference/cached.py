@@ -14,19 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ds import config
-from dpo_ds.attention import backend_for
 from dpo_ds.batch import Batch, sum_per_sequence
+from dpo_ds.cluster.launch import Launch
 from dpo_ds.config import PrecomputeConfig, TrainConfig, reference_section
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
-from dpo_ds.launch import Launch
-from dpo_ds.metrics import reduce_max
+from dpo_ds.models.attention import backend_for
+from dpo_ds.models.fingerprint import weights_digest
 from dpo_ds.reference import Reference
 from dpo_ds.reference.cache import Manifest, check_shards, read_manifest
 from dpo_ds.reference.store import Store, data_rows, open_store
-from dpo_ds.reference.weights import weights_digest
+from dpo_ds.training.metrics import reduce_max
 
 SPOT_CHECK_PAIRS = 8
 SPOT_CHECK_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # mean nats a token of one completion

@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock
 
 from dpo_ds.data import PairDataset
-from dpo_ds.data.prepare import cache_root, wait_for
+from dpo_ds.data.preparation import cache_root, wait_for
 from dpo_ds.reference.cache import KeyIndex, Manifest, pair_keys, read_shards, sort_keys
 
 KEYS, PLACES, VALUES = "keys.npy", "places.npy", "values.f32"

@@ -21,18 +21,20 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from dpo_ds import attention, engine, launch, preflight  # noqa: E402
 from dpo_ds.batch import PAIR, Batch  # noqa: E402
+from dpo_ds.cluster import launch
+from dpo_ds.cluster.stopping import StopFlag  # noqa: E402
+from dpo_ds.cluster.watchdog import Silent  # noqa: E402
+from dpo_ds.commands import preflight
 from dpo_ds.data import PairDataset  # noqa: E402
 from dpo_ds.data.batching import Layout, Lengths, plan  # noqa: E402
 from dpo_ds.losses import DPO  # noqa: E402
-from dpo_ds.model import LogProbModel, load_causal_lm  # noqa: E402
-from dpo_ds.peers import Silent  # noqa: E402
-from dpo_ds.preference import PreferenceObjective  # noqa: E402
+from dpo_ds.models import attention, engine  # noqa: E402
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm  # noqa: E402
 from dpo_ds.reference.cached import CachedReference  # noqa: E402
 from dpo_ds.reference.live import LiveReference, frozen_model  # noqa: E402
-from dpo_ds.stopping import StopFlag  # noqa: E402
-from dpo_ds.trainer import Objective, Trainer  # noqa: E402
+from dpo_ds.training.preference import PreferenceObjective  # noqa: E402
+from dpo_ds.training.trainer import Objective, Trainer  # noqa: E402
 from tests.benchmarks import precompute_pass  # noqa: E402
 from tests.benchmarks.workload import BETA, Stopwatch, Workload  # noqa: E402
 
@@ -57,7 +59,7 @@ class ReferenceFree(Objective):
 
 
 def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
-    """dpo_ds.trainer.Trainer with the parts that `dpo-ds train` gives it."""
+    """dpo_ds.training.trainer.Trainer with the parts that `dpo-ds train` gives it."""
     watch = Stopwatch(work, results)
     run, place = work.config(layout, reference), launch.from_environment()
     engine.quiet_libraries()

@@ -13,12 +13,13 @@ from typing import TextIO
 import numpy as np
 import torch.distributed as dist
 
-from dpo_ds import launch
-from dpo_ds import precompute as command
 from dpo_ds.batch import PAIR
+from dpo_ds.cluster import launch
+from dpo_ds.commands import precompute as command
 from dpo_ds.config import PrecomputeConfig
 from dpo_ds.data.batching import Layout
-from dpo_ds.engine import (
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+from dpo_ds.models.engine import (
     FrozenModel,
     Replica,
     finish_distributed,
@@ -26,7 +27,6 @@ from dpo_ds.engine import (
     quiet_libraries,
     settle_layout,
 )
-from dpo_ds.model import LogProbModel, load_causal_lm
 from dpo_ds.reference.cache import read_shard
 from tests.benchmarks.workload import Stopwatch, Workload
 

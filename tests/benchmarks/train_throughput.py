@@ -35,13 +35,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from dpo_ds.batch import PAIR  # noqa: E402
+from dpo_ds.cluster.launch import free_port  # noqa: E402
 from dpo_ds.config import DataSection  # noqa: E402
+from dpo_ds.config.deepspeed import LEAST_BUCKET  # noqa: E402
 from dpo_ds.data import prepare  # noqa: E402
 from dpo_ds.data.sources import read_rows  # noqa: E402
 from dpo_ds.demo.corpus import preference_rows, write_jsonl  # noqa: E402
 from dpo_ds.demo.tiny import special_ids, train_tokenizer  # noqa: E402
-from dpo_ds.ds_config import LEAST_BUCKET  # noqa: E402
-from dpo_ds.launch import free_port  # noqa: E402
 from tests.benchmarks.contenders import CONTENDERS  # noqa: E402
 from tests.benchmarks.workload import Workload  # noqa: E402
 

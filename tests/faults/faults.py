@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from dpo_ds import faultpoints
+from dpo_ds.checkpoint import faultpoints
 from tests.small_jobs import exact, run, start, status, wait_for, wait_for_step, weights
 
 STEPS, EVERY = 12, 2

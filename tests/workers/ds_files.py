@@ -12,14 +12,15 @@ import torch.distributed as dist
 from deepspeed.utils import get_z3_leaf_modules
 from transformers import AutoConfig
 
-from dpo_ds import attention, launch
 from dpo_ds.batch import packed_batch
+from dpo_ds.cluster import launch
 from dpo_ds.config import ModelSection, TrainSection
+from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference, read
 from dpo_ds.demo.tiny import tiny_config
-from dpo_ds.ds_config import Machine, fill_policy, fill_reference, read
-from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
 from dpo_ds.losses import DPO
-from dpo_ds.model import LogProbModel, load_causal_lm
+from dpo_ds.models import attention
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
 from dpo_ds.reference.live import frozen_model
 from tests.tiny import VOCAB, random_pairs
 

@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-from dpo_ds import launch
 from dpo_ds.batch import packed_batch
+from dpo_ds.cluster import launch
 from dpo_ds.config import ModelSection, TrainSection
+from dpo_ds.config.deepspeed import Machine, fill_policy
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.ds_config import Machine, fill_policy
-from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
-from dpo_ds.model import LogProbModel, load_causal_lm
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
 from tests.tiny import VOCAB, random_pairs
 
 

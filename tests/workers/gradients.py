@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dpo_ds import launch
+from dpo_ds.cluster import launch
 from dpo_ds.config import ModelSection, TrainSection
+from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.ds_config import Machine, fill_policy, fill_reference
-from dpo_ds.engine import (
+from dpo_ds.errors import ModelError
+from dpo_ds.losses import DPO
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+from dpo_ds.models.engine import (
     Policy,
     check_head,
     finish_distributed,
@@ -24,12 +27,9 @@ from dpo_ds.engine import (
     quiet_libraries,
     settle_layout,
 )
-from dpo_ds.errors import ModelError
-from dpo_ds.export import gathered_state_dict
-from dpo_ds.losses import DPO
-from dpo_ds.metrics import preference_sums
-from dpo_ds.model import LogProbModel, load_causal_lm
+from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.reference.live import frozen_model
+from dpo_ds.training.metrics import preference_sums
 from tests.oracle import dpo_by_autograd
 from tests.tiny import VOCAB, random_pairs
 

@@ -4,10 +4,12 @@ import gc
 
 import torch
 
-from dpo_ds import ds_config, engine, launch
+from dpo_ds.cluster import launch
+from dpo_ds.commands.preflight import this_machine
 from dpo_ds.config import ModelSection
-from dpo_ds.model import LogProbModel, load_causal_lm
-from dpo_ds.preflight import this_machine
+from dpo_ds.config import deepspeed as ds_config
+from dpo_ds.models import engine
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
 
 
 def weights_in_memory() -> int:

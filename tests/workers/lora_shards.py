@@ -5,11 +5,12 @@ import math
 import sys
 from pathlib import Path
 
-from dpo_ds import launch, lora
+from dpo_ds.cluster import launch
 from dpo_ds.config import LoraSection, ModelSection, TrainSection
-from dpo_ds.ds_config import Machine, fill_policy
-from dpo_ds.engine import Policy, finish_distributed, initialize_distributed
-from dpo_ds.model import LogProbModel, load_causal_lm
+from dpo_ds.config.deepspeed import Machine, fill_policy
+from dpo_ds.models import lora
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed
 
 
 def main(model: str, out: str) -> None:

@@ -13,18 +13,19 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from transformers import AutoModelForCausalLM
 
-from dpo_ds import launch, metrics
 from dpo_ds.batch import PairLogps, packed_batch
+from dpo_ds.cluster import launch
 from dpo_ds.config import LOSSES, LossSection, ModelSection, ReferenceSection, TrainSection
+from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.ds_config import Machine, fill_policy, fill_reference
-from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
-from dpo_ds.export import gathered_state_dict
 from dpo_ds.losses import make_loss
-from dpo_ds.model import LogProbModel, load_causal_lm
-from dpo_ds.preference import PreferenceObjective
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
+from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.reference.live import LiveReference, frozen_model
-from dpo_ds.shaping import Shaping
+from dpo_ds.training import metrics
+from dpo_ds.training.preference import PreferenceObjective
+from dpo_ds.training.shaping import Shaping
 from tests.tiny import VOCAB, random_pairs
 
 CASES = {name: {"name": name} for name in LOSSES} | {

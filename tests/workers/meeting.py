@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dpo_ds import launch, rendezvous
+from dpo_ds.cluster import launch, rendezvous
 from dpo_ds.errors import ConfigError
 
 

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpo_ds import attention, launch
 from dpo_ds.batch import PreferencePair, packed_batch
+from dpo_ds.cluster import launch
 from dpo_ds.config import ModelSection, TrainSection
+from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import tiny_config
-from dpo_ds.ds_config import Machine, fill_policy, fill_reference
-from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
-from dpo_ds.memory_trace import PeakMemory
-from dpo_ds.model import LogProbModel, load_causal_lm
+from dpo_ds.memory.trace import PeakMemory
+from dpo_ds.models import attention
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
 from dpo_ds.reference.live import frozen_model
 
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from dpo_ds.cli import main
+from dpo_ds.commands.cli import main
 
 
 def outcome(argv: list[str]) -> tuple[int, str]:

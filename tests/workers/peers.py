@@ -8,7 +8,7 @@ import time
 
 import torch.distributed as dist
 
-from dpo_ds.peers import PeerWatch
+from dpo_ds.cluster.watchdog import PeerWatch
 
 
 def main(what: str) -> None:

@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification
 
-from dpo_ds import launch
 from dpo_ds.batch import packed_batch, padded_batch
+from dpo_ds.cluster import launch
 from dpo_ds.config import ModelSection, TrainSection
+from dpo_ds.config.deepspeed import Machine, fill_policy
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.ds_config import Machine, fill_policy
-from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
-from dpo_ds.export import gathered_state_dict
-from dpo_ds.reward import BradleyTerry, RewardObjective
-from dpo_ds.reward_model import INITIAL_STD, RewardModel, load_classifier
+from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
+from dpo_ds.models.export import gathered_state_dict
+from dpo_ds.models.reward_model import INITIAL_STD, RewardModel, load_classifier
+from dpo_ds.training.reward import BradleyTerry, RewardObjective
 from tests.oracle import reward_by_autograd
 from tests.tiny import VOCAB, random_pairs
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dpo_ds import launch
 from dpo_ds.batch import padded_batch
-from dpo_ds.checkpoint import CheckpointWriter
+from dpo_ds.checkpoint.writer import CheckpointWriter
+from dpo_ds.cluster import launch
 from dpo_ds.config import TrainConfig, TrainSection
-from dpo_ds.ds_config import Machine, fill_policy
-from dpo_ds.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
-from dpo_ds.model import LogProbModel, load_causal_lm
+from dpo_ds.config.deepspeed import Machine, fill_policy
+from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
 from tests.tiny import random_pairs
 
 STEPS = 2  # undisturbed, and beside a save at least

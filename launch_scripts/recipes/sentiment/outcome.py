@@ -86,7 +86,7 @@ class Outcome:
 
     def write(self, folder: Path) -> None:
         """RESULTS and PICTURE."""
-        from dpo_ds import plots  # matplotlib takes a second
+        from dpo_ds.commands.evaluate import plots  # matplotlib takes a second
 
         equal = [asdict(at) | {"difference": at.difference} for at in self.at_equal_kl()]
         rows = [asdict(row) | {"title": row.title} for row in self.rows]

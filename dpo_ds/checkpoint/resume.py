@@ -1,0 +1,138 @@
+"""Which checkpoint a run goes on from: what is there, what is whole, and what may have changed since."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dpo_ds.checkpoint import manifest
+from dpo_ds.checkpoint.manifest import FOLDERS, LATEST, Checkpoint, open_folder, versions
+from dpo_ds.cluster import shared_files
+from dpo_ds.config import Section, flatten, keys, to_plain
+from dpo_ds.errors import ConfigError
+
+START_OVER = "use another output_dir, or --checkpoint.resume never to start over"
+# Keys that may differ between a run and its resumption; all others decide what is computed.
+MAY_CHANGE = (
+    "train.learning_rate", "train.schedule", "train.warmup_steps", "train.max_steps", "train.epochs",
+    "train.eval_every", "data.eval", "train.micro_batch_tokens", "train.layout", "train.activation_checkpointing",
+    "model.attn", "reference.cache", "reward.calibration", "reward.calibration_rows",
+)  # fmt: skip
+MAY_CHANGE_SECTIONS = ("checkpoint.", "deepspeed.", "output_dir")
+
+
+def find(output_dir: Path, resume: str) -> tuple[list[Checkpoint], list[str]]:
+    """The checkpoints to continue from, best first, and a line on each one passed over; reads manifests and sizes only.
+
+    Args:
+        resume: checkpoint.resume, i.e. auto, never or a folder.
+    Raises:
+        ConfigError: the named folder is no complete checkpoint, or auto finds damaged ones only.
+    """
+    if resume == "never":
+        return [], []
+    if resume != "auto":
+        checkpoint, problem = open_folder(Path(resume))
+        if checkpoint is None:
+            raise ConfigError(f"--checkpoint.resume {resume}: {problem}; name a folder checkpoints/step-... or auto")
+        return [checkpoint], []
+    complete, notes = [], []
+    folder = output_dir / "checkpoints"
+    for path in sorted(folder.glob(FOLDERS), reverse=True):
+        checkpoint, problem = open_folder(path)
+        if checkpoint is not None:
+            complete.append(checkpoint)
+        elif not complete:
+            notes.append(f"{path}: {problem}; trying the one before")
+    if notes and not complete:
+        raise ConfigError(_none_left(folder, notes[0].removesuffix("; trying the one before")))
+    if complete and (folder / LATEST).exists():
+        named = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        newest = complete[0].path.name
+        if named != newest:
+            notes.append(f"{folder / LATEST} names {named or 'nothing'}; taking {newest}, the newest complete one")
+    return complete, notes
+
+
+def choose(candidates: Sequence[Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
+    """The first candidate whose every byte is right, and a line on each damaged one. All ranks enter, each reads some.
+
+    Raises:
+        ConfigError: on every rank, all of them are damaged.
+    """
+    notes = []
+    for candidate in candidates:
+        shares: list = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, candidate.damage(dist.get_rank(), len(shares)))
+        damaged = sorted(name for names in shares for name in names)
+        if not damaged:
+            return candidate, notes
+        problem = f"{candidate.path}: {', '.join(damaged)} differs from what was written (SHA-256)"
+        if candidate is candidates[-1]:
+            raise ConfigError(_none_left(candidate.path.parent, problem))
+        notes.append(f"{problem}; trying the one before")
+    return None, notes
+
+
+def check_config(checkpoint: Checkpoint, run: Section, ranks: int) -> list[str]:
+    """Lines on what changed since the checkpoint and may.
+
+    Raises:
+        ConfigError: a setting changed that decides what is computed.
+    """
+    notes, now = [], versions()
+    for package, used in checkpoint.manifest["versions"].items():
+        if now.get(package) != used:
+            notes.append(f"{checkpoint.path} was saved with {package} {used}, this is {now.get(package)}")
+    if checkpoint.world_size != ranks:
+        notes.append(
+            f"{checkpoint.path} was saved by {checkpoint.world_size} ranks, this run has {ranks}: resharding, results "
+            "agree within rounding"
+        )
+    before, now, known = flatten(checkpoint.manifest["config"]), flatten(to_plain(run)), keys(type(run))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key):
+            continue
+        if key not in before and key in known and now[key] == known[key].get_default(call_default_factory=True):
+            continue  # a key that is newer than the checkpoint, and switches nothing on
+        change = f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        if key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_SECTIONS):
+            raise ConfigError(f"{change} cannot change on resume from {checkpoint.path}; {START_OVER}")
+        if not key.startswith(("checkpoint.resume", "output_dir")):
+            notes.append(f"changed on resume: {change}")
+    return notes
+
+
+def check_identity(checkpoint: Checkpoint, identity: dict[str, str]) -> None:
+    """Compares what the config's paths stand for, as identity.py names it.
+
+    Raises:
+        ConfigError: another model, other data or another precision.
+    """
+    for what, value in checkpoint.manifest["identity"].items():
+        if identity.get(what) != value:
+            raise ConfigError(f"{what} is now {identity.get(what)}, in {checkpoint.path} it was {value}; {START_OVER}")
+
+
+def set_aside_newer(output_dir: Path, resumed: Checkpoint) -> list[str]:
+    """Renames the checkpoints in output_dir that come after `resumed`; all, if it lies elsewhere. Rank 0 only."""
+    folder = output_dir / "checkpoints"
+    manifest.clear(folder)
+    own = resumed.path.resolve().parent == folder.resolve()
+    notes = []
+    for path in sorted(folder.glob(FOLDERS)):
+        if not own or int(path.name.removeprefix("step-")) > resumed.step:
+            aside = path.with_name(f"{path.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            notes.append(f"{path} is now {aside.name}; delete it once you need it no more")
+    if own:
+        shared_files.write_text(folder / LATEST, resumed.path.name + "\n")
+    return notes
+
+
+def _none_left(folder: Path, problem: str) -> str:
+    return f"{problem}, and no complete checkpoint is left in {folder}; --checkpoint.resume never starts over"

@@ -1,0 +1,191 @@
+"""A checkpoint's shards, read memory-mapped and in any split: for any number of ranks, and for the export.
+
+DeepSpeed's ZeRO-3 cuts every parameter into `ranks` slices of ceil(numel / ranks) elements, the last one padded; a rank
+keeps its slices of a sub-group's parameters end to end in one flat fp32 tensor, and Adam's moments in two more. Which
+parameters make up a sub-group depends on the number of ranks, so a parameter is found by its name.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_ds.checkpoint.manifest import Checkpoint
+from dpo_ds.errors import ConfigError
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+ENGINE_PREFIX = "causal_lm."  # of a transformers name, inside what the engine wraps
+HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter's slices lie: its sub-group, and offset and length of every rank's slice in the flat tensor."""
+
+    shape: torch.Size
+    group: int
+    offset: int
+    length: int
+
+
+class Shards:
+    """All ranks' shards of a checkpoint; a byte is read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.ranks = checkpoint.world_size
+        self._optimizers: dict[int, dict] = {}
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Of every trained parameter by its name in the engine's module."""
+        found = {}
+        for group, shapes in enumerate(self._open("model", 0)["param_shapes"]):
+            offset = 0
+            for name, shape in shapes.items():
+                length = math.ceil(math.prod(shape) / self.ranks)
+                found[name] = Place(torch.Size(shape), group, offset, length)
+                offset += length
+            assert offset == len(self._flat(0, "weight", group)), f"sub-group {group} is laid out otherwise"
+        return found
+
+    @property
+    def step_count(self) -> int:
+        """Adam's, the same for all parameters."""
+        return int(self._optimizer(0)["optimizer_state_dict"]["state"][0]["step"])
+
+    @property
+    def hyper_parameters(self) -> list[dict]:
+        groups = self._optimizer(0)["optimizer_state_dict"]["param_groups"]
+        return [{key: group[key] for key in HYPER_PARAMETERS} for group in groups]
+
+    def random_state(self, rank: int) -> dict:
+        return self._open("model", rank)["random_state"]
+
+    def extra(self, rank: int) -> dict:
+        """What this rank gave CheckpointWriter.save beside the engine's state."""
+        return self._open("model", rank).get("extra", {})
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Iterator[Tensor]:
+        """Elements start..stop of the flattened parameter (or moment), in pieces; fp32, mapped from the files."""
+        place = self.places[name]
+        while start < stop:
+            rank, within = divmod(start, place.length)
+            count = min(stop - start, place.length - within)
+            yield self._flat(rank, kind, place.group).narrow(0, place.offset + within, count)
+            start += count
+
+    def whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The parameter in memory, rounded from fp32."""
+        flat = torch.empty(math.prod(self.places[name].shape), dtype=dtype)
+        start = 0
+        for piece in self.read(name, "weight", 0, len(flat)):
+            flat[start : start + len(piece)].copy_(piece)
+            start += len(piece)
+        return flat.view(self.places[name].shape)
+
+    def buffer(self, name: str) -> Tensor:
+        return self._open("model", 0)["module"][name]
+
+    def _flat(self, rank: int, kind: str, group: int) -> Tensor:
+        optimizer = self._optimizer(rank)
+        if kind == "weight":
+            return optimizer["fp32_flat_groups"][group].detach()
+        return optimizer["optimizer_state_dict"]["state"][group][kind]
+
+    def _optimizer(self, rank: int) -> dict:
+        if rank not in self._optimizers:
+            self._optimizers[rank] = self._open("optim", rank)["optimizer_state_dict"]
+        return self._optimizers[rank]
+
+    def _open(self, kind: str, rank: int) -> dict:
+        (path,) = self.checkpoint.path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+
+
+def load(engine, checkpoint: Checkpoint) -> list[dict]:
+    """Weights, Adam's state and random numbers into a fresh engine of any number of ranks. All ranks enter.
+
+    Each rank reads the slices that are its own now. At the checkpoint's number of ranks all is bit-equal; at another,
+    random numbers start anew.
+
+    Returns:
+        The `extra` of every rank that saved, in their order; tensors are mapped from the files, so copy what is kept.
+    Raises:
+        ConfigError: the parameters are not the checkpoint's.
+    """
+    shards, optimizer, rank = Shards(checkpoint), engine.optimizer, dist.get_rank()
+    groups = [[(engine.param_names[parameter], parameter) for parameter in group] for group in optimizer.fp16_groups]
+    _check_names({name: parameter.ds_shape for group in groups for name, parameter in group}, shards)
+    state = optimizer._rigid_state_dict()
+    adam = state["optimizer_state_dict"]
+    is_torch_adam = isinstance(optimizer.optimizer, torch.optim.AdamW)  # its step is a tensor, in DeepSpeed's a number
+    for index, (group, flat) in enumerate(zip(groups, optimizer.fp32_partitioned_groups_flat, strict=True)):
+        moments = {kind: torch.zeros(len(flat), dtype=torch.float32) for kind in KINDS[1:]}
+        offset = 0
+        for name, parameter in group:
+            length = parameter.partition_numel()
+            start = min(rank * length, parameter.ds_numel)
+            stop = min(start + length, parameter.ds_numel)
+            for kind, target in {"weight": flat.data, **moments}.items():
+                position = offset
+                for piece in shards.read(name, kind, start, stop):
+                    target.narrow(0, position, len(piece)).copy_(piece)
+                    position += len(piece)
+            offset += length
+        step = torch.tensor(float(shards.step_count)) if is_torch_adam else shards.step_count
+        adam["state"][index] = {"step": step, **moments}
+    for group, saved in zip(adam["param_groups"], shards.hyper_parameters, strict=True):
+        group.update(saved)
+    optimizer.checkpoint_event_prologue()
+    optimizer.load_state_dict({rank: state})
+    optimizer.checkpoint_event_epilogue()
+    if dist.get_world_size() == shards.ranks:
+        set_random_state(shards.random_state(rank))
+    return [shards.extra(saved) for saved in range(shards.ranks)]
+
+
+def own_slice(slices: Sequence[Tensor], numel: int) -> Tensor:
+    """This rank's part of a flattened tensor that the saving ranks held in ZeRO-3's slices, one in each `extra`.
+
+    Args:
+        slices: [ceil(numel / saving ranks)] each, the last one padded.
+    Returns:
+        [ceil(numel / ranks)], a copy, padded with zeros.
+    """
+    length = math.ceil(numel / dist.get_world_size())
+    own = slices[0].new_zeros(length)
+    part = torch.cat(list(slices))[:numel][dist.get_rank() * length :][:length]
+    own[: len(part)] = part
+    return own
+
+
+def random_state() -> dict:
+    """Of every generator that this rank may draw from."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _check_names(shapes: dict[str, torch.Size], shards: Shards) -> None:
+    saved = {name: place.shape for name, place in shards.places.items()}
+    for name in sorted(shapes.keys() | saved.keys()):
+        if shapes.get(name) != saved.get(name):
+            now, before = (tuple(found[name]) if name in found else "no such parameter" for found in (shapes, saved))
+            path = shards.checkpoint.path
+            raise ConfigError(f"{path}: {name} is {before} there, {now} in this model; resume needs the same model")

@@ -1,0 +1,123 @@
+"""Stopping early without losing anything: signals and time limits set a flag that all ranks agree on between two steps.
+
+Signals are read by a thread, because Python runs no handler while the main thread sits in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from dpo_ds.config import CheckpointSection
+from dpo_ds.errors import ConfigError
+from dpo_ds.training import metrics
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+TIME_LIMIT = 1  # beside signal numbers; no signal that we take has this one
+SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
+TWICE_SECONDS = 2.0  # launchers turn one Ctrl-C into several signals within milliseconds
+EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130
+
+
+class Stopped(BaseException):  # not an Exception: a user's scoring function may be running, whose own are caught
+    """All ranks agreed to end before the last step; str() is the reason, `step` the one that the checkpoint holds."""
+
+    def __init__(self, reason: str, step: int):
+        super().__init__(reason)
+        self.step = step
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Before the first step there is nothing to save: a signal ends the run where it is. Main thread only."""
+
+    def stop(signum, frame):
+        raise Stopped(f"{signal.Signals(signum).name} before the first step", 0)
+
+    previous = {signum: signal.signal(signum, stop) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+class StopFlag:
+    """Whether to stop, as told by this process's signals or by `deadline` (seconds since 1970; None: never).
+
+    `committing` is to be held while a checkpoint is made visible: no signal interrupts that.
+    """
+
+    def __init__(self, deadline: float | None = None):
+        self.committing = threading.Lock()
+        self._deadline = deadline
+        self._signal, self._since = 0, 0.0
+
+    @contextlib.contextmanager
+    def taking_signals(self, on_interrupt: Callable[[], None]) -> Iterator[None]:
+        """Main thread only. `on_interrupt` is called before a second Ctrl-C ends this process."""
+        wake, waker = socket.socketpair()
+        waker.setblocking(False)
+        previous_fd = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        previous = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}  # the thread acts
+        threading.Thread(target=self._listen, args=(wake, on_interrupt), daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous_fd)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+            waker.close()
+
+    def agreed(self, device: torch.device) -> str:
+        """Why to stop now, or "" to go on; the same on all ranks, whoever was told. All enter, between two steps."""
+        mine = self._signal
+        if not mine and self._deadline is not None and time.time() >= self._deadline:
+            mine = TIME_LIMIT
+        told = int(metrics.reduce_max(mine, device))
+        if told == 0:
+            return ""
+        return "the time limit is near" if told == TIME_LIMIT else f"{signal.Signals(told).name} received"
+
+    def _listen(self, wake: socket.socket, on_interrupt: Callable[[], None]) -> None:
+        while received := wake.recv(64):
+            for signum in received:
+                if signum in SIGNALS:
+                    self._take(signum, on_interrupt)
+
+    def _take(self, signum: int, on_interrupt: Callable[[], None]) -> None:
+        now, name = time.monotonic(), signal.Signals(signum).name
+        if not self._signal:
+            self._signal, self._since = signum, now
+            again = "; once more ends at once, without a checkpoint" if signum == signal.SIGINT else ""
+            print(f"dpo-ds: {name}: ending with a checkpoint after this step{again}", file=sys.stderr, flush=True)
+        elif signum == signal.SIGINT and now - self._since > TWICE_SECONDS:
+            with self.committing:
+                on_interrupt()
+                os._exit(EXIT_INTERRUPTED)
+
+
+def check_end(section: CheckpointSection) -> None:
+    """Raises ConfigError where save_before_end_seconds is given and no end is known."""
+    if section.save_before_end_seconds and not section.time_limit_seconds and SLURM_END not in os.environ:
+        raise ConfigError(
+            f"checkpoint.save_before_end_seconds {section.save_before_end_seconds} needs an end: {SLURM_END} is not "
+            "set; give --checkpoint.time_limit_seconds"
+        )
+
+
+def deadline(section: CheckpointSection, started: float) -> float | None:
+    """When to stop unasked, in seconds since 1970: so long before the earlier of our limit and Slurm's."""
+    if not section.save_before_end_seconds:
+        return None
+    ends = [float(os.environ[SLURM_END])] if SLURM_END in os.environ else []
+    ends += [started + section.time_limit_seconds] if section.time_limit_seconds else []
+    return min(ends) - section.save_before_end_seconds

@@ -1,0 +1,217 @@
+"""`dpo-ds COMMAND [--config run.yaml] [--section.key value ...]`, the same under every launcher.
+
+Parsing imports neither torch nor deepspeed. A user's mistake is one line from rank 0 and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from dpo_ds import __version__, config
+from dpo_ds.cluster import launch
+from dpo_ds.config import yaml_file
+from dpo_ds.errors import ConfigError, CutOff, UserError
+
+EXIT_DONE, EXIT_USER = 0, 2
+SUMMARY = {
+    "sft": "supervised fine-tuning on chosen completions",
+    "reward": "a Bradley-Terry reward model on pairs",
+    "train": "preference optimisation on pairs (DPO)",
+    "evaluate": "accuracy, KL, rewards and win rates, with a report",
+    "export": "a sharded checkpoint as a Hugging Face model",
+    "sample": "completions of prompts, scored and ranked into pairs",
+    "precompute": "the reference's log-probs, stored for reference.kind cached",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line that names the nearest key, as all of ours are."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str):
+        raise ConfigError(message)
+
+
+def parser_for(command: str) -> argparse.ArgumentParser:
+    """The parser of one command; its flags are the config's keys."""
+    settings = config.COMMANDS[command]
+    parser = _Parser(
+        prog=f"dpo-ds {command}",
+        description=settings.__doc__,
+        epilog="Command line beats YAML beats defaults; a flag given twice: the last wins.",
+    )
+    parser.add_argument("--config", metavar="RUN.YAML", help="a YAML file whose sections nest as the dots below")
+    if command == "precompute":
+        what = "check every hash of a finished cache, print a summary and stop"
+        parser.add_argument("--verify", metavar="FOLDER", default=argparse.SUPPRESS, help=what)
+    if command == "export":
+        what = "the same as --source"
+        parser.add_argument("source", nargs="?", metavar="CHECKPOINT", default=argparse.SUPPRESS, help=what)
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config as YAML and stop")
+    for key, field in config.keys(settings).items():
+        default = (
+            "required" if field.is_required() else f"default {shown(field.get_default(call_default_factory=True))}"
+        )
+        parser.add_argument(
+            f"--{key}",
+            metavar=key.rsplit(".", 1)[-1].upper(),
+            default=argparse.SUPPRESS,
+            help=f"{field.description} ({default})".replace("%", "%%"),
+            **({"nargs": "?", "const": "true"} if config.is_bool(field) else {}),
+        )
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
+    """Command, its config, notes for the user, and whether only the config is to be printed.
+
+    Raises:
+        ConfigError: an unknown command, key or value.
+    """
+    argv = [arg for arg in argv if not arg.startswith(("--local_rank=", "--local-rank="))]  # the launcher's
+    if not argv or argv[0] in ("-h", "--help"):
+        _print_overview()
+        raise SystemExit(EXIT_DONE if argv else EXIT_USER)
+    if argv[0] in ("-V", "--version"):
+        print(f"dpo-ds {__version__}")
+        raise SystemExit(EXIT_DONE)
+    command = argv[0]
+    if command not in config.COMMANDS:
+        raise ConfigError(f"unknown command {command!r}; {config.did_you_mean(command, config.COMMANDS)}")
+    parser = parser_for(command)
+    given, unknown = parser.parse_known_args(argv[1:])
+    for arg in unknown:
+        key = arg.split("=", 1)[0].lstrip("-")
+        known = config.keys(config.COMMANDS[command])
+        if arg.startswith("--"):
+            raise ConfigError(f"unknown key --{key}; {config.did_you_mean(key, known)}")
+        raise ConfigError(f"unexpected argument {arg!r}; settings are given as --section.key value")
+    overrides = vars(given)
+    yaml_path, print_config = overrides.pop("config"), overrides.pop("print_config")
+    if "verify" in overrides:
+        return command, config.VerifyConfig(verify=overrides["verify"]), [], False
+    run, notes = config.load(command, yaml_path, overrides)
+    return command, run, notes, print_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the script and of `python -m dpo_ds`; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    talks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+    def report(mistake: UserError, speaks: bool = talks) -> int:
+        if speaks:
+            print(f"dpo-ds: error: {mistake}", file=sys.stderr, flush=True)
+        return EXIT_USER
+
+    try:
+        command, run, notes, print_config = parse(argv)
+    except UserError as mistake:
+        if talks:
+            _leave_status(argv, str(mistake))
+        return report(mistake)
+    if talks:
+        for note in notes:
+            print(f"dpo-ds: {note}", file=sys.stderr)
+    if print_config:
+        if talks:
+            print(yaml.safe_dump(config.to_plain(run), sort_keys=False), end="")
+        return EXIT_DONE
+    try:
+        place = launch.from_environment()
+        meeting = _meet(place)
+    except CutOff as mistake:
+        return report(mistake, place.is_first_on_node)
+    except UserError as mistake:
+        if talks:
+            _leave_status(argv, str(mistake))
+        return report(mistake)
+    try:
+        code = _start(command, run)
+    except UserError as mistake:
+        return report(mistake, meeting.speaks(str(mistake)) if meeting else True)
+    if code and meeting:
+        meeting.let_rank_0_go_first()
+    return code
+
+
+def _meet(place: launch.Launch):
+    """The meeting of all ranks; None, and no torch, where there is one rank."""
+    if place.world_size == 1:
+        return None
+    if not os.environ.get("DPO_DS_VERBOSE"):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of every socket, with C++ frames
+    from dpo_ds.cluster import rendezvous
+
+    return rendezvous.meet(place)
+
+
+def _start(command: str, run: config.Section) -> int:
+    """The command's own module, which brings torch in, after parsing."""
+    if command == "precompute":
+        from dpo_ds.commands import precompute
+
+        return precompute.start(run)
+    if command == "sample":
+        from dpo_ds.commands.sample import command
+
+        return command.start(run)
+    if command == "evaluate":
+        from dpo_ds.commands.evaluate import command
+
+        return command.start(run)
+    if command == "export":
+        from dpo_ds.commands import export
+
+        return export.start(run)
+    from dpo_ds.commands import train as training
+
+    return training.start(command, run)
+
+
+def _leave_status(argv: Sequence[str], mistake: str) -> None:
+    """What an earlier run left in STATUS.json must not pass for this one's, also if the keys could not be read.
+
+    Without an earlier run it is written for torchrun's sake, which returns 1 whatever the ranks do.
+    """
+    from dpo_ds.training.tracking import write_status
+
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--output_dir")
+    given.add_argument("--config")
+    if argv and argv[-1] in ("--output_dir", "--config"):
+        argv = argv[:-1]  # its value is what is missing
+    found, _ = given.parse_known_args(argv)
+    output_dir = found.output_dir
+    if output_dir is None and found.config is not None:
+        with contextlib.suppress(ConfigError):  # the file itself may be the mistake
+            output_dir = yaml_file.read_mapping(Path(found.config), "config").get("output_dir")
+    if not isinstance(output_dir, str):
+        return
+    folder = Path(output_dir).expanduser()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError):  # write_status says so
+            folder.mkdir(parents=True, exist_ok=True)
+    elif not (folder / "STATUS.json").is_file():
+        return
+    write_status(folder, "failed", mistake, exit_code=EXIT_USER)
+
+
+def _print_overview() -> None:
+    print("usage: dpo-ds COMMAND [--config run.yaml] [--section.key value ...]\n\ncommands:")
+    for command, summary in SUMMARY.items():
+        print(f"  {command:<12}{summary}")
+    print("\n`dpo-ds COMMAND --help` lists the keys of a command.")
+
+
+def shown(default) -> str:
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

@@ -1,0 +1,125 @@
+"""What a model says about pairs and prompts, by all ranks together: completions, log-probs, scores.
+
+Every function returns the whole on every rank, in the order of the data, and what a rank computes depends on the data
+alone: another number of ranks changes who computes what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dpo_ds.batch import PreferencePair, sum_per_sequence
+from dpo_ds.config import EvaluateSection
+from dpo_ds.data.batching import Layout, Lengths, plan
+from dpo_ds.data.prompts import Prompt
+from dpo_ds.errors import UserError
+from dpo_ds.models.generation import Completion, Generator, in_rounds
+
+ROWS = 2048  # sequences dealt out to the ranks at a time
+BATCHES = 4  # of completions that a rank is given together, so that like lengths share a batch
+NOTHING = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Completions behind their prompts, as `PairDataset` gives pairs; there is no rejected side."""
+
+    prompts: Sequence[np.ndarray]
+    completions: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, i: int) -> PreferencePair:
+        trained = np.ones(len(self.completions[i]), bool)
+        return PreferencePair(self.prompts[i], self.completions[i], NOTHING, trained, NOTHING.astype(bool), i)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        return np.array([len(ids) for ids in self.prompts])
+
+    @property
+    def chosen_lengths(self) -> np.ndarray:
+        return np.array([len(ids) for ids in self.completions])
+
+    @property
+    def rejected_lengths(self) -> np.ndarray:
+        return np.zeros(len(self), np.int64)
+
+
+def draw(
+    model, tokenizer: Any, prompts: Sequence[Prompt], settings: EvaluateSection, together: bool
+) -> list[list[Completion]]:
+    """settings.n completions of every prompt. together: the weights are spread over the ranks.
+
+    Raises:
+        UserError: on every rank, where the model cannot be drawn from on any.
+    """
+    from dpo_ds.models.engine import raising_together  # deepspeed comes in with a model alone
+
+    generator = Generator(model, tokenizer, settings, together)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    size = max(1, BATCHES * settings.batch_size // settings.n)
+    chunks = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
+    own: dict[int, list[Completion]] = {}
+    for rows in in_rounds(chunks, rank, ranks):
+        rows = rows if rows is not None else range(0)
+        with raising_together():
+            own |= zip(rows, generator([prompts[row].ids for row in rows], settings.n, rows.start), strict=True)
+    whole = {row: found for part in _gathered(own) for row, found in part.items()}
+    return [whole[row] for row in range(len(prompts))]
+
+
+def sums_of_logps(model, pairs, layout: Layout) -> np.ndarray:
+    """Log-probs [rows, sides] float64, summed over each side's trained tokens. All ranks enter."""
+    rank, ranks, sides = dist.get_rank(), dist.get_world_size(), len(layout.sides)
+    sums = torch.zeros((len(pairs), sides), dtype=torch.float64, device=model.device)
+    for start in range(0, len(pairs), ROWS):
+        rows = np.arange(start, min(start + ROWS, len(pairs)))
+        for places in plan(Lengths.of(pairs, rows), layout, ranks)[rank]:
+            batch = layout.collate([pairs[int(row)] for row in rows[places]]).to(model.device)
+            found = sum_per_sequence(model.token_logps(batch), batch.target_counts)
+            sums[torch.from_numpy(rows[places])] = found.view(len(places), sides).double()
+    dist.all_reduce(sums)  # every row is 0 but on the rank that computed it
+    return sums.cpu().numpy()
+
+
+def spread(rows: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """compute(row numbers) -> values [those rows, ...], each rank on its share. All ranks enter.
+
+    Raises:
+        UserError: on every rank, where `compute` raised one on any.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    problem, values = None, None
+    try:
+        values = compute(np.arange(rank, rows, ranks))
+    except UserError as error:
+        problem = str(error)
+    parts = _gathered((problem, values))
+    for problem, _ in parts:
+        if problem is not None:
+            raise UserError(problem)
+    whole = np.empty((rows, *values.shape[1:]))
+    for other, (_, values) in enumerate(parts):
+        whole[other::ranks] = values
+    return whole
+
+
+def numbered(items: Iterable[Hashable]) -> np.ndarray:
+    """int64 [items]: equal ones have the same number; numbers count from 0 as new ones come."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(item, len(numbers)) for item in items], np.int64)
+
+
+def _gathered(value: Any) -> list:
+    """Every rank's, in the order of ranks."""
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts

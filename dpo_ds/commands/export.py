@@ -1,0 +1,165 @@
+"""`dpo-ds export CHECKPOINT --to DIR`: a sharded checkpoint as a Hugging Face model, by one process without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+from dpo_ds.checkpoint.identity import MODEL, model_id
+from dpo_ds.checkpoint.manifest import MANIFEST, Checkpoint, open_folder
+from dpo_ds.checkpoint.resume import find
+from dpo_ds.checkpoint.shards import ENGINE_PREFIX, Shards
+from dpo_ds.config import ExportConfig, ModelSection
+from dpo_ds.errors import ConfigError
+from dpo_ds.models import lora
+from dpo_ds.models.causal_lm import check_model, load_tokenizer
+from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, write_rest, write_shards, write_words
+from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
+    """Runs the command; its exit code.
+
+    Raises:
+        UserError: no complete, undamaged checkpoint; its model's config or tokenizer is gone; DIR exists.
+    """
+    checkpoint, target = _find(Path(run.source)), Path(run.to)
+    if target.exists():
+        raise ConfigError(f"--to {target}: exists already; choose a new folder")
+    if damaged := checkpoint.damage():
+        raise ConfigError(f"{checkpoint.path}: {', '.join(damaged)} differs from what was written (SHA-256)")
+    section = ModelSection.model_validate(checkpoint.manifest["config"]["model"])
+    config = check_model(section, section.path, classifier=True)
+    tokenizer = load_tokenizer(section, config, section.path)
+    is_reward = "reward" in checkpoint.manifest["config"]
+    if is_reward:
+        config.update({"num_labels": 1, REWARD_MEAN: 0.0})
+    with torch.device("meta"):
+        auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+        causal_lm = auto_class.from_config(config, trust_remote_code=section.trust_remote_code)
+    if is_reward:
+        unnormalised = f"{REWARD_MEAN} is 0: the mean over calibration data is taken where a run ends, for final/"
+        for note in filter(None, [unnormalised, settle_padding(causal_lm, tokenizer)]):
+            print(f"dpo-ds: {note}", flush=True)
+    merge = run.merge or (is_reward and section.lora.r > 0)  # adapters alone would lack the head
+    if (Path(section.path) / "generation_config.json").is_file():
+        causal_lm.generation_config = GenerationConfig.from_pretrained(section.path)
+    if merge:
+        _check_mergeable(checkpoint, section, config)
+    shards = Shards(checkpoint)
+    precision = checkpoint.manifest["identity"]["the precision"] if run.dtype == "auto" else run.dtype
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if merge:
+        write_merged(temporary, shards, causal_lm, section, DTYPES[precision], shard_bytes)
+        write_rest(temporary, causal_lm, DTYPES[precision], tokenizer, _card(checkpoint))
+    elif section.lora.r:
+        with torch.device("meta"):
+            lora.add_adapters(causal_lm, section.lora, seed=0)  # for their names alone
+        lora.write_adapters(
+            temporary, causal_lm, lambda name: shards.whole(f"{ENGINE_PREFIX}{name}", DTYPES[precision])
+        )
+        write_words(temporary, tokenizer, _card(checkpoint))
+    else:
+        write_weights(temporary, shards, causal_lm, DTYPES[precision], shard_bytes)
+        write_rest(temporary, causal_lm, DTYPES[precision], tokenizer, _card(checkpoint))
+    temporary.rename(target)
+    print(f"dpo-ds: step {checkpoint.step} of {checkpoint.path} is now {target} ({precision})", flush=True)
+    return 0
+
+
+def write_weights(folder: Path, shards: Shards, causal_lm, dtype: torch.dtype, shard_bytes: int) -> None:
+    """The checkpoint's weights in `dtype`, rounded from fp32; buffers as they are. `causal_lm` gives names alone."""
+    names = {name: f"{ENGINE_PREFIX}{name}" for name, _ in causal_lm.named_parameters()}
+    missing = sorted(name for name, saved in names.items() if saved not in shards.places)
+    if missing:
+        raise ConfigError(f"{shards.checkpoint.path}: holds no {missing[0]}, which {type(causal_lm).__name__} has")
+    buffers = {name: shards.buffer(f"{ENGINE_PREFIX}{name}") for name in persistent_buffers(causal_lm)}
+    sizes = {name: math.prod(shards.places[saved].shape) * dtype.itemsize for name, saved in names.items()}
+    sizes |= {name: buffer.nbytes for name, buffer in buffers.items()}
+
+    def read(name: str) -> torch.Tensor:
+        return buffers[name] if name in buffers else shards.whole(names[name], dtype)
+
+    write_shards(folder, sizes, read, causal_lm, shard_bytes)
+
+
+def write_merged(
+    folder: Path, shards: Shards, causal_lm, section: ModelSection, dtype: torch.dtype, shard_bytes: int
+) -> None:
+    """The model's own weights with alpha / r * B A added where a layer was adapted, summed in fp32; a reward model's
+    head as it was trained.
+    """
+    scale = (2 * section.lora.r if section.lora.alpha is None else section.lora.alpha) / section.lora.r
+    with contextlib.ExitStack() as files:
+        own = _own_weights(Path(section.path), files)
+        tensors = dict(causal_lm.named_parameters())
+        whole = {name for name in tensors if f"{ENGINE_PREFIX}{name}" in shards.places}
+        if missing := sorted(tensors.keys() - own.keys() - whole):
+            raise ConfigError(
+                f"--merge: {section.path} has no safetensors weight named {missing[0]}; merge the adapters with peft"
+            )
+
+        def read(name: str) -> torch.Tensor:
+            if name in whole:
+                return shards.whole(f"{ENGINE_PREFIX}{name}", dtype)
+            weight = own[name].get_tensor(name)
+            layer = f"{ENGINE_PREFIX}{name.removesuffix('.weight')}"
+            a, b = (f"{layer}.lora_{side}.{lora.ADAPTER}.weight" for side in "AB")
+            if a in shards.places:
+                weight = weight.float() + scale * (shards.whole(b, torch.float32) @ shards.whole(a, torch.float32))
+            return weight.to(dtype)
+
+        sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+        write_shards(folder, sizes, read, causal_lm, shard_bytes)
+
+
+def _own_weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Any]:
+    """Name -> the open safetensors file that holds it."""
+    opened = [files.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: file for file in opened for name in file.keys()}
+
+
+def _check_mergeable(checkpoint: Checkpoint, section: ModelSection, config) -> None:
+    if not section.lora.r:
+        raise ConfigError(
+            f"--merge: {checkpoint.path} has no adapters, all its weights were trained; leave --merge out"
+        )
+    now, then = model_id(section.path, config), checkpoint.manifest["identity"][MODEL]
+    if now != then:
+        raise ConfigError(f"--merge: {MODEL} is now {now}, in {checkpoint.path} it was {then}; put the same model back")
+
+
+def _find(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, or the newest complete one of the run whose output_dir it is."""
+    if not (path / MANIFEST).is_file() and (path / "checkpoints").is_dir():
+        complete, notes = find(path, "auto")
+        for note in notes:
+            print(f"dpo-ds: {note}", flush=True)
+        if complete:
+            return complete[0]
+    checkpoint, problem = open_folder(path)
+    if checkpoint is None:
+        raise ConfigError(f"{path}: {problem}; name a folder checkpoints/step-... or an output_dir that has some")
+    return checkpoint
+
+
+def _card(checkpoint: Checkpoint) -> str:
+    run = checkpoint.manifest["config"]
+    log = checkpoint.path.parent.parent / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    line = next((metrics for metrics in map(json.loads, lines) if metrics["step"] == checkpoint.step), {})
+    shown = {name: value for name, value in line.items() if name == "loss" or "/" in name}
+    command = next((name for section, name in (("loss", "train"), ("reward", "reward")) if section in run), "sft")
+    return model_card(command, run, shown, checkpoint.manifest["versions"])

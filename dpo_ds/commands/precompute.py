@@ -1,0 +1,279 @@
+"""`dpo-ds precompute`: the reference's log-probs on all pairs, into reference.cache, by any number of ranks.
+
+Pairs that the cache lacks are cut into shards in the order of the data. A shard is one rank's work, and its
+micro-batches depend on nothing but its pairs, so that its bytes are the same whoever computes it, and when.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dpo_ds.batch import PAIR, PreferencePair
+from dpo_ds.checkpoint.manifest import versions
+from dpo_ds.cluster import launch
+from dpo_ds.cluster.folder_lock import FolderLock
+from dpo_ds.cluster.launch import Launch
+from dpo_ds.commands.preflight import (
+    check_fit,
+    check_reference_model,
+    make_writable,
+    prepare_data,
+    process_group,
+    speaker,
+    this_machine,
+)
+from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
+from dpo_ds.config import deepspeed as ds_config
+from dpo_ds.data import PairDataset
+from dpo_ds.data.batching import Layout
+from dpo_ds.models.causal_lm import check_model, load_tokenizer
+from dpo_ds.reference.cache import (
+    FORMAT,
+    KeyIndex,
+    Manifest,
+    Shard,
+    check_shards,
+    head_of,
+    is_finished,
+    read_manifest,
+    read_shards,
+    shard_name,
+    sort_keys,
+    write_manifest,
+    write_shard,
+)
+from dpo_ds.reference.cached import check_identity, identity, kernels, refuse_random_weights
+from dpo_ds.reference.store import data_keys
+from dpo_ds.reference.verify import verify
+from dpo_ds.training.progress import Progress
+
+NO_DEEPSPEED = "none"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do. engine: DeepSpeed's config, None for a replica a rank. identity: rank 0's, None on others.
+
+    keys [rows, 2], lengths [rows, 3] (tokens of prompt, chosen and rejected): of all data sets, row numbers counting
+    through. shards: the rows in each new shard.
+    """
+
+    engine: dict | None
+    identity: dict | None
+    datasets: Sequence[PairDataset]
+    keys: np.ndarray
+    lengths: np.ndarray
+    manifest: Manifest | None
+    shards: Sequence[np.ndarray]
+    hidden_size: int
+    lock: FolderLock
+
+    @property
+    def first_number(self) -> int:
+        return 0 if self.manifest is None else len(self.manifest.shards)
+
+    def path(self, folder: Path, shard: int) -> Path:
+        return folder / shard_name(self.first_number + shard)
+
+    def pair(self, row: int) -> PreferencePair:
+        """With every token of both completions a target, whatever the masks: they apply when the cache is read."""
+        data = next(data for data in reversed(self.datasets) if data.first_index <= row)
+        pair = data[row - data.first_index]
+        everything = {f"{side}_mask": np.ones(len(pair.completion(side)), bool) for side in PAIR}
+        return replace(pair, **everything)
+
+
+def start(run: PrecomputeConfig | VerifyConfig) -> int:
+    """Runs the command on this rank; returns its exit code."""
+    place = launch.from_environment()
+    if isinstance(run, VerifyConfig):
+        if place.is_first:
+            verify(Path(run.verify))
+        return 0
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    work = prepare(run, place)
+    if not work.shards:
+        speaker(place)([f"{run.reference.cache}: complete, {work.manifest.values['rows']} pairs; nothing to compute"])
+        work.lock.close()
+        return 0
+    with process_group(place) as device:
+        fill(run, work, place, device)
+    work.lock.close()
+    return 0
+
+
+def prepare(run: PrecomputeConfig, place: Launch) -> Work:
+    """Checks, data and what the cache lacks of it.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    refuse_random_weights(run)
+    torch.set_num_threads(place.threads)
+    folder = Path(run.reference.cache)
+    make_writable(folder, "reference.cache")
+    lock = FolderLock(folder, place.rank, "reference.cache")
+    if place.is_first:
+        lock.take(speaker(place))
+    policy_config = check_model(run.model, run.model.path)
+    text_config = check_reference_model(run, policy_config.get_text_config())
+    tokenizer = load_tokenizer(run.model, policy_config, run.model.path)
+    source, filled = run.deepspeed.reference_config or run.deepspeed.config, None
+    if source != NO_DEEPSPEED:
+        key = "deepspeed.reference_config" if run.deepspeed.reference_config else "deepspeed.config"
+        given = ds_config.read(source, key)
+        filled, notes = ds_config.fill_reference(given, source, this_machine(place), text_config.hidden_size)
+        speaker(place)(notes)
+    manifest, of_model = read_manifest(folder), None
+    if place.is_first:
+        of_model = identity(run, tokenizer)
+        heads = [head_of(path) for path in sorted(folder.glob("shard-*.parquet"))] if manifest is None else []
+        for found in filter(None, heads if manifest is None else [manifest.values]):
+            check_identity(run, found, of_model)
+        if manifest is not None:
+            check_shards(manifest)
+    prepared = prepare_data(run.data, tokenizer, PAIR, place)
+    check_fit(prepared, text_config, speaker(place))
+    datasets = list(prepared.values())
+    keys = np.concatenate([data_keys(data, build=place.is_first_on_node) for data in datasets])
+    new = missing_rows(keys, manifest)
+    size = run.precompute.shard_rows
+    shards = [new[begin : begin + size] for begin in range(0, len(new), size)]
+    columns = [(d.prompt_lengths, d.chosen_lengths, d.rejected_lengths) for d in datasets]
+    lengths = np.concatenate([np.stack(column, axis=1) for column in columns])
+    shards = [rows[np.argsort(-lengths[rows].sum(1), kind="stable")] for rows in shards]  # like lengths share a forward
+    return Work(filled, of_model, datasets, keys, lengths, manifest, shards, text_config.hidden_size, lock)
+
+
+def missing_rows(keys: np.ndarray, manifest: Manifest | None) -> np.ndarray:
+    """Rows whose key the cache lacks, each key once, in the order of the data."""
+    order = sort_keys(keys)
+    is_first = np.ones(len(keys), bool)
+    is_first[1:] = (keys[order][1:] != keys[order][:-1]).any(1)
+    rows = np.sort(order[is_first])  # sort_keys is stable: the first of equal keys
+    if manifest is None:
+        return rows
+    there = np.concatenate([np.array(shard.keys) for shard in read_shards(manifest)])
+    return rows[KeyIndex(there[sort_keys(there)].T).find(keys[rows]) < 0]
+
+
+def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device) -> None:
+    """Model, shards, manifest; all ranks together, or, as replicas, each on its own from the first shard on."""
+    from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+    from dpo_ds.models.engine import FrozenModel, Replica, finish_distributed, from_rank_0, settle_layout
+
+    say = speaker(place)
+    precision = work.engine or {"bf16": {"enabled": this_machine(place).has_bf16 and device.type == "cuda"}}
+    model = LogProbModel(load_causal_lm(reference_section(run), precision))
+    model = Replica(model, device) if work.engine is None else FrozenModel(model, work.engine, device)
+    layout_name, note = settle_layout(run.precompute.layout, [model])
+    say([note.replace("train.layout", "precompute.layout")] if note else [])
+    layout = Layout(layout_name, PAIR, run.precompute.micro_batch_tokens, work.hidden_size)
+
+    work.lock.share(dist.barrier)
+    of_model, folder = from_rank_0(work.identity), Path(run.reference.cache)
+    threads, used = run.precompute.threads, versions()
+    settings = kernels(model, layout_name) | {"micro_batch_tokens": layout.budget, "threads": threads}
+    settings["versions"] = {name: used[name] for name in ("dpo_ds", "torch", "transformers")}
+    head = {"format": FORMAT, "weights": of_model["weights"], "tokenizer": of_model["tokenizer"], **settings}
+    torch.set_num_threads(threads)
+    if device.type == "cpu" and place.threads > threads:
+        more = f"start more ranks, or give it --precompute.threads {place.threads}"
+        say([f"a rank computes on {threads} of its {place.threads} cores; {more}"])
+    todo = from_rank_0(_unfinished(work, folder, head) if place.is_first else None)
+    done = len(work.shards) - len(todo)
+    say([f"{done} of {len(work.shards)} shards are there already"] if done else [])
+
+    if work.engine is None:
+        finish_distributed()  # from here on no rank waits for another
+        todo = todo[place.rank :: place.world_size]
+    rank, ranks = (0, 1) if work.engine is None else (place.rank, place.world_size)
+    compute_shards(model, work, todo, layout, folder, head, rank, ranks, place.is_first)
+    if work.engine is not None:
+        dist.barrier()
+    paths = [work.path(folder, shard) for shard in range(len(work.shards))]
+    if place.is_first if work.engine else all(path.exists() for path in paths):  # of replicas, whoever ends last
+        build = {**settings, "shard_rows": run.precompute.shard_rows, "shards": [{"file": path.name} for path in paths]}
+        before = [] if work.manifest is None else work.manifest.values["builds"]
+        manifest = write_manifest(folder, of_model, [*before, build])
+        print(f"dpo-ds: done: {folder}: {manifest.values['rows']} pairs, cache id {manifest.id}", flush=True)
+
+
+def compute_shards(
+    model, work: Work, todo: Sequence[int], layout: Layout, folder: Path, head: dict, rank: int, ranks: int, talks: bool
+) -> None:
+    """Writes the shards in `todo`, this rank every `ranks`th of them."""
+    rounds = [todo[begin : begin + ranks] for begin in range(0, len(todo), ranks)]
+    mine = [shards[rank] for shards in rounds if rank < len(shards)]
+    progress = Progress(sum(int(work.lengths[work.shards[shard]].sum()) for shard in mine), talks, "token", "pairs")
+    for shards in rounds:
+        # ZeRO-3 is collective: every rank runs as many forwards, on nothing where it has no pairs left.
+        forwards = max(len(micro_batches(work.lengths[work.shards[shard]], layout)) for shard in shards)
+        rows = work.shards[shards[rank]] if rank < len(shards) else work.shards[0][:0]
+        computed = compute(model, work, rows, forwards, layout, progress)
+        if len(rows):
+            write_shard(work.path(folder, shards[rank]), computed, head)
+    progress.close()
+
+
+def _unfinished(work: Work, folder: Path, head: dict) -> list[int]:
+    """New shards that are not there yet; what is there and belongs to none is removed."""
+    todo = []
+    for shard, rows in enumerate(work.shards):
+        path = work.path(folder, shard)
+        if not is_finished(path, work.keys[rows], head):
+            path.unlink(missing_ok=True)
+            todo.append(shard)
+    last = work.path(folder, len(work.shards) - 1).name
+    for path in folder.iterdir():
+        if path.suffix == ".tmp" or (path.match("shard-*.parquet") and path.name > last):
+            path.unlink()
+    return todo
+
+
+def micro_batches(lengths: np.ndarray, layout: Layout) -> list[np.ndarray]:
+    """A shard's pairs, longest first, cut where the budget is full; a longer pair goes alone.
+
+    lengths [pairs, 3]: tokens of prompt, chosen and rejected. Returns places in the shard.
+    """
+    if not len(lengths):
+        return []
+    tokens = lengths.sum(1)
+    rows = 2 * (lengths[:, 0] + lengths[:, 1:].max(1))  # padded: two rows a pair, as wide as the batch's longest
+    starts, used, widest = [0], 0, 0
+    for place in range(len(lengths)):
+        used, widest = used + tokens[place], max(widest, rows[place])
+        size = used if layout.name == "packed" else widest * (place + 1 - starts[-1])
+        if size > layout.budget and place > starts[-1]:
+            starts.append(place)
+            used, widest = tokens[place], rows[place]
+    return np.split(np.arange(len(lengths)), starts[1:])
+
+
+def compute(model, work: Work, rows: np.ndarray, forwards: int, layout: Layout, progress: Progress) -> Shard:
+    """The log-probs of one shard's pairs; all ranks enter under ZeRO-3, with equal `forwards`."""
+    lengths = work.lengths[rows]
+    outputs = []
+    for places in micro_batches(lengths, layout):
+        batch = layout.collate([work.pair(row) for row in rows[places]])
+        outputs.append(model.token_logps(batch))  # stays on the device: nothing waits for it until the shard is done
+        progress.add(len(places), batch.num_tokens)
+    while len(outputs) < forwards:
+        outputs.append(model.token_logps(layout.collate([])))
+    logps = torch.cat(outputs).cpu().numpy()
+    sides = [[np.zeros(0, np.float32)], [np.zeros(0, np.float32)]]
+    start = 0
+    for prompt, *completions in lengths.tolist():
+        for side, length in zip(sides, completions, strict=True):
+            unpredicted = 0 if prompt else 1  # nothing precedes the first token of an empty prompt's completion
+            side.append(np.full(unpredicted, np.nan, np.float32))
+            side.append(logps[start : start + length - unpredicted])
+            start += length - unpredicted
+    return Shard(work.keys[rows], lengths[:, 1:].astype(np.int64), *map(np.concatenate, sides))

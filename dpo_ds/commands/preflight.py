@@ -1,0 +1,280 @@
+"""Everything that can be checked before a model is loaded is checked here: no deepspeed, no process group.
+
+Every rank runs it; the first of each node prepares the data, the others wait for its files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpo_ds import data
+from dpo_ds.batch import CHOSEN_ONLY, PAIR
+from dpo_ds.checkpoint import identity, resume
+from dpo_ds.checkpoint.manifest import Checkpoint
+from dpo_ds.cluster import stopping
+from dpo_ds.cluster.launch import Launch
+from dpo_ds.config import (
+    DataSection,
+    PrecomputeConfig,
+    RewardConfig,
+    RewardSection,
+    Section,
+    SftConfig,
+    TrainConfig,
+    reference_section,
+)
+from dpo_ds.config import deepspeed as ds_config
+from dpo_ds.data.batching import steps_per_epoch
+from dpo_ds.data.prompts import Prompt
+from dpo_ds.errors import ConfigError
+from dpo_ds.models.causal_lm import check_model, load_tokenizer
+from dpo_ds.models.lora import check_lora
+from dpo_ds.models.reward_model import check_reward_model
+from dpo_ds.reference import cached
+from dpo_ds.reference.cached import CachedRows
+
+Say = Callable[[Iterable[str]], None]
+CACHE = "the cache in reference.cache"  # among what a checkpoint remembers
+CALIBRATION = "calibration"  # beside train and eval
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the checks found and made: everything a run needs but its models.
+
+    candidates are the checkpoints to resume from, best first, and identity what the config's paths stand for;
+    policy_config and reference_config are DeepSpeed's, filled; reference_config belongs to a live reference, cached to
+    one that was computed before. calibration_data is a reward model's own, if it has any.
+    """
+
+    tokenizer: object
+    hidden_size: int
+    policy_config: dict
+    reference_config: dict | None
+    data: object
+    evaluation_data: object | None
+    candidates: list[Checkpoint]
+    identity: dict[str, str]
+    cached: CachedRows | None
+    calibration_data: object | None = None
+
+
+def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
+    """Checks DeepSpeed's JSON, models, tokenizer, checkpoint and data, in this order, cheapest first.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+
+    say = speaker(place)
+    torch.set_num_threads(place.threads)
+    given = ds_config.read(run.deepspeed.config)
+    model_config = check_model(run.model, run.model.path, classifier=isinstance(run, RewardConfig))
+    text_config = model_config.get_text_config()
+    check_lora(run.model.lora)
+    if isinstance(run, RewardConfig):
+        check_reward_model(run.model, model_config)
+    tokenizer = load_tokenizer(run.model, model_config, run.model.path)
+    machine = this_machine(place)
+    policy_config, notes = ds_config.fill_policy(
+        given, run.deepspeed.config, run.train, machine, text_config.hidden_size
+    )
+    say(notes)
+    reference_config = manifest = None
+    if isinstance(run, TrainConfig) and run.reference.kind != "none":
+        reference_text_config = check_reference_model(run, text_config)
+        if run.reference.kind == "live":
+            reference_config = _reference_config(run, reference_text_config, given, machine, policy_config, say)
+        if run.reference.kind == "cached":
+            manifest = cached.check_cache(run, tokenizer, place)
+
+    stopping.check_end(run.checkpoint)
+    candidates, notes = resume.find(output_dir, run.checkpoint.resume)
+    say(notes)
+    if candidates:
+        say(resume.check_config(candidates[0], run, place.world_size))
+
+    sides = PAIR if isinstance(run, TrainConfig | RewardConfig) else CHOSEN_ONLY
+    prepared = prepare_data(run.data, tokenizer, sides, place, run.reward if isinstance(run, RewardConfig) else None)
+    check_fit(prepared, text_config, say)
+    _check_an_epoch(prepared["train"].sources, run)
+    if place.is_first:
+        _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
+    known = identity.of_run(run, model_config, policy_config, prepared["train"])
+    if manifest is not None:
+        recorded = candidates[0].manifest["identity"].get(CACHE) if candidates else None
+        known[CACHE] = recorded if recorded in manifest.ids else manifest.id  # a cache may have grown since
+    if candidates:
+        resume.check_identity(candidates[0], known)
+    rows = None if manifest is None else cached.find_rows(run, manifest, list(prepared.values()), place)
+    return Prepared(
+        tokenizer,
+        text_config.hidden_size,
+        policy_config,
+        reference_config,
+        prepared["train"],
+        prepared.get("eval"),
+        candidates,
+        known,
+        rows,
+        prepared.get(CALIBRATION),
+    )
+
+
+def speaker(place: Launch) -> Say:
+    """Prints lines on rank 0."""
+
+    def say(lines: Iterable[str]) -> None:
+        if place.is_first:
+            for line in lines:
+                print(f"dpo-ds: {line}", flush=True)
+
+    return say
+
+
+@contextlib.contextmanager
+def process_group(place: Launch) -> Iterator[torch.device]:
+    """This rank's device, in the group of all ranks, who enter together; deepspeed comes in here, after every check."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
+    from dpo_ds.models import engine
+
+    engine.quiet_libraries()
+    device = engine.initialize_distributed(place)
+    try:
+        yield device
+    finally:
+        engine.finish_distributed()
+
+
+def this_machine(place: Launch) -> ds_config.Machine:
+    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    has_bf16 = has_cuda and torch.cuda.is_bf16_supported()
+    return ds_config.Machine(place.world_size, "cuda" if has_cuda else "cpu", has_bf16)
+
+
+def prepare_data(
+    section: DataSection, tokenizer, sides: tuple[str, ...], place: Launch, reward: RewardSection | None = None
+) -> dict[str, data.PairDataset]:
+    """The tokenised pairs of data.train and, if given, data.eval and reward.calibration; rank 0 prints what was kept
+    and dropped.
+    """
+    given = {"train": section.train, "eval": section.eval, CALIBRATION: reward and reward.calibration}
+    given = {split: source for split, source in given.items() if source is not None}
+    unlimited = section.model_copy(update={"limit": None})  # limit is for training
+    options = {"train": section, "eval": unlimited, CALIBRATION: unlimited}
+    prepared, rows = {}, 0
+    for split, source in given.items():
+        prepared[split] = data.prepare(
+            source,
+            options=options[split],
+            tokenizer=tokenizer,
+            sides=sides,
+            split="eval" if split == "eval" else "train",
+            build=place.is_first_on_node,
+            margin_column=reward.margin_column if reward and split != CALIBRATION else None,
+        )
+        prepared[split].first_index = rows
+        rows += len(prepared[split])
+        if place.is_first:
+            print(f"{split} data: {data.format_census(prepared[split].census)}", flush=True)
+    return prepared
+
+
+def make_writable(folder: Path, key: str) -> None:
+    """ConfigError where `--KEY FOLDER` cannot be made or written into."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        why = f"not writable ({error.strerror}); choose another folder"
+        raise ConfigError(f"--{key} {folder}: {why}") from None
+
+
+LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt")
+
+
+def check_fit(prepared: dict[str, data.PairDataset], text_config, say: Say) -> None:
+    """The tokens and the lengths that the data really has, against what the model has room for."""
+    for split, pairs in prepared.items():
+        token, longest = pairs.census["largest_token"], pairs.census["longest"]
+        if token >= text_config.vocab_size:
+            raise ConfigError(
+                f"{split} data holds token {token}, the model's vocab_size is {text_config.vocab_size}; "
+                "its tokenizer belongs to another model"
+            )
+        positions = getattr(text_config, "max_position_embeddings", None)
+        if positions is None or longest <= positions:
+            continue
+        if text_config.model_type in LEARNED_POSITIONS:
+            raise ConfigError(
+                f"{split} data has a completion that ends at token {longest}, the model knows {positions} positions; "
+                f"cut with --data.max_length {positions}"
+            )
+        say([f"{split} data is up to {longest} tokens long, the model was made for {positions}"])
+
+
+def check_room(prompts: Sequence[Prompt], text_config, key: str, max_new_tokens: int, say: Say) -> None:
+    """Prompt and completion of `key`.max_new_tokens against the positions that the model knows."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+    if positions is None or longest <= positions:
+        return
+    what = f"the longest prompt and {key}.max_new_tokens are {longest} tokens, the model"
+    if text_config.model_type in LEARNED_POSITIONS:
+        room = positions - max_new_tokens
+        cut = f"cut prompts with --data.max_prompt_length {room}" if room > 0 else f"lower {key}.max_new_tokens"
+        raise ConfigError(f"{what} knows {positions} positions; {cut}")
+    say([f"{what} was made for {positions}"])
+
+
+def _check_an_epoch(sources, run: Section) -> None:
+    if isinstance(run, SftConfig) and steps_per_epoch(sources, run.train.global_batch_size) == 0:
+        raise ConfigError(f"data.train: the weights {[weight for *_, weight in sources]} leave no pair in an epoch")
+
+
+def check_reference_model(run: TrainConfig | PrecomputeConfig, policy_config):
+    """The reference's text config.
+
+    Raises:
+        UserError: no usable model, or one of another vocabulary than the policy's.
+    """
+    section = reference_section(run)
+    path = section.path
+    config = check_model(section, path, key="reference.path").get_text_config()
+    if config.vocab_size != policy_config.vocab_size:
+        raise ConfigError(
+            f"--reference.path {path}: its vocabulary has {config.vocab_size} tokens, model.path's "
+            f"{policy_config.vocab_size}; policy and reference must read the same tokens"
+        )
+    return config
+
+
+def _reference_config(
+    run: TrainConfig, config, given: dict, machine: ds_config.Machine, policy_config: dict, say: Say
+) -> dict:
+    """DeepSpeed's config of the reference's engine: its own file's, else derived from the policy's."""
+    source = run.deepspeed.reference_config or run.deepspeed.config
+    if run.deepspeed.reference_config is not None:
+        given = ds_config.read(source, "deepspeed.reference_config")
+    filled, notes = ds_config.fill_reference(given, source, machine, config.hidden_size)
+    if run.deepspeed.reference_config is not None:
+        say(notes)
+    if ds_config.is_bf16(filled) != ds_config.is_bf16(policy_config):
+        say([f"{source}: policy and reference compute in different types, so margins do not start at 0"])
+    return filled
+
+
+def _write_census(census: dict[str, dict], output_dir: Path) -> None:
+    (output_dir / "data_census.json").write_text(
+        json.dumps(census, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

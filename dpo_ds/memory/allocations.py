@@ -1,0 +1,332 @@
+"""The memory a run will need, item by item, before any GPU is taken: `python -m dpo_ds.memory run.yaml --ranks 8`.
+
+Parameters are counted one by one; what DeepSpeed 0.19.8 allocates for them in stage 3 is arithmetic (its source:
+runtime/zero/stage3.py, partition_parameters.py, partitioned_param_coordinator.py); activations and gradients come from
+the model's own code on tensors without data (memory_trace.py). tests/test_memory.py compares with what real runs
+allocate. What cannot be known beforehand (CUDA's context, NCCL's buffers, fragmentation) is one stated constant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dpo_ds.batch import CHOSEN_ONLY, PAIR, Segment
+from dpo_ds.config import DataSection, PrecomputeConfig, RewardConfig, Section, TrainConfig, load
+from dpo_ds.config import deepspeed as ds_config
+from dpo_ds.config.deepspeed import Machine
+from dpo_ds.errors import ConfigError, UserError
+from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
+from dpo_ds.models.causal_lm import check_model
+
+GIB = 1 << 30
+OVERHEAD = 2 * GIB  # of a GPU: CUDA context, NCCL, cuBLAS workspaces, fragmentation; assumed, not measured
+PROCESS = 4 * GIB  # of a host, for every rank: Python, torch, CUDA's part, data; assumed, not measured
+DEFAULTS = {  # DeepSpeedZeroConfig's, kept equal by a test
+    "reduce_bucket_size": 500_000_000,
+    "sub_group_size": 1_000_000_000,
+    "prefetch_bucket_size": 50_000_000,
+    "param_persistence_threshold": 100_000,
+    "max_live_parameters": 1_000_000_000,
+    "max_reuse_distance": 1_000_000_000,
+    "contiguous_gradients": True,
+    "zero_hpz_partition_size": 1,
+}
+NVME_PARAM = {"buffer_count": 5, "buffer_size": 100_000_000, "max_in_cpu": 1_000_000_000}
+NVME_OPTIMIZER = {"buffer_count": 4}
+
+
+@dataclass
+class Memory:
+    """Bytes. state: on a GPU all the time. phases: what is added while something runs; the largest decides.
+    host: of a node, all its ranks together. disk: of a node's NVMe."""
+
+    state: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def allocated(self) -> int:
+        """What torch holds at the peak, as metrics.jsonl's peak_memory_bytes says after a step."""
+        return sum(self.state.values()) + sum(self.phases[self.peak_phase].values())
+
+    @property
+    def device(self) -> int:
+        return self.allocated + OVERHEAD
+
+    def lines(self) -> list[str]:
+        rows = [("state, all the time", self.state), *self.phases.items()]
+        rows += [("host memory of a node", self.host), ("NVMe of a node", self.disk)]
+        lines = []
+        for title, items in rows:
+            if items:
+                peak = " (the peak)" if title == self.peak_phase else ""
+                lines.append(f"{gib(sum(items.values()))}  {title}{peak}")
+                lines += [f"    {gib(size)}  {name}" for name, size in items.items()]
+        lines.append(f"{gib(self.allocated)}  a GPU, allocated by torch at the peak (peak_memory_bytes)")
+        return [*lines, f"{gib(self.device)}  a GPU, with {OVERHEAD // GIB} GiB for context, NCCL and fragmentation"]
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:8.1f} GiB"
+
+
+def expected(
+    run: Section,
+    model_config,
+    machine: Machine,
+    nodes: int,
+    policy: dict | None,
+    reference: dict | None,
+    *,
+    reference_config=None,
+    segments: Sequence[Segment] = (),
+) -> Memory:
+    """What `run` (of train, sft, reward or precompute) needs on machine.ranks ranks, as many on each of the nodes.
+
+    model_config, reference_config: transformers', the latter where it is another model. policy, reference: DeepSpeed's
+    configs, filled; None for an engine that the run does not have. segments: of the largest micro-batch; if not given,
+    pairs as long as the data section allows, up to the budget of tokens.
+    """
+    memory = Memory()
+    sides = PAIR if isinstance(run, TrainConfig | RewardConfig | PrecomputeConfig) else CHOSEN_ONLY
+    budget = (run.precompute if isinstance(run, PrecomputeConfig) else run.train).micro_batch_tokens
+    segments = tuple(segments) or longest_pairs(run.data, budget, sides)
+    targets = sum(segment.chosen + segment.rejected for segment in segments)
+    if policy is not None:
+        _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets)
+    if reference is not None:
+        _add_frozen(memory, reference_config or model_config, machine, nodes, reference, segments, targets)
+    elif isinstance(run, PrecomputeConfig):
+        _add_replica(memory, reference_config or model_config, machine, segments, targets)
+    if machine.device == "cuda":
+        memory.host["processes"] = PROCESS * machine.ranks // nodes
+    return memory
+
+
+def longest_pairs(section: DataSection, budget: int, sides: tuple[str, ...]) -> tuple[Segment, ...]:
+    """A packed row of `budget` tokens of pairs with the longest prompt and completions; one pair if that is longer."""
+    longest = section.max_length - section.max_prompt_length
+    whole = section.max_prompt_length + longest * len(sides)
+    segments, start = [], 0
+    while not segments or start + len(sides) < budget:
+        share = min(1.0, (budget - start) / whole) if segments else 1.0
+        completion = max(1, int(longest * share))
+        prompt = max(1, int(section.max_prompt_length * share))
+        segment = Segment(start, prompt, completion, completion if len(sides) > 1 else 0)
+        segments.append(segment)
+        start = segment.end
+    return tuple(segments)
+
+
+def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: dict, segments, targets: int) -> None:
+    zero, ranks = ds["zero_optimization"], machine.ranks
+    bf16 = ds_config.is_bf16(ds)
+    width = 2 if bf16 else 4
+    communication = _width(ds.get("communication_data_type"), width)
+    accumulation = _width(ds.get("data_types", {}).get("grad_accum_dtype"), width)
+    bucket = int(_setting(zero, "reduce_bucket_size"))
+    how = Pass(
+        segments,
+        targets,
+        torch.bfloat16 if bf16 else torch.float32,
+        machine.device,
+        checkpointing=run.train.activation_checkpointing,
+        is_reward=isinstance(run, RewardConfig),
+        lora=run.model.lora,
+        bucket=bucket if _setting(zero, "contiguous_gradients") else 1,
+        communication={2: torch.bfloat16, 4: torch.float32}[communication],
+        ranks=ranks,
+    )
+    found = parameters(config, how)
+    trained = [p for p in found if p.is_trained]
+    subgroups = _subgroups(trained, int(_setting(zero, "sub_group_size")), ranks)
+    own = _shard(trained, ranks)  # elements
+    per_node = ranks // nodes
+    _place_weights(memory, "policy", found, zero, width, ranks, per_node)
+
+    offload = _device_of(zero, "offload_optimizer")
+    state = {"fp32 master weights": 4 * own, "Adam's moments": 8 * own}
+    if offload == "none":
+        memory.state |= state | {"gradient shards": accumulation * own}
+    else:
+        place = memory.host if offload == "cpu" else memory.disk
+        pinned = _pinned if zero["offload_optimizer"].get("pin_memory", True) else int
+        swapped = {"their gradients": sum(pinned(4 * size) for size in subgroups)}
+        for name, size in (state | swapped).items():
+            place[f"{name}"] = size * per_node
+        memory.host["gradient shards"] = pinned(accumulation * own) * per_node
+        if offload == "nvme":
+            count = (NVME_OPTIMIZER | zero["offload_optimizer"])["buffer_count"]
+            memory.host["buffers to the NVMe"] = _pinned(int(count) * 4 * max(subgroups)) * per_node
+    if _setting(zero, "contiguous_gradients"):
+        memory.state["reduce bucket"] = communication * bucket
+
+    gathered = _gathered(found, zero, width, ranks)
+    hpz = min(int(_setting(zero, "zero_hpz_partition_size")), ranks)
+    if hpz > 1:  # made when a weight is given back the first time, dropped with the update
+        gathered["hpZ: the node's own copy of the weights"] = width * _shard(found, hpz)
+    traced = peaks(config, how)
+    phase = max((name for name in traced if name != "saved"), key=traced.get)
+    names = {
+        "forward": "operators of the forward",
+        "head": "head: log-probs and their gradient",
+        "layers": "backward of a layer, gradients being reduced",
+    }
+    memory.phases["forward and backward"] = gathered | {
+        "activations kept for backward": traced["saved"],
+        names[phase]: traced[phase] - traced["saved"],
+    }
+    if offload == "none":
+        flat = 4 * max(subgroups) + (accumulation * max(subgroups) if accumulation != 4 else 0)
+        norm = 8 * max(math.ceil(p.numel / ranks) for p in trained)  # norms are taken in float64
+        memory.phases["optimizer step"] = {"gradients of a sub-group, flattened": max(flat, norm)}
+    if machine.device == "cuda" and run.checkpoint.asynchronous:
+        memory.host["checkpoint being written (checkpoint.asynchronous)"] = (12 + width) * own * per_node
+
+
+def _add_frozen(memory: Memory, config, machine: Machine, nodes: int, ds: dict, segments, targets: int) -> None:
+    zero, ranks = ds["zero_optimization"], machine.ranks
+    bf16 = ds_config.is_bf16(ds)
+    width = 2 if bf16 else 4
+    how = Pass(segments, targets, torch.bfloat16 if bf16 else torch.float32, machine.device, training=False)
+    found = parameters(config, how)
+    _place_weights(memory, "reference", found, zero, width, ranks, ranks // nodes)
+    gathered = _gathered(found, zero, width, ranks)
+    memory.phases["reference's forward"] = gathered | {"operators of the forward": peaks(config, how)["forward"]}
+
+
+def _add_replica(memory: Memory, config, machine: Machine, segments, targets: int) -> None:
+    """A whole copy on every rank: --deepspeed.config none."""
+    dtype = torch.bfloat16 if machine.has_bf16 else torch.float32
+    how = Pass(segments, targets, dtype, machine.device, training=False)
+    memory.state["reference: weights"] = dtype.itemsize * sum(p.numel for p in parameters(config, how))
+    memory.phases["reference's forward"] = {"operators of the forward": peaks(config, how)["forward"]}
+
+
+def _place_weights(
+    memory: Memory, whose: str, found: list[Parameter], zero: dict, width: int, ranks: int, per_node: int
+) -> None:
+    offload = _device_of(zero, "offload_param")
+    own = width * _shard(found, ranks)
+    if offload == "none":
+        memory.state[f"{whose}: weights"] = own
+    elif offload == "cpu":
+        flat = _pinned(width * _shard([p for p in found if p.is_trained], ranks))
+        pinned = _pinned if zero["offload_param"].get("pin_memory", True) else int
+        one_by_one = sum(pinned(width * math.ceil(p.numel / ranks)) for p in found if not p.is_trained)
+        memory.host[f"{whose}: weights"] = (flat + one_by_one) * per_node
+    else:
+        section = NVME_PARAM | zero["offload_param"]
+        in_host = min(own, width * int(section["max_in_cpu"]))
+        buffers = width * int(section["buffer_count"] * section["buffer_size"])
+        memory.disk[f"{whose}: weights"] = (own - in_host) * per_node
+        memory.host[f"{whose}: weights (offload_param.max_in_cpu)"] = _pinned(in_host) * per_node
+        memory.host[f"{whose}: buffers to the NVMe"] = _pinned(buffers) * per_node
+    threshold = _setting(zero, "param_persistence_threshold")
+    memory.state[f"{whose}: small weights, whole"] = width * sum(p.numel for p in found if p.numel <= threshold)
+
+
+def _gathered(found: list[Parameter], zero: dict, width: int, ranks: int) -> dict[str, int]:
+    """Weights that are whole for a while. Prefetching goes on until max_live_parameters are; those that will be needed
+    again within max_reuse_distance are not given back; one more parameter is always fetched.
+
+    What is fetched together comes in one buffer, which stays until the last of it was used, beside the copies.
+    """
+    if ranks == 1 and _device_of(zero, "offload_param") == "none":
+        return {}
+    threshold = _setting(zero, "param_persistence_threshold")
+    sizes = [p.numel for p in found if p.numel > threshold]
+    limit = max(_setting(zero, "max_live_parameters"), _setting(zero, "max_reuse_distance")) + max(sizes, default=0)
+    fetch = 0
+    for start in range(len(sizes)):
+        total = count = 0
+        while total < _setting(zero, "prefetch_bucket_size") and start + count < len(sizes):
+            total += sizes[start + count]
+            count += 1
+        if count > 1:
+            fetch = max(fetch, total)
+    return {
+        "weights gathered for a while": int(width * min(sum(sizes), limit)),
+        "their transfer buffer": int(width * fetch),
+    }
+
+
+def _subgroups(trained: list[Parameter], size: int, ranks: int) -> list[int]:
+    """Elements of a rank in each of DeepSpeed's sub-groups: matrices first, then vectors (engine.parameter_groups)."""
+    found = []
+    for is_matrix in (True, False):
+        shards = [math.ceil(p.numel / ranks) for p in trained if p.is_matrix == is_matrix]
+        total = 0
+        for shard in shards:
+            total += shard
+            if total >= size:
+                found.append(total)
+                total = 0
+        found += [total] * (total > 0)
+    return found
+
+
+def _shard(found: list[Parameter], ranks: int) -> int:
+    return sum(math.ceil(p.numel / ranks) for p in found)
+
+
+def _setting(zero: dict, name: str):
+    return zero.get(f"stage3_{name}", zero.get(name, DEFAULTS[name]))
+
+
+def _device_of(zero: dict, section: str) -> str:
+    return zero.get(section, {}).get("device", "none")
+
+
+def _width(name: str | None, default: int) -> int:
+    return default if name is None else {"fp32": 4, "float32": 4, "float": 4}.get(name, 2)
+
+
+def _pinned(size: int) -> int:
+    """torch's allocator of pinned memory takes powers of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dpo_ds.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="a run config, as for --config")
+    parser.add_argument("--command", default="train", choices=("train", "sft", "reward", "precompute"))
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs in all")
+    parser.add_argument("--nodes", type=int, default=1, help="that they are spread over evenly")
+    given = parser.parse_args(argv)
+    try:
+        if given.ranks % given.nodes:
+            raise ConfigError(f"--ranks {given.ranks}: not a multiple of --nodes {given.nodes}")
+        run, _ = load(given.command, given.config, {})
+        policy_shape = check_model(run.model.model_copy(update={"from_config": True}), run.model.path)
+        memory = of_run(run, given.ranks, given.nodes, policy_shape)
+    except UserError as mistake:
+        parser.exit(2, f"dpo-ds: error: {mistake}\n")
+    print("\n".join([f"{given.config}: expected on {given.ranks} GPUs, not measured", *memory.lines()]))
+
+
+def of_run(run: Section, ranks: int, nodes: int, model_config, reference_config=None) -> Memory:
+    """`expected` on GPUs with bf16, of the DeepSpeed files that the run names."""
+    machine = Machine(ranks, "cuda", True)
+    hidden = model_config.get_text_config().hidden_size
+    name = run.deepspeed.config
+    if isinstance(run, PrecomputeConfig):
+        frozen = None if name == "none" else ds_config.fill_reference(ds_config.read(name), name, machine, hidden)[0]
+        return expected(run, model_config, machine, nodes, None, frozen, reference_config=reference_config)
+    policy, _ = ds_config.fill_policy(ds_config.read(name), name, run.train, machine, hidden)
+    frozen = None
+    if isinstance(run, TrainConfig) and run.reference.kind == "live":
+        source = run.deepspeed.reference_config or name
+        width = (reference_config or model_config).get_text_config().hidden_size
+        frozen, _ = ds_config.fill_reference(ds_config.read(source), source, machine, width)
+    return expected(run, model_config, machine, nodes, policy, frozen, reference_config=reference_config)

@@ -1,0 +1,297 @@
+"""What a forward and backward hold at most, from shapes alone: the model's own code runs on tensors without data.
+
+The passes are those of one rank without DeepSpeed, weights not counted: activations, gradients until they are reduced,
+and what operators need in between. Attention kernels and the head are stand-ins that allocate as the real ones do.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from dpo_ds.batch import Segment
+from dpo_ds.config import LoraSection
+from dpo_ds.logprobs.chunked import TILES, Tiles
+from dpo_ds.models import lora
+from dpo_ds.models.attention import PACKED_ATTENTION, segment_table
+from dpo_ds.models.causal_lm import switch_dropout_off
+
+FLASH = "dpo_ds_shapes_only"  # transformers looks for a kernel where a name says flash
+GRADIENT_ROWS, LOGITS_BYTES = 65536, 1 << 30  # of logprobs/triton.py's TILES, kept equal by a test: triton is optional
+CUDA_TILES = Tiles(0, GRADIENT_ROWS, LOGITS_BYTES, 0)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a model is run: on `device` "cuda" or "cpu" in `dtype`, on one packed row of `segments` of which `targets`
+    rows are scored by the head, or, with is_reward, one row a completion by a classifier's.
+
+    bucket: elements of DeepSpeed's reduce bucket, communication its dtype; ranks that a gradient is cut for.
+    """
+
+    segments: tuple[Segment, ...]
+    targets: int
+    dtype: torch.dtype
+    device: str = "cuda"
+    training: bool = True
+    checkpointing: bool = False
+    is_reward: bool = False
+    lora: LoraSection = LoraSection()
+    bucket: int = 1
+    communication: torch.dtype = torch.float32
+    ranks: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.segments[-1].end
+
+
+@dataclass(frozen=True)
+class Parameter:
+    numel: int
+    is_trained: bool
+    is_matrix: bool
+
+
+def parameters(config, run: Pass) -> list[Parameter]:
+    """The model's parameters in the order of `named_parameters`, each tied one once."""
+    return [Parameter(p.numel(), p.requires_grad, p.dim() > 1) for p in _build(config, run).parameters()]
+
+
+def peaks(config, run: Pass) -> dict[str, int]:
+    """Bytes at most, by phase; "saved" is what backward begins with.
+
+    From the second layer on, each adds the same bytes to a phase, so two and three layers tell all.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    two, three = (_traced(_cut(config, depth), run) for depth in (2, 3))
+    return {phase: two[phase] + (layers - 2) * (three[phase] - two[phase]) for phase in two}
+
+
+def _traced(config, run: Pass) -> dict[str, int]:
+    model = _build(config, run)
+    with _shapes_only(), FakeTensorMode(allow_non_fake_inputs=True):  # the parameters come as meta tensors
+        model.to_empty(device="cpu")
+        meter = PeakMemory([*model.parameters(), *model.buffers()])
+        if run.training:
+            reducer = _Reducer(run)
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                parameter.register_post_accumulate_grad_hook(reducer)
+        ids = torch.zeros(1, run.tokens, dtype=torch.int64)
+        rows = torch.zeros(run.targets, dtype=torch.int64)
+        with meter, torch.set_grad_enabled(run.training):
+            hidden = model.base_model(
+                input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False, segments=run.segments
+            ).last_hidden_state
+            if run.training:
+                hidden.register_hook(lambda _: meter.begin("layers"))
+            head = None if run.is_reward else model.get_output_embeddings()
+            picked = hidden.flatten(0, 1)[rows]
+            scores = model.score(picked.float()) if head is None else _Head.apply(picked, head.weight, head.bias, run)
+            del picked
+            saved = meter.live
+            if not run.training:
+                return {"forward": meter.peaks["forward"]}
+            meter.begin("head")
+            loss = scores.sum()
+            del scores, hidden
+            loss.backward()
+        return {"saved": saved, **meter.peaks}
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are alive; `peaks` has the most in each phase."""
+
+    def __init__(self, uncounted: Sequence[Tensor]):
+        super().__init__()
+        self.live = 0
+        self.peaks = {"forward": 0}
+        self._phase = "forward"
+        self._alive: dict[int, weakref.ref] = {}
+        for tensor in uncounted:
+            self._enter(tensor.untyped_storage(), 0)
+
+    def begin(self, phase: str) -> None:
+        self._phase = phase
+        self.peaks[phase] = max(self.live, self.peaks.get(phase, 0))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._enter(storage, storage.nbytes())
+        self.peaks[self._phase] = max(self.live, self.peaks[self._phase])
+        return result
+
+    def _enter(self, storage, size: int) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+
+        def leave(_) -> None:
+            del self._alive[key]
+            self.live -= size
+
+        self._alive[key] = weakref.ref(storage, leave)
+        self.live += size
+
+
+class _Reducer:
+    """Gradients as DeepSpeed's stage 3 takes them: copied into its bucket and freed, those larger than it kept until
+    the next flush, which lays all of them out once more."""
+
+    def __init__(self, run: Pass):
+        self._run = run
+        self._elements, self._count = 0, 0
+        self._larger: list[Tensor] = []
+
+    def __call__(self, parameter: torch.nn.Parameter) -> None:
+        size, bucket = parameter.numel(), self._run.bucket
+        if self._elements and self._elements + size > bucket:
+            self._flush()
+        if self._elements + size > bucket:
+            self._larger.append(parameter.grad)
+        self._elements += size
+        self._count += 1
+        parameter.grad = None
+
+    def _flush(self) -> None:
+        run = self._run
+        converted = [gradient.to(run.communication) for gradient in self._larger]
+        if self._count > 1 or self._elements % run.ranks:
+            torch.empty(self._elements, dtype=run.communication)
+        del converted
+        self._larger, self._elements, self._count = [], 0, 0
+
+
+class _Head(torch.autograd.Function):
+    """The memory of logprobs.chunked.RecomputedLogps with ChunkedKernel on a CPU, with triton's on CUDA."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, run):
+        N, V = len(hidden_ND), len(weight_VD)
+        tiles = TILES["cpu"] if run.device == "cpu" else CUDA_TILES
+        kept = []
+        if run.device == "cpu":
+            rows = math.ceil(N / tiles.fold_rows) * tiles.fold_rows
+            keeps = any(ctx.needs_input_grad) and N * V * 4 <= tiles.kept_bytes
+            logits = torch.empty(rows if keeps else tiles.fold_rows, V if keeps else tiles.columns(4))
+            kept = [logits] * keeps
+        logps_N, lse_N = torch.empty(N), torch.empty(N)
+        ctx.save_for_backward(hidden_ND, weight_VD, lse_N, *kept)
+        ctx.tiles, ctx.run = tiles, run
+        return logps_N
+
+    @staticmethod
+    def backward(ctx, grad_N):
+        hidden_ND, weight_VD, *_ = ctx.saved_tensors
+        (N, D), V, dtype = hidden_ND.shape, len(weight_VD), hidden_ND.dtype
+        gemm = dtype if ctx.run.device == "cuda" else torch.float32
+        C = min(ctx.tiles.columns(gemm.itemsize), V)
+        B = min(ctx.tiles.gradient_rows, N)
+        d_hidden = torch.empty(N, D)
+        d_weight = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        # One tile: its logits' gradient, float32 sums of a 16-bit weight's gradient, and the products to be added.
+        tile = [torch.empty(B, C, dtype=gemm)]
+        if d_weight is not None and dtype != torch.float32:
+            tile += [torch.empty(C, D)]
+        if gemm != dtype:
+            tile += [torch.empty(C, D), torch.empty(B, D)]
+        if gemm != torch.float32:
+            tile += [torch.empty(max(B, C), D)]
+        del tile
+        return d_hidden.to(dtype), d_weight, None, None
+
+
+class _FlashAttention(torch.autograd.Function):
+    """The memory of a varlen flash kernel: query [T, H, D], key and value [K, G, D] -> [T, H, D]."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        log_sums = torch.empty(query.shape[1], len(query))
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *_ = ctx.saved_tensors
+        like_query = [torch.empty_like(query), torch.empty(query.shape)]  # and its float32 sums
+        repeated = [torch.empty(len(key), *query.shape[1:], dtype=key.dtype) for _ in range(2)]  # one a query head
+        gradients = torch.empty_like(key), torch.empty_like(value)
+        del repeated
+        return like_query[0], *gradients
+
+
+def _flash_forward(module, query, key, value, attention_mask, segments=None, **kwargs) -> tuple[Tensor, None]:
+    """As attention._torch_varlen: the keys and values of a prompt are laid out once for each of its completions."""
+    keys = segments[-1].end + sum(segment.prompt for segment in segments if segment.rejected)
+    rows = torch.zeros(keys, dtype=torch.int64)
+    key, value = (x[0].transpose(0, 1).index_select(0, rows) for x in (key, value))
+    return _FlashAttention.apply(query[0].transpose(0, 1), key, value)[None], None
+
+
+AttentionInterface.register(FLASH, _flash_forward)
+AttentionMaskInterface.register(FLASH, lambda *args, **kwargs: None)
+
+
+@contextmanager
+def _shapes_only() -> Iterator[None]:
+    """Attention's masks are kept for the next layers; none without data may be left for others."""
+    segment_table.cache_clear()
+    try:
+        yield
+    finally:
+        segment_table.cache_clear()
+
+
+def _build(config, run: Pass) -> PreTrainedModel:
+    with torch.device("meta"):
+        return _on_this_device(config, run)
+
+
+def _on_this_device(config, run: Pass) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    switch_dropout_off(config)
+    if run.is_reward:
+        config.num_labels = 1
+    auto_class = AutoModelForSequenceClassification if run.is_reward else AutoModelForCausalLM
+    model = auto_class.from_config(config, dtype=run.dtype)
+    model.set_attn_implementation(PACKED_ATTENTION if run.device == "cpu" else FLASH)
+    if not run.training:
+        return model.requires_grad_(False)
+    if run.lora.r:
+        lora.add_adapters(model, run.lora, 0, "SEQ_CLS" if run.is_reward else "CAUSAL_LM")
+    if run.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _cut(config, layers: int):
+    """The config with so many layers; lists of one entry a layer follow."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole:
+            setattr(text, name, (value * layers)[:layers])
+    text.num_hidden_layers = layers
+    return config

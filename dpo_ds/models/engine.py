@@ -1,0 +1,297 @@
+"""DeepSpeed behind two small classes; the only module that calls deepspeed.initialize."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from pydantic import ValidationError
+from torch import Tensor
+
+from dpo_ds.batch import PAIR, Batch, PairLogps, padded_batch
+from dpo_ds.cluster import rendezvous
+from dpo_ds.cluster.launch import Launch, complete_environment
+from dpo_ds.errors import ConfigError, ModelError, UserError
+from dpo_ds.logprobs import TokenStatistics
+from dpo_ds.models.attention import canary_pairs, canary_tolerance, packed_refusal
+from dpo_ds.models.causal_lm import LogProbModel
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def initialize_distributed(launch: Launch) -> torch.device:
+    """Joins the process group and returns this rank's device. All ranks enter."""
+    complete_environment(launch)
+    rendezvous.wait_for_all()
+    torch.set_num_threads(launch.threads)
+    if get_accelerator().device_name() == "cpu":
+        # Built with ninja and a compiler inside init_distributed otherwise; gloo gives the same bits.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # The deepspeed program sets it; where it is missing, DeepSpeed starts numactl at every reduction to count them.
+        os.environ.setdefault("LOCAL_SIZE", str(launch.local_world_size))
+        device = torch.device("cpu")
+    else:
+        get_accelerator().set_device(launch.local_rank)
+        device = torch.device(get_accelerator().device_name(launch.local_rank))
+    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False)
+    return device
+
+
+def quiet_libraries() -> None:
+    """Chatter, progress bars and deprecations of the libraries off, unless DPO_DS_VERBOSE asks for them."""
+    if os.environ.get("DPO_DS_VERBOSE"):
+        return
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for caller in ("torch", "transformers", "deepspeed"):  # they call what each other will rename
+        warnings.filterwarnings("ignore", category=FutureWarning, module=caller)
+
+
+def finish_distributed() -> None:
+    """Leaves the process group; without this a rank can abort at exit after a run that was fine."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_rank_0(value):
+    """Rank 0's object on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def raising_together() -> Iterator[None]:
+    """Raises the mistake of the first rank that has one on every rank, so that rank 0 tells it. All ranks enter."""
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
+    found: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mistake)
+    first = next(filter(None, found), None)
+    if first is not None:
+        raise first
+
+
+class Policy:
+    """The model being trained: log-probs forward, gradients backward, AdamW under ZeRO-3."""
+
+    def __init__(self, model: LogProbModel, ds_config: dict, device: torch.device):
+        groups = parameter_groups(model, ds_config["optimizer"]["params"]["weight_decay"])
+        self.padded_attention = model.causal_lm.config._attn_implementation
+        self.engine = _initialize(model, ds_config, model_parameters=groups)
+        self.engine.train()  # models are loaded in evaluation mode, in which they do not checkpoint activations
+        self.device = device
+        self.has_run_backward = False
+
+    @property
+    def causal_lm(self):
+        return self.engine.module.causal_lm
+
+    def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
+        return self.engine(batch.to(self.device))
+
+    def token_statistics(self, batch: Batch) -> TokenStatistics:
+        """Token log-probs with what else one pass over the vocabulary tells."""
+        return TokenStatistics(*self.engine(batch.to(self.device), with_statistics=True))
+
+    def logps(self, batch: Batch) -> PairLogps:
+        batch = batch.to(self.device)
+        return batch.pair_logps(self.engine(batch))
+
+    def scores(self, batch: Batch) -> Tensor:  # [pairs, 2] float32
+        """Of a RewardModel: chosen's and rejected's."""
+        return self.engine(batch.to(self.device)).view(-1, len(PAIR))
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Adds the gradient; `is_last` says that an update follows. Gradients are averaged over ranks."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self.has_run_backward = True
+
+    def step(self, learning_rate: float) -> float:
+        """One clipped AdamW update; returns the gradient norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """No gradients, evaluation mode; within another one it ends nothing."""
+        was_training = self.engine.training
+        self.engine.eval()
+        with torch.no_grad(), contextlib.nullcontext() if self.has_run_backward else _leaving_no_trace(self.engine):
+            yield
+        self.engine.train(was_training)
+
+
+class FrozenModel:
+    """An inference-only ZeRO-3 engine: partitioned weights, no optimizer, no gradients."""
+
+    def __init__(self, model: LogProbModel, ds_config: dict, device: torch.device):
+        model.requires_grad_(False)
+        self.padded_attention = model.causal_lm.config._attn_implementation
+        self.engine = _initialize(model.eval(), ds_config)
+        self.device = device
+
+    @property
+    def causal_lm(self):
+        return self.engine.module.causal_lm
+
+    @torch.no_grad()
+    def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
+        return self.engine(batch.to(self.device))
+
+    @torch.no_grad()
+    def logps(self, batch: Batch) -> PairLogps:
+        batch = batch.to(self.device)
+        return batch.pair_logps(self.engine(batch))
+
+    def evaluating(self):
+        return contextlib.nullcontext()
+
+    def slices(self) -> dict[str, Tensor]:
+        """This rank's ZeRO-3 slice of every parameter, not copied: flat, ceil(numel / ranks) elements, padded."""
+        return {name: parameter.ds_tensor for name, parameter in self.engine.module.named_parameters()}
+
+    @torch.no_grad()
+    def move_towards(self, policy: Policy, alpha: float) -> None:
+        """weights <- alpha policy + (1 - alpha) weights, each rank on its own slices: nothing is gathered."""
+        other = {name: parameter.ds_tensor for name, parameter in policy.engine.module.named_parameters()}
+        self.set_slices({name: own.lerp(other[name].to(own), alpha) for name, own in self.slices().items()})
+
+    @torch.no_grad()
+    def set_slices(self, slices: dict[str, Tensor]) -> None:
+        for name, parameter in self.engine.module.named_parameters():
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered until told otherwise
+                parameter.partition(has_been_updated=False)
+            parameter.ds_tensor.copy_(slices[name])
+
+
+class Replica:
+    """A whole, frozen model on this rank alone: no engine, no collective."""
+
+    def __init__(self, model: LogProbModel, device: torch.device):
+        self.padded_attention = model.causal_lm.config._attn_implementation
+        self.engine = model.requires_grad_(False).eval().to(device)
+        self.device = device
+
+    @property
+    def causal_lm(self):
+        return self.engine.causal_lm
+
+    @torch.no_grad()
+    def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
+        return self.engine(batch.to(self.device))
+
+    def evaluating(self):
+        return contextlib.nullcontext()
+
+
+def let_go(model: FrozenModel | Replica) -> None:
+    """Frees the memory of a model that nobody needs any more.
+
+    Dropping the last reference is not enough: an lru_cache in DeepSpeed 0.19.8 (on
+    PartitionedParameterCoordinator.__params_to_release) holds the coordinator, and with it the module, for ever.
+    """
+    if isinstance(model, FrozenModel):
+        model.engine.destroy()
+    for parameter in model.causal_lm.parameters():
+        for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            held.data = held.new_empty(0)
+    gc.collect()  # modules hold each other
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def settle_layout(wanted: str, models: Sequence[Policy | FrozenModel | Replica]) -> tuple[str, str]:
+    """The layout that every model takes, and a line for the user if it is not the one asked for. All ranks enter.
+
+    The head is checked first (`check_head`). Packed attention is tried on each model before it is relied on
+    (attention.packed_refusal).
+    """
+    for model in models:
+        check_head(model)
+    if wanted == "padded":
+        return "padded", ""
+    for model in models:
+        with model.evaluating():
+            refusal = packed_refusal(model.causal_lm, model.token_logps)
+        if refusal:
+            for switched in models:
+                switched.causal_lm.set_attn_implementation(switched.padded_attention)
+            return "padded", f"train.layout padded, not packed: {type(model.causal_lm).__name__}: {refusal}"
+    return "packed", ""
+
+
+@torch.no_grad()
+def check_head(model: Policy | FrozenModel) -> None:
+    """Some families scale or bend their logits in their own way; one whose way the head does not know is refused.
+
+    All ranks enter, with the model's padded attention in place.
+
+    Raises:
+        ModelError: the head's log-probs or scores are not those of the model's own logits.
+    """
+    batch = padded_batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size)).to(model.device)
+    with model.evaluating():
+        ours, own = model.engine(batch), model.engine(batch, own_logits=True)
+    error = (ours - own).abs().mean().item()
+    tolerance = canary_tolerance(model.causal_lm, own)
+    if not error <= tolerance:  # also when it is not a number
+        raise ModelError(
+            f"{type(model.causal_lm).__name__} computes its logits in a way that dpo_ds does not know: what comes of "
+            f"them differs by {error:.1e} on average from its own, more than {tolerance:.0e}"
+        )
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(engine):
+    """For forwards before the first backward. From the first complete trace it sees, DeepSpeed 0.19.8 settles for good
+    (an lru_cache on __params_to_release) which parameters stay gathered from forward to backward; if that is a trace of
+    forwards alone, none do, and every later step gathers every parameter twice.
+    """
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+
+    def forget(*_) -> None:
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+
+    hook = engine.module.register_forward_hook(forget)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices only; biases and norms go without."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _initialize(model: LogProbModel, ds_config: dict, **kwargs):
+    try:
+        return deepspeed.initialize(model=model, config=ds_config, **kwargs)[0]
+    except (deepspeed.DeepSpeedConfigError, ValidationError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"DeepSpeed refuses its configuration: {' '.join(lines[:3])}") from error

@@ -1,0 +1,259 @@
+"""Scores of completions: by a Python function, by a regular expression, or by a reward model.
+
+    module:function     your own: function(prompts, completions) -> one number each
+    regex:PATTERN       1.0 where PATTERN is found in the completion, else 0.0
+    FOLDER or Hub id    a sequence classification model with one label, such as `dpo-ds reward` makes
+
+Higher is better. Numbers are taken as they come; a reward model's stored mean is subtracted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from dpo_ds.batch import CHOSEN_ONLY
+from dpo_ds.config import ModelSection, did_you_mean
+from dpo_ds.data.formats import Conversation
+from dpo_ds.data.rows import shorten
+from dpo_ds.data.tokenize import PairTokenizer, Tokenized
+from dpo_ds.errors import ConfigError, ModelError, UserError
+from dpo_ds.models.causal_lm import check_complete, check_folder, load_tokenizer, one_line
+from dpo_ds.models.fingerprint import weights_digest
+from dpo_ds.models.reward_model import REWARD_MEAN, RewardHead
+
+REGEX = "regex:"
+FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+REWARD_BATCH = 32
+NO_LIMIT = 1 << 20  # tokens, for a model that names no number of positions
+CODE_FAILS = (Exception, SystemExit)  # somebody else's code fails in any way; a signal is not of its doing
+
+
+class Scorer(Protocol):
+    """Gives every completion a number, the same whatever else is in the call."""
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:  # [n] float64
+        """UserError, one line, for a score that cannot be had or is not finite."""
+
+    def identity(self) -> str:
+        """What the scores depend on, as text: another one means other scores."""
+
+
+def load_scorer(spec: str, key: str) -> Scorer:
+    """The scorer that `--KEY SPEC` names; a reward model's weights are loaded at its first call.
+
+    Raises:
+        UserError: one line that names the spec, what is wrong with it and the remedy.
+    """
+    if spec.startswith(REGEX):
+        try:
+            return RegexScorer(re.compile(spec.removeprefix(REGEX), re.DOTALL))
+        except re.error as error:
+            raise ConfigError(f"--{key} {spec}: not a regular expression ({error})") from None
+    named = FUNCTION.fullmatch(spec)
+    if named:
+        return FunctionScorer(spec, load_function(*named.groups(), f"--{key} {spec}"))
+    return RewardModel(spec, key)
+
+
+@dataclass(frozen=True)
+class RegexScorer:
+    """1.0 where the pattern is found, else 0.0; `.` matches line ends too."""
+
+    pattern: re.Pattern
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        return np.array([float(self.pattern.search(text) is not None) for text in completions])
+
+    def identity(self) -> str:
+        return f"{REGEX}{self.pattern.pattern}"
+
+
+@dataclass(frozen=True)
+class FunctionScorer:
+    """A user's function, called with two lists of text; its answer is checked before it counts."""
+
+    spec: str
+    function: Callable[[list[str], list[str]], Any]
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        prompts, completions = list(prompts), list(completions)
+        if not completions:
+            return np.zeros(0)
+        try:
+            answer = self.function(prompts, completions)
+        except CODE_FAILS as error:
+            raise UserError(self._raised(prompts, completions, error)) from error
+        return checked(answer, self.spec, completions)
+
+    def identity(self) -> str:
+        """With the module's file; what that imports is not looked at."""
+        source = getattr(sys.modules[self.function.__module__], "__file__", None)
+        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12] if source else "built in"
+        return f"{self.spec} {digest}"
+
+    def _raised(self, prompts: list[str], completions: list[str], error: BaseException) -> str:
+        """Names the first row that fails alone, where one does."""
+        what = f"{self.spec} raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        for row, pair in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                self.function([pair[0]], [pair[1]])
+            except CODE_FAILS:
+                return f"{what} (row {row}, completion {shorten(pair[1])})"
+        return f"{what} (on {len(completions)} rows together, on none alone)"
+
+
+class RewardModel:
+    """A classifier of one label over prompt, completion and EOS, read at the last token; scores are float32.
+
+    The text is tokenised as for training. Of one that is longer than the model has positions for, a line says so, and
+    the prompt is cut from its start, to half of them at the least, then the completion from its end.
+    """
+
+    def __init__(self, path: str, key: str):
+        self.path = path
+        self._section = ModelSection(path=path)
+        config = _classifier_config(path, key)
+        tokenizer = load_tokenizer(self._section, config, path, key)
+        self._tokenize = PairTokenizer(tokenizer, NO_LIMIT, NO_LIMIT - 1, CHOSEN_ONLY)
+        self._positions = getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+        self._mean = float(getattr(config, REWARD_MEAN, 0.0))
+        self._model = None
+        self._has_cut = False
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        conversations = [Conversation(*texts) for texts in zip(prompts, completions, strict=True)]
+        whole = self._tokenize(conversations) if conversations else []
+        ids = [self._fitting(*both) for both in zip(conversations, whole, strict=True)]
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # like lengths share a forward
+        scores = np.zeros(len(ids))
+        for start in range(0, len(ids), REWARD_BATCH):
+            rows = order[start : start + REWARD_BATCH]
+            scores[rows] = self._forward([ids[row] for row in rows]) - self._mean
+        return checked(scores, self.path, completions)
+
+    def identity(self) -> str:
+        return f"{self.path} {weights_digest(self._section, self.path)[:12]} mean {self._mean!r}"
+
+    def _fitting(self, conversation: Conversation, whole: Tokenized) -> np.ndarray:
+        pair = whole.pair
+        tokens = len(pair.prompt) + len(pair.chosen)
+        if tokens > self._positions:
+            room = max(self._positions // 2, self._positions - len(pair.chosen))
+            pair = self._tokenize.within(self._positions, room)([conversation])[0].pair
+            if not self._has_cut:
+                what = f"a text of {tokens} tokens, {shorten(conversation.chosen)}, and others"
+                print(f"dpo-ds: {self.path}: cuts {what} longer than its {self._positions} positions", flush=True)
+            self._has_cut = True
+        return np.concatenate([pair.prompt, pair.chosen])
+
+    @torch.no_grad()
+    def _forward(self, ids: list[np.ndarray]) -> np.ndarray:
+        self._model = self._model or self._load()
+        device = self._model.device
+        # transformers reads the last token that is not this one
+        pad = next(token for token in range(len(ids) + 1) if all(token != row[-1] for row in ids))
+        self._model.config.get_text_config().pad_token_id = pad
+        input_ids = torch.full((len(ids), max(map(len, ids))), pad)
+        mask = torch.zeros_like(input_ids)
+        for row, tokens in enumerate(ids):
+            input_ids[row, : len(tokens)] = torch.from_numpy(tokens)
+            mask[row, : len(tokens)] = 1
+        logits = self._model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits
+        return logits[:, 0].double().cpu().numpy()
+
+    def _load(self):
+        has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+        dtype = "auto" if has_cuda else torch.float32
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            self.path, dtype=dtype, output_loading_info=True
+        )
+        check_complete(self.path, set(loading["missing_keys"]))
+        if type(getattr(model, "score", None)) is nn.Linear:
+            model.score.__class__ = RewardHead  # else bfloat16 weights would round scores, and make ties
+        return model.requires_grad_(False).eval().to("cuda" if has_cuda else "cpu")
+
+
+def load_function(module: str, name: str, given: str) -> Callable:
+    """MODULE:NAME, imported; given: how the user wrote it, for the message. ConfigError where it is not there."""
+    if module.endswith(".py"):
+        raise ConfigError(f"{given}: a module is named without .py; write {module.removesuffix('.py')}:{name}")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the dpo-ds script does not bring it
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"{given}: module {module} needs {error.name}, which is not installed") from None
+        where = f"start in the folder of {module.split('.')[0]}.py or set PYTHONPATH to it"
+        problem = f"there is no module {error.name} in {os.getcwd()} or on PYTHONPATH"
+        raise ConfigError(f"{given}: {problem}; {where}") from None
+    except CODE_FAILS as error:  # a module is a program
+        raise ConfigError(f"{given}: importing {module} raised {type(error).__name__}: {one_line(error)}") from error
+    function = getattr(found, name, None)
+    if not callable(function):
+        there = [other for other in vars(found) if callable(getattr(found, other)) and not other.startswith("_")]
+        problem = "is not a function" if hasattr(found, name) else "is not there"
+        raise ConfigError(f"{given}: {name} {problem} in {found.__file__}; {did_you_mean(name, there)}")
+    return function
+
+
+def _classifier_config(path: str, key: str):
+    folder, given = Path(path), f"--{key} {path}"
+    forms = "expected module:function, regex:PATTERN, or a reward model's folder or Hub id"
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ModelError(f"{given}: no config.json there, so it is no reward model; {forms}")
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1 or ":" in path):
+        raise ModelError(f"{given}: does not exist; {forms}")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"{given}: no usable model config ({one_line(error)}); {forms}") from None
+    if not any("SequenceClassification" in name for name in config.architectures or []):
+        kind = ", ".join(config.architectures or ["unknown"])
+        raise ModelError(f"{given}: is a {kind}, no sequence classification model; dpo-ds reward trains one")
+    if config.num_labels != 1:
+        raise ModelError(f"{given}: has {config.num_labels} labels; a reward model has one (num_labels 1)")
+    if folder.is_dir():
+        check_folder(folder, path, key)
+    return config
+
+
+def checked(answer: Any, who: str, completions: Sequence[str]) -> np.ndarray:
+    """float64 [n]; UserError for another count, or for a score that is no finite number."""
+    wanted = len(completions)
+    if isinstance(answer, torch.Tensor):
+        answer = answer.detach().double().cpu().numpy()
+    try:
+        if isinstance(answer, (dict, str)):
+            raise TypeError
+        count = len(answer)
+    except TypeError:
+        rule = f"it must return {wanted} numbers, one for each completion"
+        raise UserError(f"{who} returned {shorten(answer)}; {rule}") from None
+    if count != wanted:
+        raise UserError(f"{who} returned {count} scores for {wanted} completions; it must return one for each")
+    scores = np.zeros(wanted)
+    for row, value in enumerate(answer):
+        try:
+            scores[row] = float(value)
+        except (TypeError, ValueError, OverflowError):
+            scores[row] = math.nan
+        if not math.isfinite(scores[row]):
+            where = f"row {row}, completion {shorten(completions[row])}"
+            raise UserError(f"{who} returned {shorten(value)} for {where}; a score must be a finite number")
+    return scores

@@ -1,0 +1,129 @@
+"""`dpo-ds reward`: its loss, how well its probabilities are calibrated, the constant that makes its mean zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, one_hot
+
+from dpo_ds.batch import PAIR, Batch
+from dpo_ds.commands.preflight import Prepared
+from dpo_ds.config import RewardSection
+from dpo_ds.models.engine import Policy
+from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
+from dpo_ds.training.trainer import Objective, Trainer
+
+REWARDS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+BINS = 10  # of the calibration error
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """-log σ(r_w - r_l - margin) + centering (r_w + r_l)²: eq. 2 of arXiv 2305.18290; margin: eq. 2 of arXiv 2307.09288
+    (Llama 2); centering, which keeps rewards near 0: arXiv 2312.09244.
+    """
+
+    centering: float = 0.0
+
+    def __call__(self, chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:  # [pairs]
+        return -logsigmoid(chosen - rejected - margin) + self.centering * (chosen + rejected) ** 2
+
+
+@dataclass(frozen=True)
+class RewardObjective(Objective):
+    """Its mean is over the global batch's pairs. margins: [all rows of the run], None without a column of them.
+
+    with_calibration adds what is worth knowing over a whole evaluation: the Brier score (1 - p)², p = σ(r_w - r_l), and
+    the expected calibration error in bins of confidence.
+    """
+
+    loss: BradleyTerry
+    margins: Tensor | None = None
+    with_calibration: bool = False
+    sides = PAIR
+
+    @classmethod
+    def of(cls, section: RewardSection, datasets: Sequence, device: torch.device) -> RewardObjective:
+        """datasets: all that the loss is computed on, in the order of their rows' indices; None has no rows."""
+        margins = [data.margins for data in datasets if data is not None and data.margins is not None]
+        whole = torch.from_numpy(np.concatenate(margins)).to(device) if margins else None
+        return cls(BradleyTerry(section.centering), whole)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        extra = ("rewards/brier", *["rewards/calibration_error"] * BINS) if self.with_calibration else ()
+        return REWARDS + extra
+
+    def for_evaluation(self) -> RewardObjective:
+        return replace(self, with_calibration=True)
+
+    def weight(self, batch: Batch) -> int:
+        return batch.num_pairs
+
+    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+        chosen, rejected = policy.scores(batch).unbind(1)
+        losses = self.loss(chosen, rejected, self._margins(batch))
+        return losses.sum(), self._sums(losses.detach(), chosen.detach(), rejected.detach())
+
+    def _margins(self, batch: Batch) -> Tensor | float:
+        if self.margins is None:
+            return 0.0
+        return self.margins[torch.tensor(batch.pair_indices, dtype=torch.int64, device=self.margins.device)]
+
+    def _sums(self, losses: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:  # [names] float64
+        columns = [losses, chosen, rejected, chosen - rejected, chosen > rejected]
+        columns = torch.stack([column.double() for column in columns], dim=1)
+        if self.with_calibration:
+            margins = chosen.double() - rejected.double()
+            columns = torch.cat([columns, margins.sigmoid().sub(1).square()[:, None], calibration_gaps(margins)], dim=1)
+        return columns.sum(0)
+
+
+def calibration_gaps(margins: Tensor) -> Tensor:  # [pairs] -> [pairs, BINS]
+    """Right (1, a tie ½) minus confidence σ(|margin|), in the confidence's bin of [½, 1], 0 in the others.
+
+    The expected calibration error is the sum over bins of |mean over pairs|.
+    """
+    confidence = margins.abs().sigmoid()
+    right = (margins.sign() + 1) / 2
+    place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    return (right - confidence)[:, None] * one_hot(place, BINS)
+
+
+class MeanReward(Objective):
+    """Measured, not trained: the mean score of chosen and rejected alike."""
+
+    sides = PAIR
+    names = (REWARD_MEAN,)
+
+    def weight(self, batch: Batch) -> int:
+        return len(PAIR) * batch.num_pairs
+
+    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+        total = policy.scores(batch).double().sum()
+        return total, total[None]
+
+
+def finish(trainer: Trainer, section: RewardSection, prepared: Prepared) -> list[str]:
+    """Puts into model and tokenizer what scoring needs of them: the mean reward over the calibration data, and padding.
+
+    Returns lines for the user. All ranks enter, after the last update.
+    """
+    data = prepared.data if prepared.calibration_data is None else prepared.calibration_data
+    rows = spread(len(data), section.calibration_rows)
+    mean = trainer.means(MeanReward(), data, rows, trainer.total_steps)
+    trainer.last_metrics |= mean
+    classifier = trainer.policy.causal_lm
+    classifier.config.update(mean)
+    note = settle_padding(classifier, prepared.tokenizer)
+    line = f"{REWARD_MEAN} {mean[REWARD_MEAN]:.6g}, over {len(rows)} of {len(data)} pairs"
+    return [line] if note is None else [line, note]
+
+
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of the rows 0 to count - 1, evenly."""
+    return np.linspace(0, count - 1, count if limit is None else min(limit, count)).astype(int)

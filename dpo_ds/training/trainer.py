@@ -1,0 +1,239 @@
+"""The training loop of `sft` and `train`: batches, log-probs, loss, backward, update; all ranks run it together."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_ds.batch import CHOSEN_ONLY, Batch
+from dpo_ds.checkpoint.writer import CheckpointWriter
+from dpo_ds.cluster.stopping import StopFlag, Stopped
+from dpo_ds.cluster.watchdog import PeerWatch, Silent
+from dpo_ds.config import TrainSection
+from dpo_ds.data.batching import Layout, Lengths, global_batches, plan, steps_per_epoch
+from dpo_ds.models.engine import Policy
+from dpo_ds.training import metrics
+from dpo_ds.training.schedule import learning_rate
+from dpo_ds.training.tracking import Tracker
+
+EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an evaluation
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the last checkpoint stays."""
+
+
+class Objective(Protocol):
+    """What is minimised: sums over a micro-batch, to be divided by the global batch's weight."""
+
+    sides: tuple[str, ...]
+    names: tuple[str, ...]  # of the sums, "loss" first
+
+    def weight(self, batch: Batch) -> int: ...
+
+    def begin(self, policy: Policy, micro_batches: Sequence[Batch]) -> None:
+        """Sees this rank's share of a global batch before its micro-batches come one by one. All ranks enter."""
+
+    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What to differentiate, and float64 sums of `names`."""
+
+    def after_step(self, step: int, means: dict[str, float]) -> None:
+        """Update `step` is made; means of `names` over its global batch. All ranks enter."""
+
+    def state(self) -> dict:
+        """What this rank's part of a checkpoint keeps of it."""
+        return {}
+
+    def load_state(self, states: Sequence[dict]) -> None:
+        """Takes back what every rank that saved gave, in their order."""
+
+    def for_evaluation(self) -> Objective:
+        """What an evaluation measures."""
+        return self
+
+
+class SupervisedObjective(Objective):
+    """Maximum likelihood of the chosen completions; its mean is over the global batch's trained tokens."""
+
+    sides = CHOSEN_ONLY
+    names = ("loss",)
+
+    def weight(self, batch: Batch) -> int:
+        return len(batch.targets)
+
+    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+        negative_log_likelihood = -policy.token_logps(batch).sum()
+        return negative_log_likelihood, negative_log_likelihood.detach().double()[None]
+
+
+class Trainer:
+    """Runs updates first_step..total_steps; `evaluation_data` may be None."""
+
+    def __init__(
+        self, policy, objective, data, evaluation_data, layout: Layout, run: TrainSection, writer: CheckpointWriter,
+        tracker: Tracker | None, stop: StopFlag, peers: PeerWatch | Silent,
+    ):  # fmt: skip
+        self.policy, self.objective, self.layout, self.run = policy, objective, layout, run
+        self.data, self.evaluation_data = data, evaluation_data
+        self.writer, self.tracker, self.stop = writer, tracker, stop
+        self.peers = peers
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.total_steps = total_steps(data.sources, run)
+        self.last_metrics: dict = {}  # of the last step and evaluation, for the model card
+
+    def train(self, first_step: int, checkpoint_every: int, evaluation_due: bool = False) -> None:
+        """Updates from `first_step` on, with evaluations and checkpoints between and after them.
+
+        evaluation_due: the run resumed was stopped within the evaluation of the step before.
+        """
+        per_epoch = steps_per_epoch(self.data.sources, self.run.global_batch_size)
+        batches = global_batches(self.data.sources, self.run.seed, self.run.global_batch_size, first_step)
+        if evaluation_due:
+            self._evaluate_and_save(first_step - 1, per_epoch, checkpoint_every)
+        step_ended = time.perf_counter()
+        for step, rows in batches:
+            if step > self.total_steps:
+                break
+            self.peers.progress(step)
+            self.writer.look()
+            if reason := self.stop.agreed(self.policy.device):
+                self._save_and_stop(step - 1, reason)
+            micro_batches = self._micro_batches(self.data, rows)
+            weight = self._global(sum(map(self.objective.weight, micro_batches)))
+            sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
+            losses = []
+            self.objective.begin(self.policy, micro_batches)
+            for micro_batch in micro_batches:
+                loss, micro_sums = self.objective(self.policy, micro_batch)
+                self.policy.backward(loss * self.world_size / weight, is_last=micro_batch is micro_batches[-1])
+                sums += micro_sums
+                losses.append((loss, micro_batch))
+            rate = learning_rate(
+                step, self.run.learning_rate, self.run.schedule, self.run.warmup_steps, self.total_steps
+            )
+            grad_norm = self.policy.step(rate)
+            means = metrics.reduce_sum(sums) / weight
+            self._check_finite(step, means, grad_norm, losses)
+            tokens = self._global(sum(batch.num_tokens for batch in micro_batches))
+            peak = metrics.reduce_max(metrics.peak_memory_bytes(self.policy.device), self.policy.device)
+            self.last_metrics = dict(zip(self.objective.names, means.tolist(), strict=True))
+            self.objective.after_step(step, self.last_metrics)
+            seconds, step_ended = time.perf_counter() - step_ended, time.perf_counter()
+            if self.tracker:
+                self.tracker.step(
+                    {
+                        "step": step,
+                        **self.last_metrics,
+                        "grad_norm": grad_norm,
+                        "learning_rate": rate,
+                        "epoch": step / per_epoch,
+                        "pairs": len(rows),
+                        "tokens": tokens,
+                        "tokens_per_second": tokens / seconds,
+                        "pairs_per_second": len(rows) / seconds,
+                        "step_seconds": seconds,
+                        "peak_memory_bytes": int(peak),
+                    }
+                )
+            self._evaluate_and_save(step, per_epoch, checkpoint_every)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Exact means over all of the evaluation data, each pair once, keys prefixed eval_. All ranks enter."""
+        rows = np.arange(len(self.evaluation_data))
+        means = self.means(self.objective.for_evaluation(), self.evaluation_data, rows, step)
+        return {f"eval_{name}": mean for name, mean in means.items()}
+
+    def means(self, objective: Objective, data, rows: np.ndarray, step: int) -> dict[str, float]:
+        """Exact means of an objective's sums over these rows of `data`, without gradients. All ranks enter."""
+        sums = torch.zeros(len(objective.names), dtype=torch.float64, device=self.policy.device)
+        weight = 0
+        size = self.run.global_batch_size
+        with self.policy.evaluating():
+            for start in range(0, len(rows), size):
+                self.peers.progress(step)
+                self.writer.look()
+                if reason := self.stop.agreed(self.policy.device):
+                    raise Stopped(reason, step)
+                micro_batches = self._micro_batches(data, rows[start : start + size])
+                objective.begin(self.policy, micro_batches)
+                for micro_batch in micro_batches:
+                    sums += objective(self.policy, micro_batch)[1]
+                    weight += objective.weight(micro_batch)
+        means = metrics.reduce_sum(sums) / self._global(weight)
+        if not means.isfinite().all():
+            name, value = objective.names[0], means[0].item()
+            raise TrainingError(f"evaluation at step {step}: {name} {value} must be finite")
+        return metrics.named(objective.names, means)
+
+    def _evaluate_and_save(self, step: int, per_epoch: int, checkpoint_every: int) -> None:
+        is_last = step == self.total_steps
+        if self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every)):
+            started = time.perf_counter()
+            try:
+                evaluation = self.evaluate(step)
+            except Stopped as stopped:
+                self._save_and_stop(step, str(stopped), evaluation_due=True)
+            self.last_metrics |= evaluation
+            if self.tracker:
+                size = {"eval_pairs": len(self.evaluation_data), "eval_seconds": time.perf_counter() - started}
+                self.tracker.evaluation({"step": step, "epoch": step / per_epoch, **evaluation, **size})
+        if is_last or _is_due(step, checkpoint_every):
+            self.writer.save(self.policy.engine, step, self._state(), wait=is_last)
+
+    def _state(self, evaluation_due: bool = False) -> dict:
+        return {"objective": self.objective.state(), EVALUATION_DUE: evaluation_due}
+
+    def _save_and_stop(self, step: int, reason: str, evaluation_due: bool = False) -> None:
+        """Ends the run between two steps, with all that was done until `step` in a checkpoint."""
+        self.writer.finish()
+        if self.writer.newest < step:
+            self.writer.save(self.policy.engine, step, self._state(evaluation_due), wait=True)
+        if self.writer.newest < step:
+            raise TrainingError(f"{reason}, and the checkpoint of step {step} could not be saved")
+        raise Stopped(reason, step)
+
+    def _micro_batches(self, data, rows: np.ndarray) -> list[Batch]:
+        """This rank's share of the global batch; as many on every rank, some perhaps empty."""
+        lengths = Lengths.of(data, rows)
+        share = plan(lengths, self.layout, self.world_size)[self.rank]
+        return [self.layout.collate([data[int(rows[position])] for position in members]) for members in share]
+
+    def _global(self, count: int) -> int:
+        return int(metrics.reduce_sum(torch.tensor(count, device=self.policy.device)).item())
+
+    def _check_finite(self, step: int, means: Tensor, grad_norm: float, losses: Sequence[tuple[Tensor, Batch]]) -> None:
+        """Stops every rank at a loss or gradient that is not finite, naming the step and the pairs: those of the
+        micro-batches whose loss is not finite; all where only the gradient is.
+        """
+        if means.isfinite().all() and math.isfinite(grad_norm):
+            return
+        mine = [
+            (self.data.location(row), bool(loss.isfinite())) for loss, batch in losses for row in batch.pair_indices
+        ]
+        gathered: list = [None] * self.world_size
+        dist.all_gather_object(gathered, mine)
+        all_pairs = [pair for of_rank in gathered for pair in of_rank]
+        pairs = [name for name, finite in all_pairs if not finite] or [name for name, _ in all_pairs]
+        raise TrainingError(
+            f"step {step}: loss {means[0].item()} and gradient norm {grad_norm} must be finite; among these pairs: "
+            f"{', '.join(pairs[:16])}{f' and {len(pairs) - 16} more' if len(pairs) > 16 else ''}"
+        )
+
+
+def total_steps(sources: Sequence[tuple[int, int, float]], run: TrainSection) -> int:
+    """train.max_steps alone if given, else train.epochs passes."""
+    if run.max_steps is not None:
+        return run.max_steps
+    steps = run.epochs * steps_per_epoch(sources, run.global_batch_size)
+    return max(1, math.ceil(round(steps, 6)))  # 1.1 x 10 is a little more than 11
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,235 @@
+"""Expected memory against what torch allocated in real runs of two ranks, and the arithmetic behind it."""
+
+import json
+import re
+from itertools import accumulate, product
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
+
+from dpo_ds.batch import Segment
+from dpo_ds.config import DataSection, TrainConfig, load
+from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
+from dpo_ds.demo.tiny import random_model, tiny_config
+from dpo_ds.memory import allocations, trace
+from tests.ranks import ROOT
+
+MACHINE = Machine(2, "cpu", False)
+MODELS = {
+    "3M": {"vocab_size": 3000, "hidden": 192, "layers": 4},
+    "7M": {"vocab_size": 4000, "hidden": 256, "layers": 6},
+}
+SMALL_BUCKETS = {
+    "reduce_bucket_size": 500_000,
+    "stage3_prefetch_bucket_size": 200_000,
+    "stage3_param_persistence_threshold": 1000,
+    "stage3_max_live_parameters": 1_000_000,
+    "stage3_max_reuse_distance": 1_000_000,
+}
+SHAPE, PAIRS = (64, 32, 32), 4  # 512 tokens
+SEGMENTS = tuple(Segment(128 * i, *SHAPE) for i in range(PAIRS))
+CASES = {
+    f"{model}{'-live' * live}{'-checkpointing' * checkpointing}": {
+        "model": MODELS[model], "ds": {"zero_optimization": SMALL_BUCKETS}, "live": live,
+        "checkpointing": checkpointing, "pairs": PAIRS, "shape": SHAPE,
+    }
+    for model, live, checkpointing in product(MODELS, (False, True), (False, True))
+}  # fmt: skip
+CASES["3M-large-buckets"] = CASES["3M"] | {"ds": {"zero_optimization": {"reduce_bucket_size": 4_000_000}}}
+for name, case in CASES.items():
+    case["name"] = name
+TOLERANCE = 0.10  # of the peak
+
+
+@pytest.fixture(scope="module")
+def measured(forks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    found = {}
+    for name, case in CASES.items():
+        out = folder / f"{name}.json"
+        codes, output = forks.run([str(out), json.dumps(case)], 2, folder, module="tests.workers.memory")
+        assert codes == [0, 0], output[-2000:]
+        found[name] = json.loads(out.read_text())
+    return found
+
+
+def expected(case: dict) -> allocations.Memory:
+    config = tiny_config("llama", **case["model"])
+    run = TrainConfig.model_validate(
+        {
+            "model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "o", "deepspeed": {"config": "ds"},
+            "train": {"activation_checkpointing": case["checkpointing"], "global_batch_size": 2},
+        }
+    )  # fmt: skip
+    policy, _ = fill_policy(case["ds"], "ds", run.train, MACHINE, config.hidden_size)
+    reference = fill_reference(case["ds"], "ds", MACHINE, config.hidden_size)[0] if case["live"] else None
+    return allocations.expected(run, config, MACHINE, 1, policy, reference, segments=SEGMENTS)
+
+
+@pytest.mark.distributed
+def test_peaks_and_state_are_those_of_real_runs(measured):
+    """State exactly: weights, master weights, two moments and gradients, 4 bytes each, the reference's weights and one
+    bucket; and up to 1 % of what nobody counts: batches, rotary tables.
+    """
+    errors = {}
+    for name, case in CASES.items():
+        found = expected(case)
+        errors[name] = round(found.allocated / measured[name]["peak"] - 1, 3)
+        assert measured[name]["state"] == pytest.approx(sum(found.state.values()), rel=0.01), name
+    assert {name: error for name, error in errors.items() if abs(error) > TOLERANCE} == {}, errors
+
+
+def test_the_meter_is_torchs_own_accounting():
+    """The profiler and PeakMemory, which does not see what a kernel takes for itself, on a forward and backward.
+
+    In one process: what gloo's threads free of the main thread's, the profiler does not see.
+    """
+    model = random_model(tiny_config("llama", 500, hidden=64))
+    ids = torch.arange(256)[None]
+
+    def passes() -> None:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+        model.zero_grad()
+
+    passes()  # what is made once and kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        passes()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    with trace.PeakMemory([*model.parameters(), *model.buffers(), ids]) as meter:
+        passes()
+    assert meter.peaks["forward"] == pytest.approx(max(accumulate(changes)), rel=0.08)
+
+
+def shape(name: str):
+    return AutoConfig.for_model(**json.loads((ROOT / f"tests/shapes/{name}.json").read_text()))
+
+
+def tiny_run(ds: dict, ranks: int, nodes: int = 1, **model) -> allocations.Memory:
+    """A bf16 model of 64 x 64 embeddings and one layer on GPUs: 4096 + 16384 + 128 + 4096 + 64 weights."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=1, **model)
+    run = TrainConfig.model_validate(
+        {
+            "model": {"path": "m"}, "data": {"train": "d", "max_length": 4, "max_prompt_length": 2},
+            "output_dir": "o", "deepspeed": {"config": "ds"}, "train": {"micro_batch_tokens": 6},
+            "checkpoint": {"asynchronous": False},
+        }
+    )  # fmt: skip
+    machine = Machine(ranks, "cuda", True)
+    policy, _ = fill_policy({"zero_optimization": ds}, "ds", run.train, machine, 64)
+    return allocations.expected(run, config, machine, nodes, policy, None)
+
+
+NUMEL = 4096 + 4 * 4096 + 3 * 4096 + 2 * 64 + 64 + 4096  # embedding, attention, MLP, norms, last norm, head
+
+
+def test_the_state_of_a_bf16_run():
+    state = tiny_run({"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 64}, ranks=4).state
+    assert state == {
+        "policy: weights": 2 * NUMEL // 4,
+        "policy: small weights, whole": 2 * 3 * 64,
+        "fp32 master weights": 4 * NUMEL // 4,
+        "Adam's moments": 8 * NUMEL // 4,
+        "gradient shards": 4 * NUMEL // 4,
+        "reduce bucket": 2 * 1000,
+    }
+
+
+def test_hpz_keeps_the_weights_once_a_node():
+    phases = [tiny_run({"zero_hpz_partition_size": size}, ranks=8, nodes=2).phases for size in (1, 4)]
+    plain, hpz = (phase["forward and backward"] for phase in phases)
+    assert hpz == plain | {"hpZ: the node's own copy of the weights": 2 * NUMEL // 4}
+
+
+def test_offload_moves_the_state_to_the_host_and_doubles_the_gradients():
+    device = {"device": "cpu", "pin_memory": False}
+    found = tiny_run({"offload_optimizer": device, "stage3_param_persistence_threshold": 0}, ranks=4, nodes=2)
+    assert "fp32 master weights" not in found.state and "optimizer step" not in found.phases
+    host = {name: size for name, size in found.host.items() if name != "processes"}
+    assert host == {
+        "fp32 master weights": 2 * NUMEL,  # 4 bytes, 2 of 4 ranks a node
+        "Adam's moments": 4 * NUMEL,
+        "gradient shards": 2 * NUMEL,
+        "their gradients": 2 * NUMEL,
+    }
+
+
+def test_pinned_buffers_are_powers_of_two():
+    assert [allocations._pinned(size) for size in (0, 1, 4096, 4097)] == [0, 1, 4096, 8192]
+
+
+def test_the_largest_micro_batch_is_full_of_the_longest_pairs():
+    """Prompt 10, completions 20 each: two whole pairs of 50 tokens and the beginning of a third in 120."""
+    section = DataSection(train="d", max_length=30, max_prompt_length=10)
+    segments = allocations.longest_pairs(section, 120, ("chosen", "rejected"))
+    assert segments == (Segment(0, 10, 20, 20), Segment(50, 10, 20, 20), Segment(100, 4, 8, 8))
+    assert allocations.longest_pairs(section, 40, ("chosen", "rejected")) == (Segment(0, 10, 20, 20),)
+    assert allocations.longest_pairs(section, 30, ("chosen",)) == (Segment(0, 10, 20, 0),)
+
+
+def test_sub_groups_are_deepspeeds():
+    """Elements of one of two ranks, cut where 30 are reached; matrices and vectors apart."""
+    trained = [allocations.Parameter(numel, True, numel > 10) for numel in (40, 24, 8, 20, 41)]
+    assert allocations._subgroups(trained, 30, 2) == [32, 31, 4]
+
+
+def test_defaults_are_deepspeeds_and_tiles_are_the_kernels():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig as Optimizer
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig as Param
+
+    for fields, ours in (
+        (DeepSpeedZeroConfig, allocations.DEFAULTS), (Param, allocations.NVME_PARAM),
+        (Optimizer, allocations.NVME_OPTIMIZER),
+    ):  # fmt: skip
+        assert {name: fields.model_fields[name].default for name in ours} == ours
+    source = (ROOT / "dpo_ds/logprobs/triton.py").read_text()
+    assert "TILES = Tiles(fold_rows=0, gradient_rows=65536, logits_bytes=1 << 30, kept_bytes=0)" in source
+    assert trace.CUDA_TILES == (0, 65536, 1 << 30, 0)
+
+
+RECIPES = sorted((ROOT / "launch_scripts/recipes").glob("*.yaml"))
+CLAIM = r"# expected: ([\d.]+) GiB a GPU, ([\d.]+) GiB of host memory a node \((\d+) GPUs?, (\d+) nodes?, shape (\w+)\)"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_say_what_the_function_says(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = path.read_text()
+    run, notes = load("train", str(path), {})
+    device, host, ranks, nodes, name = re.search(CLAIM, text).groups()
+    found = allocations.of_run(run, int(ranks), int(nodes), shape(name))
+    expected = tuple(f"{size / allocations.GIB:.1f}" for size in (found.device, sum(found.host.values())))
+    assert expected == (device, host)
+    assert notes == [] or "precompute" in notes[0]
+    script = re.search(r"launch_scripts/\w+\.sh", text).group()
+    assert (ROOT / script).exists() and f"launch_scripts/recipes/{path.name}" in text
+    for file in (run.deepspeed.config, run.deepspeed.reference_config):
+        assert file is None or Path(file).is_file()
+
+
+def test_the_command_prints_a_table_and_names_mistakes(tmp_path, capsys):
+    random_model(tiny_config("llama", 300)).save_pretrained(tmp_path / "model")
+    config = f"""
+    model: {{path: {tmp_path}/model}}
+    data: {{train: pairs.jsonl, max_length: 64, max_prompt_length: 32}}
+    reference: {{kind: cached, cache: folder}}
+    train: {{micro_batch_tokens: 128}}
+    precompute: {{micro_batch_tokens: 128}}
+    deepspeed: {{config: {ROOT}/ds_configs/zero3_bf16.json}}
+    output_dir: out
+    """
+    path = str(tmp_path / "run.yaml")
+    Path(path).write_text(config)
+    for command in ("train", "sft", "reward", "precompute"):
+        allocations.main([path, "--ranks", "2", "--command", command])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"{path}: expected on 2 GPUs, not measured"
+        assert lines[2].endswith("reference: weights" if command == "precompute" else "policy: weights")
+    with pytest.raises(SystemExit) as stopped:
+        allocations.main([path, "--ranks", "3", "--nodes", "2"])
+    assert stopped.value.code == 2 and "not a multiple of --nodes 2" in capsys.readouterr().err

@@ -1,0 +1,230 @@
+"""What `load_scorer` makes of a spec, and the line for each mistake in a scoring function or a reward model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from dpo_ds.cluster.stopping import Stopped, at_once
+from dpo_ds.demo.tiny import save_tiny_model, tiny_config, train_tokenizer
+from dpo_ds.errors import UserError
+from dpo_ds.models.scoring import load_scorer
+
+FUNCTIONS = """
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+
+def length(prompts, completions):
+    return [len(text) for text in completions]
+
+def tensor(prompts, completions):
+    return torch.tensor([len(prompt) / 2 for prompt in prompts], dtype=torch.bfloat16)
+
+def short(prompts, completions):
+    return [0.0]
+
+def text(prompts, completions):
+    return "123"
+
+def by_row(prompts, completions):
+    return {0: 0.1, 1: 0.2, 2: 0.3}
+
+def number(prompts, completions):
+    return 3.5
+
+def nan(prompts, completions):
+    return [1.0 if text != "bad" else float("nan") for text in completions]
+
+def huge(prompts, completions):
+    return [10 ** 400] * len(completions)
+
+def words(prompts, completions):
+    return ["good"] * len(completions)
+
+def one_by_one(prompts, completions):
+    if "bad" in completions:
+        raise KeyError("no such\\nreview")
+    return [0.0] * len(completions)
+
+def together(prompts, completions):
+    if len(completions) > 1:
+        raise ValueError("one at a time")
+    return [0.0]
+
+def leaves(prompts, completions):
+    sys.exit("no licence")
+
+def signalled(prompts, completions):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+constant = 3
+"""
+PROMPTS, COMPLETIONS = ["ab", "abcd", "a"], ["fine", "bad", "very fine"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scoring")
+    (folder / "scoring_functions.py").write_text(FUNCTIONS)
+    (folder / "broken_functions.py").write_text("import no_such_package_at_all\n")
+    (folder / "failing_functions.py").write_text("1 / 0\n")
+    (folder / "leaving_functions.py").write_text("raise SystemExit(2)\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_that_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_functions_and_patterns_give_one_float_each():
+    scores = load_scorer("scoring_functions:length", "sample.score")(PROMPTS, COMPLETIONS)
+    assert scores.dtype == np.float64 and scores.tolist() == [4, 3, 9]
+    assert load_scorer("scoring_functions:tensor", "sample.score")(PROMPTS, COMPLETIONS).tolist() == [1, 2, 0.5]
+    assert load_scorer("regex:f.ne$", "sample.score")(PROMPTS, COMPLETIONS).tolist() == [1, 0, 1]
+    assert load_scorer("scoring_functions:number", "sample.score")([], []).tolist() == []
+
+
+def test_the_identity_changes_with_the_functions_file(folder):
+    before = load_scorer("scoring_functions:length", "sample.score").identity()
+    assert before == load_scorer("scoring_functions:length", "sample.score").identity()
+    (folder / "scoring_functions.py").write_text(FUNCTIONS + "\n")
+    assert load_scorer("scoring_functions:length", "sample.score").identity() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("short", ["scoring_functions:short", "1 scores for 3 completions"]),
+        ("text", ["scoring_functions:text returned '123'", "3 numbers"]),
+        ("by_row", ["scoring_functions:by_row", "3 numbers"]),
+        ("number", ["scoring_functions:number", "3.5", "3 numbers"]),
+        ("nan", ["scoring_functions:nan", "nan", "row 1", "'bad'", "finite"]),
+        ("huge", ["scoring_functions:huge", "1000", "row 0", "finite"]),
+        ("words", ["scoring_functions:words", "'good'", "row 0"]),
+        ("one_by_one", ["scoring_functions:one_by_one", "KeyError", "no such", "row 1", "'bad'"]),
+        ("leaves", ["scoring_functions:leaves raised SystemExit: no licence"]),
+        ("together", ["scoring_functions:together", "ValueError: one at a time", "3 rows together"]),
+    ],
+)
+def test_a_function_that_fails_is_one_line(name, parts):
+    with pytest.raises(UserError) as mistake:
+        load_scorer(f"scoring_functions:{name}", "sample.score")(PROMPTS, COMPLETIONS)
+    line = str(mistake.value)
+    assert "\n" not in line and [part for part in parts if part not in line] == [], line
+
+
+def test_a_signal_that_comes_within_a_function_is_not_the_functions_mistake():
+    with pytest.raises(Stopped, match="SIGTERM"), at_once():
+        load_scorer("scoring_functions:signalled", "sample.score")(PROMPTS, COMPLETIONS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("no_such_module:score", ["no module no_such_module", "PYTHONPATH"]),
+        ("scoring_functions:lenght", ["lenght is not there", "did you mean 'length'?"]),
+        ("scoring_functions:constant", ["constant is not a function"]),
+        ("scoring_functions.py:length", ["write scoring_functions:length"]),
+        ("broken_functions:score", ["needs no_such_package_at_all"]),
+        ("failing_functions:score", ["importing failing_functions raised ZeroDivisionError"]),
+        ("leaving_functions:score", ["importing leaving_functions raised SystemExit: 2"]),
+        ("regex:(", ["not a regular expression"]),
+        ("./nowhere", ["does not exist", "module:function"]),
+        (".", ["no config.json", "module:function"]),
+    ],
+)
+def test_a_spec_that_names_nothing_is_one_line(spec, parts):
+    with pytest.raises(UserError) as mistake:
+        load_scorer(spec, "sample.score")
+    line = str(mistake.value)
+    assert line.startswith(f"--sample.score {spec}: ") and "\n" not in line
+    assert [part for part in parts if part not in line] == [], line
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """A random classifier of one label and its tokenizer, whose EOS is token 1 and pad token 0."""
+    tokenizer = train_tokenizer(["good bad fine and long"], vocab_size=270)
+    config = tiny_config("llama", len(tokenizer), hidden=16, layers=1, eos_token_id=1, num_labels=1)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    save_tiny_model(folder / "reward", tokenizer, model)
+    return tokenizer, model.eval()
+
+
+class TestRewardModel:
+    TEXTS = ["good bad and rather long", "bad", "good"]
+
+    def test_it_reads_the_last_token_and_subtracts_the_mean(self, folder, made):
+        tokenizer, model = made
+        wanted = []
+        for text in self.TEXTS:  # one by one, without padding
+            ids = torch.tensor([tokenizer("p:" + text)["input_ids"] + [tokenizer.eos_token_id]])
+            with torch.no_grad():
+                wanted.append(model.score(model.model(ids).last_hidden_state)[0, -1, 0].item())
+        scorer = load_scorer(str(folder / "reward"), "sample.score")
+        assert scorer(["p:"] * 3, self.TEXTS) == pytest.approx(wanted, abs=1e-6)
+        path = folder / "reward" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"reward_mean": 0.25}))
+        centred = load_scorer(str(folder / "reward"), "sample.score")
+        assert centred(["p:"] * 3, self.TEXTS) == pytest.approx(np.array(wanted) - 0.25, abs=1e-6)
+        assert centred.identity() != scorer.identity()
+
+    def test_a_text_is_cut_only_where_the_whole_does_not_fit(self, folder, made, capsys):
+        """20 positions: 14 of prompt, 3 of completion and EOS fit; 21 are cut to the last tokens of the prompt."""
+        tokenizer, model = made
+        shutil.copytree(folder / "reward", folder / "short")
+        path = folder / "short" / "config.json"
+        settings = {"max_position_embeddings": 20, "reward_mean": 0.0}
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        scorer = load_scorer(str(folder / "short"), "sample.score")
+
+        def by_hand(ids):
+            with torch.no_grad():
+                return model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0].item()
+
+        eos, letters = tokenizer.eos_token_id, tokenizer("qwrtypsdfghjklzxcvbm")["input_ids"]
+        assert len(letters) == 20
+        prompt, completion = "qwrtypsdfghjkl", "zxc"
+        assert scorer([prompt], [completion]) == pytest.approx([by_hand([*letters[:17], eos])], abs=1e-6)
+        assert capsys.readouterr().out == ""
+        long = scorer([prompt + "zxc"], ["vbm"])
+        assert long == pytest.approx([by_hand([*letters[1:20], eos])], abs=1e-6)
+        assert "cuts a text of 21 tokens, 'vbm', and others longer than its 20 positions" in capsys.readouterr().out
+        endless = scorer(["q"], ["w" * 40])
+        assert endless == pytest.approx([by_hand([letters[0], *[letters[1]] * 19])], abs=1e-6)
+        assert capsys.readouterr().out == "", "told once"
+
+    def test_weights_that_are_missing_are_not_drawn_at_random(self, folder, made):
+        shutil.copytree(folder / "reward", folder / "headless")
+        file = folder / "headless" / "model.safetensors"
+        kept = {name: tensor for name, tensor in load_file(file).items() if name != "score.weight"}
+        save_file(kept, file, {"format": "pt"})
+        with pytest.raises(UserError, match="lacks the weights score.weight"):
+            load_scorer(str(folder / "headless"), "sample.score")(["p"], ["c"])
+        file.unlink()
+        with pytest.raises(UserError, match="--sample.score .*headless: no weights"):
+            load_scorer(str(folder / "headless"), "sample.score")
+
+    def test_other_models_are_refused(self, folder, made):
+        tokenizer, _ = made
+        config = tiny_config("llama", len(tokenizer), hidden=16, layers=1, eos_token_id=1, num_labels=3)
+        save_tiny_model(folder / "three", tokenizer, AutoModelForSequenceClassification.from_config(config))
+        with pytest.raises(UserError, match="has 3 labels; a reward model has one"):
+            load_scorer(str(folder / "three"), "sample.score")
+        path = folder / "three" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["LlamaForCausalLM"]}))
+        with pytest.raises(UserError, match="LlamaForCausalLM, no sequence classification model; dpo-ds reward"):
+            load_scorer(str(folder / "three"), "sample.score")
