@@ -30,6 +30,7 @@ def test_without_arguments_a_script_says_how_it_is_called(script):
 # Stands in for srun: notes its arguments, leaves a checkpoint and STATUS.json as a run does that was told to stop.
 SRUN = """#!/bin/sh
 echo "$@" >>"$CALLS"
+sleep 0.05  # a file is newer than another by a tick of the system's clock, which is some milliseconds
 if [ -n "$STEP" ]; then
     mkdir -p "$OUT/checkpoints" && echo "step-$STEP" >"$OUT/checkpoints/latest"
     echo '{"state": "stopped", "reason": "SIGUSR1 received", "step": '"$STEP"', "exit_code": 75}' >"$OUT/STATUS.json"
