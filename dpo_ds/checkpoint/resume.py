@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
+import numpy as np
 
 from dpo_ds.checkpoint import manifest
 from dpo_ds.checkpoint.manifest import FOLDERS, LATEST, Checkpoint, open_folder, versions
-from dpo_ds.cluster import shared_files
+from dpo_ds.cluster import collectives, shared_files
 from dpo_ds.config import Section, flatten, keys, to_plain
+from dpo_ds.config.deepspeed import is_bf16
 from dpo_ds.errors import ConfigError
+from dpo_ds.models.fingerprint import MODEL, model_id
 
+PAIRS = 256  # pairs whose tokens are read
 START_OVER = "use another output_dir, or --checkpoint.resume never to start over"
 # Keys that may differ between a run and its resumption; all others decide what is computed.
 MAY_CHANGE = (
@@ -65,9 +69,8 @@ def choose(candidates: Sequence[Checkpoint]) -> tuple[Checkpoint | None, list[st
     """
     notes = []
     for candidate in candidates:
-        shares: list = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, candidate.damage(dist.get_rank(), len(shares)))
-        damaged = sorted(name for names in shares for name in names)
+        damage = candidate.damage(collectives.rank(), collectives.world_size())
+        damaged = sorted(name for names in collectives.gather_objects(damage) for name in names)
         if not damaged:
             return candidate, notes
         problem = f"{candidate.path}: {', '.join(damaged)} differs from what was written (SHA-256)"
@@ -107,7 +110,7 @@ def check_config(checkpoint: Checkpoint, run: Section, ranks: int) -> list[str]:
 
 
 def check_identity(checkpoint: Checkpoint, identity: dict[str, str]) -> None:
-    """Compares what the config's paths stand for, as identity.py names it.
+    """Compares what the config's paths stand for, as `identity_of` names it.
 
     Raises:
         ConfigError: another model, other data or another precision.
@@ -136,3 +139,28 @@ def set_aside_newer(output_dir: Path, resumed: Checkpoint) -> list[str]:
 
 def _none_left(folder: Path, problem: str) -> str:
     return f"{problem}, and no complete checkpoint is left in {folder}; --checkpoint.resume never starts over"
+
+
+def data_id(dataset) -> str:
+    """Of prepared pairs: every length and margin, in order, and the tokens of pairs spread evenly over the data."""
+    digest = hashlib.sha256(b"" if dataset.margins is None else dataset.margins)
+    for lengths in (dataset.prompt_lengths, dataset.chosen_lengths, dataset.rejected_lengths):
+        digest.update(np.ascontiguousarray(lengths, dtype=np.int64))
+    for row in np.unique(np.linspace(0, len(dataset) - 1, PAIRS).astype(int)):
+        pair = dataset[int(row)]
+        for tokens in (pair.prompt, pair.chosen, pair.rejected):
+            digest.update(np.ascontiguousarray(tokens, dtype=np.int64))
+    return digest.hexdigest()[:16]
+
+
+def identity_of(run: Section, model_config, policy_config: dict, dataset) -> dict[str, str]:
+    """What a checkpoint remembers of model, reference, data and precision; messages name these keys."""
+    known = {
+        MODEL: model_id(run.model.path, model_config),
+        "the data in data.train": data_id(dataset),
+        "the precision": "bf16" if is_bf16(policy_config) else "fp32",
+    }
+    reference = getattr(run, "reference", None)
+    if reference is not None and reference.path is not None:
+        known["the model in reference.path"] = model_id(reference.path, model_config)
+    return known

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ds.checkpoint.manifest import Checkpoint
+from dpo_ds.cluster import collectives
 from dpo_ds.errors import ConfigError
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -122,7 +122,7 @@ def load(engine, checkpoint: Checkpoint) -> list[dict]:
     Raises:
         ConfigError: the parameters are not the checkpoint's.
     """
-    shards, optimizer, rank = Shards(checkpoint), engine.optimizer, dist.get_rank()
+    shards, optimizer, rank = Shards(checkpoint), engine.optimizer, collectives.rank()
     groups = [[(engine.param_names[parameter], parameter) for parameter in group] for group in optimizer.fp16_groups]
     _check_names({name: parameter.ds_shape for group in groups for name, parameter in group}, shards)
     state = optimizer._rigid_state_dict()
@@ -148,24 +148,9 @@ def load(engine, checkpoint: Checkpoint) -> list[dict]:
     optimizer.checkpoint_event_prologue()
     optimizer.load_state_dict({rank: state})
     optimizer.checkpoint_event_epilogue()
-    if dist.get_world_size() == shards.ranks:
+    if collectives.world_size() == shards.ranks:
         set_random_state(shards.random_state(rank))
     return [shards.extra(saved) for saved in range(shards.ranks)]
-
-
-def own_slice(slices: Sequence[Tensor], numel: int) -> Tensor:
-    """This rank's part of a flattened tensor that the saving ranks held in ZeRO-3's slices, one in each `extra`.
-
-    Args:
-        slices: [ceil(numel / saving ranks)] each, the last one padded.
-    Returns:
-        [ceil(numel / ranks)], a copy, padded with zeros.
-    """
-    length = math.ceil(numel / dist.get_world_size())
-    own = slices[0].new_zeros(length)
-    part = torch.cat(list(slices))[:numel][dist.get_rank() * length :][:length]
-    own[: len(part)] = part
-    return own
 
 
 def random_state() -> dict:

@@ -16,15 +16,14 @@ from pathlib import Path
 from threading import Lock
 
 import torch
-import torch.distributed as dist
 
 from dpo_ds.checkpoint import faultpoints, manifest
+from dpo_ds.checkpoint.disk import HashingFile, Written
 from dpo_ds.checkpoint.host_copy import Content, HostCopy, capture, free_memory
 from dpo_ds.checkpoint.manifest import FOLDERS, LATEST, MANIFEST
-from dpo_ds.cluster import launch, shared_files
-from dpo_ds.cluster.shared_files import HashingFile, Written, in_background
+from dpo_ds.cluster import collectives, launch, shared_files
+from dpo_ds.cluster.shared_files import in_background
 from dpo_ds.config import Section, to_plain
-from dpo_ds.training import metrics
 
 LOOK_SECONDS = 1.0  # between two looks at a save that all ranks wait for
 
@@ -62,8 +61,8 @@ class CheckpointWriter:
 
         self.finish()
         temporary = (self.folder / _name(step)).with_suffix(".tmp")
-        needed = _state_bytes(engine) + dist.get_world_size() * _tensor_bytes(extra)
-        problem = self._prepare(temporary, needed) if dist.get_rank() == 0 else None
+        needed = _state_bytes(engine) + collectives.world_size() * _tensor_bytes(extra)
+        problem = self._prepare(temporary, needed) if collectives.rank() == 0 else None
         if _first(problem):
             self._failed(step, problem)
             return
@@ -95,17 +94,15 @@ class CheckpointWriter:
 
     def _make_room(self, needed: int) -> None:
         """Gives up the copy, on all ranks, where one of their hosts may lack the memory: half of what is free stays."""
-        share, here = needed // dist.get_world_size(), launch.from_environment().local_world_size
-        free: list = [None] * dist.get_world_size()
-        dist.all_gather_object(free, free_memory() // here // 2)
-        if min(free) < share:
+        share, here = needed // collectives.world_size(), launch.from_environment().local_world_size
+        if min(collectives.gather_objects(free_memory() // here // 2)) < share:
             self._copy = None
-        if dist.get_rank() == 0 and self._copy is None:
+        if collectives.rank() == 0 and self._copy is None:
             self._say(
                 f"checkpoint.asynchronous: a copy of {share} bytes a rank is more than half of the memory that is "
                 "free; training stands still while checkpoints are written"
             )
-        elif dist.get_rank() == 0:
+        elif collectives.rank() == 0:
             self._say(f"checkpoint.asynchronous: {share} bytes of memory a rank hold the copy that is written")
 
     def _prepare(self, temporary: Path, needed: int) -> str | None:
@@ -122,16 +119,15 @@ class CheckpointWriter:
 
     def _commit_if_written(self) -> bool:
         writing = self._writing
-        if metrics.reduce_max(not writing.is_done, writing.device):
+        if collectives.reduce_max(not writing.is_done, writing.device):
             return False
         self._writing = None
-        outcomes: list = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, writing.outcome())
+        outcomes = collectives.gather_objects(writing.outcome())
         if self._copy is not None:
             self._copy.clear()
         faultpoints.reach("shards-written")
         problem = None
-        if dist.get_rank() == 0:
+        if collectives.rank() == 0:
             with self._committing:
                 problem = self._commit(outcomes, writing.folder, writing.step)
         if _first(problem):
@@ -224,7 +220,7 @@ class _Writing:
             write_into(file)
             written[name] = file.close()
             if file.error is not None and problem is None:
-                problem = f"rank {dist.get_rank()}: {file.error.strerror}"
+                problem = f"rank {collectives.rank()}: {file.error.strerror}"
         return written, problem
 
 
@@ -258,6 +254,4 @@ def _tensor_bytes(state) -> int:
 
 def _first(problem: str | None) -> bool:
     """Whether rank 0 has a problem; all ranks enter."""
-    box = [problem is not None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return collectives.from_rank_0(problem is not None)

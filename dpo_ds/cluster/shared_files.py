@@ -1,92 +1,30 @@
-"""Files that are on the disk when a call returns, and their SHA-256; no torch, no deepspeed."""
+"""Writes and locks files that several processes or nodes share; no torch, no deepspeed.
+
+A write is on the disk when the call returns. A folder is filled by one job at a time: `FolderLock` is POSIX's record
+lock on a file there, which the kernel gives back when a process ends, however it ends. It holds between nodes on NFS
+(version 4, or 3 with its lock daemon) and on parallel file systems mounted with locks; where there are none, a line
+says so.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import secrets
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_ds.checkpoint import faultpoints
+from dpo_ds.errors import ConfigError
 
 CHUNK = 16 << 20
-WORTH_A_THREAD = 1 << 20  # bytes that take longer to hash than a thread takes to start
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a file on disk must be."""
-
-    size: int
-    sha256: str
-
-
-class HashingFile:
-    """A file to write into whose hash is known at the end, computed beside the writing.
-
-    A disk that fills up or breaks raises nothing here: the rest is thrown away and `error` says why, so that a rank can
-    go on to where all ranks meet.
-    """
-
-    def __init__(self, path: Path):
-        self.error: OSError | None = None
-        self.size = 0
-        self._path, self._digest = path, hashlib.sha256()
-        self._file = None
-        self._sent = 0  # bytes that the disk has been told to take
-        self._attempt(self._open)
-
-    def write(self, data) -> int:
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), CHUNK):
-            part = view[start : start + CHUNK]
-            if self.error is None and len(part) < WORTH_A_THREAD:
-                self._digest.update(part)
-                self._attempt(self._write_all, part)
-            elif self.error is None:
-                hashed = in_background(lambda part=part: self._digest.update(part))  # both let go of Python's lock
-                self._attempt(self._write_all, part)
-                hashed.result()
-            self.size += len(part)
-            faultpoints.reach("shard-half-written")
-        return len(view)
-
-    def flush(self) -> None:
-        """torch.save's; what counts is close."""
-
-    def close(self) -> Written:
-        """Waits for the disk."""
-        if self._file is not None:
-            if self.error is None:
-                self._attempt(os.fsync, self._file.fileno())
-                self._attempt(self._let_go, self.size)
-            self._attempt(self._file.close)
-        return Written(self.size, self._digest.hexdigest())
-
-    def _open(self) -> None:
-        self._file = open(self._path, "wb", buffering=0)
-
-    def _write_all(self, part: memoryview) -> None:
-        end = self.size + len(part)
-        while part:
-            part = part[self._file.write(part) :]  # an unbuffered write may stop short
-        if end - self._sent >= CHUNK:
-            self._let_go(end)
-
-    def _let_go(self, end: int) -> None:
-        """Of the page cache: Linux starts writing such pages at once, so that little is left to wait for in close."""
-        os.posix_fadvise(self._file.fileno(), 0, end, os.POSIX_FADV_DONTNEED)
-        self._sent = end
-
-    def _attempt(self, action, *args) -> None:
-        try:
-            action(*args)
-        except OSError as error:
-            self.error = self.error or error
+LOCK_FILE = ".lock"
+LOCK_TAKEN = (errno.EACCES, errno.EAGAIN)  # POSIX allows both
 
 
 def in_background(call: Callable) -> Future:
@@ -134,3 +72,62 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class FolderLock:
+    """Byte `rank` of the file is a rank's; whoever begins has all bytes, so that no rank of another job may be left.
+
+    The file stays open: closing any descriptor of it would give the lock back. key: by which the user gave the folder.
+    """
+
+    def __init__(self, folder: Path, rank: int, key: str):
+        self._path, self._rank, self._key = folder / LOCK_FILE, rank, key
+        self._file = self._path.open("a+", encoding="utf-8")
+
+    def take(self, say: Callable[[Iterable[str]], None]) -> None:
+        """All of it, before anything else is done; rank 0 alone.
+
+        Raises:
+            ConfigError: another job is at work there.
+        """
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in LOCK_TAKEN:
+                say([f"{self._path}: {error.strerror}; where there are no locks, start no second job there meanwhile"])
+                return
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            folder = f"--{self._key} {self._path.parent}"
+            raise ConfigError(f"{folder}: {holder} is filling it; wait for its end, or give another folder") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Gives it back; no name stays in the file, so that a finished folder has the same bytes whoever filled it."""
+        if self._rank == 0:
+            self._file.truncate(0)
+        self._file.close()
+
+    def share(self, barrier: Callable[[], None]) -> None:
+        """From rank 0's alone to every rank's own: the last to end gives it back. All ranks enter."""
+        no_locks = contextlib.suppress(OSError)  # of a file system without them: rank 0 has said so
+        with no_locks:
+            if self._rank == 0:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 0, 1)  # all but byte 0
+        barrier()
+        with no_locks:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
+        barrier()
+
+
+def make_writable(folder: Path, key: str) -> None:
+    """ConfigError where `--KEY FOLDER` cannot be made or written into."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        why = f"not writable ({error.strerror}); choose another folder"
+        raise ConfigError(f"--{key} {folder}: {why}") from None

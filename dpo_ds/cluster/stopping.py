@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from dpo_ds.cluster import collectives
 from dpo_ds.config import CheckpointSection
 from dpo_ds.errors import ConfigError
-from dpo_ds.training import metrics
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TIME_LIMIT = 1  # beside signal numbers; no signal that we take has this one
@@ -82,7 +82,7 @@ class StopFlag:
         mine = self._signal
         if not mine and self._deadline is not None and time.time() >= self._deadline:
             mine = TIME_LIMIT
-        told = int(metrics.reduce_max(mine, device))
+        told = int(collectives.reduce_max(mine, device))
         if told == 0:
             return ""
         return "the time limit is near" if told == TIME_LIMIT else f"{signal.Signals(told).name} received"

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch.distributed as dist
+from dpo_ds.cluster import collectives
 
 PEER_SECONDS, HANG_SECONDS = "DPO_DS_PEER_SECONDS", "DPO_DS_HANG_SECONDS"  # environment variables
 DEFAULT_PEER_SECONDS = 60  # without a sign of life from a rank's process
@@ -67,7 +67,7 @@ class PeerWatch:
     """Starts watching; all ranks enter. `on_end(reason)` is called once before this process ends with exit code 1."""
 
     def __init__(self, on_end: Callable[[str], None]):
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.rank, self.ranks = collectives.rank(), collectives.world_size()
         self.peer_seconds = float(os.environ.get(PEER_SECONDS, DEFAULT_PEER_SECONDS))
         self.hang_seconds = float(os.environ.get(HANG_SECONDS, DEFAULT_HANG_SECONDS))
         self._beat = min(5.0, self.peer_seconds / 4, self.hang_seconds / 4)
@@ -75,15 +75,14 @@ class PeerWatch:
         self._step, self._ticks = 0, 0
         self._last_words = ""
         listener = _listen(self.ranks) if self.rank == 0 else None
-        box = [listener.getsockname()[1] if listener else None]
-        dist.broadcast_object_list(box, src=0)
+        port = collectives.from_rank_0(listener.getsockname()[1] if listener else None)
         if listener:
             self._peers = {rank: _Peer() for rank in range(1, self.ranks)}
             self._connections: list[socket.socket] = []
             self._thread = threading.Thread(target=self._lead, args=(listener,), daemon=True)
         else:
             self._peers = {0: _Peer()}
-            self._socket = socket.create_connection((os.environ["MASTER_ADDR"], box[0]), timeout=self.peer_seconds)
+            self._socket = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=self.peer_seconds)
             self._socket.sendall(f"hello {self.rank}\n".encode())
             self._thread = threading.Thread(target=self._follow, daemon=True)
         self._wake, self._waker = socket.socketpair()

@@ -183,7 +183,7 @@ def _leave_status(argv: Sequence[str], mistake: str) -> None:
 
     Without an earlier run it is written for torchrun's sake, which returns 1 whatever the ranks do.
     """
-    from dpo_ds.training.tracking import write_status
+    from dpo_ds.training.output_dir import write_status
 
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     given.add_argument("--output_dir")

@@ -13,15 +13,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
-from dpo_ds.checkpoint.identity import MODEL, model_id
 from dpo_ds.checkpoint.manifest import MANIFEST, Checkpoint, open_folder
 from dpo_ds.checkpoint.resume import find
 from dpo_ds.checkpoint.shards import ENGINE_PREFIX, Shards
 from dpo_ds.config import ExportConfig, ModelSection
 from dpo_ds.errors import ConfigError
 from dpo_ds.models import lora
-from dpo_ds.models.causal_lm import check_model, load_tokenizer
 from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, write_rest, write_shards, write_words
+from dpo_ds.models.fingerprint import MODEL, model_id
+from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -13,27 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dpo_ds.batch import PAIR, PreferencePair
 from dpo_ds.checkpoint.manifest import versions
-from dpo_ds.cluster import launch
-from dpo_ds.cluster.folder_lock import FolderLock
+from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.launch import Launch
-from dpo_ds.commands.preflight import (
-    check_fit,
-    check_reference_model,
-    make_writable,
-    prepare_data,
-    process_group,
-    speaker,
-    this_machine,
-)
+from dpo_ds.cluster.process_group import process_group, speaker, this_machine
+from dpo_ds.cluster.shared_files import FolderLock, make_writable
+from dpo_ds.commands.preflight import check_fit, check_reference_model, prepare_data
 from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout
-from dpo_ds.models.causal_lm import check_model, load_tokenizer
+from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.reference.cache import (
     FORMAT,
     KeyIndex,
@@ -52,7 +44,7 @@ from dpo_ds.reference.cache import (
 from dpo_ds.reference.cached import check_identity, identity, kernels, refuse_random_weights
 from dpo_ds.reference.store import data_keys
 from dpo_ds.reference.verify import verify
-from dpo_ds.training.progress import Progress
+from dpo_ds.training.tracking import Progress
 
 NO_DEEPSPEED = "none"
 
@@ -166,8 +158,11 @@ def missing_rows(keys: np.ndarray, manifest: Manifest | None) -> np.ndarray:
 
 def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device) -> None:
     """Model, shards, manifest; all ranks together, or, as replicas, each on its own from the first shard on."""
-    from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-    from dpo_ds.models.engine import FrozenModel, Replica, finish_distributed, from_rank_0, settle_layout
+    from dpo_ds.cluster.collectives import from_rank_0
+    from dpo_ds.cluster.process_group import leave
+    from dpo_ds.models.causal_lm import LogProbModel
+    from dpo_ds.models.engine import FrozenModel, Replica, settle_layout
+    from dpo_ds.models.loading import load_causal_lm
 
     say = speaker(place)
     precision = work.engine or {"bf16": {"enabled": this_machine(place).has_bf16 and device.type == "cuda"}}
@@ -177,7 +172,7 @@ def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device)
     say([note.replace("train.layout", "precompute.layout")] if note else [])
     layout = Layout(layout_name, PAIR, run.precompute.micro_batch_tokens, work.hidden_size)
 
-    work.lock.share(dist.barrier)
+    work.lock.share(collectives.barrier)
     of_model, folder = from_rank_0(work.identity), Path(run.reference.cache)
     threads, used = run.precompute.threads, versions()
     settings = kernels(model, layout_name) | {"micro_batch_tokens": layout.budget, "threads": threads}
@@ -192,12 +187,12 @@ def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device)
     say([f"{done} of {len(work.shards)} shards are there already"] if done else [])
 
     if work.engine is None:
-        finish_distributed()  # from here on no rank waits for another
+        leave()  # from here on no rank waits for another
         todo = todo[place.rank :: place.world_size]
     rank, ranks = (0, 1) if work.engine is None else (place.rank, place.world_size)
     compute_shards(model, work, todo, layout, folder, head, rank, ranks, place.is_first)
     if work.engine is not None:
-        dist.barrier()
+        collectives.barrier()
     paths = [work.path(folder, shard) for shard in range(len(work.shards))]
     if place.is_first if work.engine else all(path.exists() for path in paths):  # of replicas, whoever ends last
         build = {**settings, "shard_rows": run.precompute.shard_rows, "shards": [{"file": path.name} for path in paths]}

@@ -5,11 +5,8 @@ Every rank runs it; the first of each node prepares the data, the others wait fo
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +14,11 @@ import torch
 
 from dpo_ds import data
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.checkpoint import identity, resume
+from dpo_ds.checkpoint import resume
 from dpo_ds.checkpoint.manifest import Checkpoint
 from dpo_ds.cluster import stopping
 from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster.process_group import Say, speaker, this_machine
 from dpo_ds.config import (
     DataSection,
     PrecomputeConfig,
@@ -35,13 +33,12 @@ from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import steps_per_epoch
 from dpo_ds.data.prompts import Prompt
 from dpo_ds.errors import ConfigError
-from dpo_ds.models.causal_lm import check_model, load_tokenizer
+from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.lora import check_lora
 from dpo_ds.models.reward_model import check_reward_model
 from dpo_ds.reference import cached
 from dpo_ds.reference.cached import CachedRows
 
-Say = Callable[[Iterable[str]], None]
 CACHE = "the cache in reference.cache"  # among what a checkpoint remembers
 CALIBRATION = "calibration"  # beside train and eval
 
@@ -108,7 +105,7 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
     _check_an_epoch(prepared["train"].sources, run)
     if place.is_first:
         _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
-    known = identity.of_run(run, model_config, policy_config, prepared["train"])
+    known = resume.identity_of(run, model_config, policy_config, prepared["train"])
     if manifest is not None:
         recorded = candidates[0].manifest["identity"].get(CACHE) if candidates else None
         known[CACHE] = recorded if recorded in manifest.ids else manifest.id  # a cache may have grown since
@@ -127,38 +124,6 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
         rows,
         prepared.get(CALIBRATION),
     )
-
-
-def speaker(place: Launch) -> Say:
-    """Prints lines on rank 0."""
-
-    def say(lines: Iterable[str]) -> None:
-        if place.is_first:
-            for line in lines:
-                print(f"dpo-ds: {line}", flush=True)
-
-    return say
-
-
-@contextlib.contextmanager
-def process_group(place: Launch) -> Iterator[torch.device]:
-    """This rank's device, in the group of all ranks, who enter together; deepspeed comes in here, after every check."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
-    from dpo_ds.models import engine
-
-    engine.quiet_libraries()
-    device = engine.initialize_distributed(place)
-    try:
-        yield device
-    finally:
-        engine.finish_distributed()
-
-
-def this_machine(place: Launch) -> ds_config.Machine:
-    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    has_bf16 = has_cuda and torch.cuda.is_bf16_supported()
-    return ds_config.Machine(place.world_size, "cuda" if has_cuda else "cpu", has_bf16)
 
 
 def prepare_data(
@@ -187,17 +152,6 @@ def prepare_data(
         if place.is_first:
             print(f"{split} data: {data.format_census(prepared[split].census)}", flush=True)
     return prepared
-
-
-def make_writable(folder: Path, key: str) -> None:
-    """ConfigError where `--KEY FOLDER` cannot be made or written into."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        why = f"not writable ({error.strerror}); choose another folder"
-        raise ConfigError(f"--{key} {folder}: {why}") from None
 
 
 LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt")

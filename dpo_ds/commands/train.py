@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
 import socket
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-
-import torch.distributed as dist
-import yaml
 
 from dpo_ds.checkpoint.manifest import versions
 from dpo_ds.checkpoint.resume import choose, set_aside_newer
 from dpo_ds.checkpoint.writer import CheckpointWriter
-from dpo_ds.cluster import launch, stopping
+from dpo_ds.cluster import collectives, launch, stopping
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.stopping import StopFlag, Stopped
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.commands import preflight
-from dpo_ds.config import RECORDED, RewardConfig, Section, SftConfig, TrainConfig, reference_section, to_plain
-from dpo_ds.errors import ConfigError, UserError
+from dpo_ds.config import RewardConfig, Section, SftConfig, TrainConfig, reference_section, to_plain
+from dpo_ds.errors import UserError
 from dpo_ds.models import lora
-from dpo_ds.training.diagnostics import ChosenFalls
-from dpo_ds.training.tracking import Tracker, write_status
-
-PIDS = "pids"  # folder in output_dir: a file HOST-RANK for every running rank, for scripts that signal them
+from dpo_ds.training.output_dir import (
+    PIDS,
+    keeping_status,
+    last_metrics_of,
+    last_step,
+    set_aside,
+    write_config,
+    write_status,
+)
+from dpo_ds.training.tracking import ChosenFalls, Tracker
 
 
 def start(command: str, run: Section) -> int:
@@ -64,9 +64,10 @@ def train(
 ) -> None:  # fmt: skip
     """Models into engines, the loop, the exported model; all ranks together."""
     from dpo_ds.checkpoint import shards
+    from dpo_ds.cluster.collectives import from_rank_0
     from dpo_ds.data.batching import Layout
     from dpo_ds.models import export
-    from dpo_ds.models.engine import from_rank_0, settle_layout
+    from dpo_ds.models.engine import settle_layout
     from dpo_ds.reference.cached import spot_check
     from dpo_ds.reference.live import LiveReference
     from dpo_ds.training import reward
@@ -97,7 +98,7 @@ def train(
     tracker = None
     if place.is_first:
         if run.checkpoint.resume == "never":
-            _set_aside(output_dir)
+            set_aside(output_dir)
         write_config(output_dir, run, used, place)
         watch = ChosenFalls(run.loss.beta, reference is not None) if isinstance(run, TrainConfig) else None
         tracker = Tracker(output_dir, first_step - 1, total_steps(prepared.data.sources, run.train), watch)
@@ -115,8 +116,9 @@ def train(
         writer.finish()  # the checkpoint that is being written stays, too
         raise
     if isinstance(run, RewardConfig):
-        say(reward.finish(trainer, run.reward, prepared))
-    metrics = _last_metrics(output_dir, objective.names) | trainer.last_metrics
+        data = prepared.data if prepared.calibration_data is None else prepared.calibration_data
+        say(reward.finish(trainer, run.reward, data, prepared.tokenizer))
+    metrics = last_metrics_of(output_dir, objective.names) | trainer.last_metrics
     card = export.model_card(command, to_plain(run), metrics, used)
     merge = isinstance(run, RewardConfig)  # adapters alone would lack the head
     getting_on = partial(peers.progress, trainer.total_steps)
@@ -128,8 +130,9 @@ def train(
 
 def _policy(run: SftConfig, prepared: preflight.Prepared, device):
     """The model that is trained, in its engine; all ranks together."""
-    from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+    from dpo_ds.models.causal_lm import LogProbModel
     from dpo_ds.models.engine import Policy
+    from dpo_ds.models.loading import load_causal_lm
     from dpo_ds.models.reward_model import RewardModel, load_classifier
 
     is_reward = isinstance(run, RewardConfig)
@@ -149,7 +152,7 @@ def _objective(run: SftConfig, prepared: preflight.Prepared, reference, device):
     from dpo_ds.training.preference import PreferenceObjective
     from dpo_ds.training.reward import RewardObjective
     from dpo_ds.training.shaping import Shaping
-    from dpo_ds.training.trainer import SupervisedObjective
+    from dpo_ds.training.supervised import SupervisedObjective
 
     if isinstance(run, TrainConfig):
         return PreferenceObjective(make_loss(run.loss), reference, Shaping.of(run.loss))
@@ -181,13 +184,13 @@ def _watched(output_dir: Path, place: Launch, stop: StopFlag) -> Iterator[PeerWa
 
     def failed(reason: str) -> None:
         if place.is_first or (place.rank == 1 and reason.startswith("rank 0 ")):  # then nobody else is left to write it
-            write_status(output_dir, "failed", reason, _last_step(output_dir), exit_code=1)
+            write_status(output_dir, "failed", reason, last_step(output_dir), exit_code=1)
 
     peers = PeerWatch(failed) if place.world_size > 1 else Silent()
     if place.is_first:
         shutil.rmtree(output_dir / PIDS, ignore_errors=True)
         (output_dir / PIDS).mkdir()
-    dist.barrier()
+    collectives.barrier()
     pid = output_dir / PIDS / f"{socket.gethostname()}-{place.rank}"
     pid.write_text(f"{os.getpid()}\n", encoding="utf-8")
     with stop.taking_signals(lambda: failed("interrupted twice, without a checkpoint of the last steps")):
@@ -203,78 +206,3 @@ def _watched(output_dir: Path, place: Launch, stop: StopFlag) -> Iterator[PeerWa
             pid.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def keeping_status(output_dir: Path, place: Launch):
-    """STATUS.json from running to done or failed, on rank 0."""
-    if not place.is_first:
-        yield
-        return
-    _make_writable(output_dir)
-    write_status(output_dir, "running")
-    try:
-        yield
-    except Stopped as stopped:
-        write_status(output_dir, "stopped", str(stopped), stopped.step, stopping.EXIT_STOPPED)
-        print(f"dpo-ds: stopped after step {stopped.step}: {stopped}", flush=True)
-        raise
-    except UserError as mistake:
-        write_status(output_dir, "failed", str(mistake), _last_step(output_dir), exit_code=2)
-        raise
-    except BaseException as fault:
-        write_status(output_dir, "failed", f"{type(fault).__name__}: {fault}", _last_step(output_dir), exit_code=1)
-        raise
-    write_status(output_dir, "done", step=_last_step(output_dir), exit_code=0)
-
-
-def _make_writable(output_dir: Path) -> None:
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"--output_dir {output_dir}: not writable ({error.strerror}); choose another folder"
-        ) from None
-
-
-def _set_aside(output_dir: Path) -> None:
-    """checkpoint.resume never in a folder that holds a run: what is there moves into a folder of its own."""
-    names = ("checkpoints", "metrics.jsonl", "config.yaml", "tensorboard", "final")
-    there = [output_dir / name for name in names if (output_dir / name).exists()]
-    if there:
-        aside = output_dir / f"before-{datetime.now():%Y%m%d-%H%M%S}"
-        aside.mkdir()
-        for path in there:
-            shutil.move(path, aside / path.name)
-        print(f"dpo-ds: starting over; the run that was in {output_dir} is now in {aside}", flush=True)
-
-
-def write_config(output_dir: Path, run: Section, used: dict, place: Launch) -> None:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        commit = None  # no git on this machine
-    environment = {"versions": used, "git_commit": commit, "ranks": place.world_size, "threads": place.threads}
-    text = yaml.safe_dump(to_plain(run) | {RECORDED: environment}, sort_keys=False)
-    (output_dir / "config.yaml").write_text(text, encoding="utf-8")
-
-
-def _last_step(output_dir: Path) -> int:
-    """The last step that metrics.jsonl holds."""
-    lines = _last_lines(output_dir)
-    return lines[-1]["step"] if lines else 0
-
-
-def _last_metrics(output_dir: Path, names: Sequence[str]) -> dict:
-    """What metrics.jsonl says of the last step and its evaluation: the run may have had no step left to take."""
-    lines = _last_lines(output_dir)
-    return {name: line[name] for line in lines for name in line if name.removeprefix("eval_") in names}
-
-
-def _last_lines(output_dir: Path) -> list[dict]:
-    """The last two of metrics.jsonl."""
-    path = output_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines[-2:] if line.endswith("\n")]  # a process may have died while writing

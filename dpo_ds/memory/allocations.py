@@ -21,7 +21,7 @@ from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError, UserError
 from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
-from dpo_ds.models.causal_lm import check_model
+from dpo_ds.models.loading import check_model
 
 GIB = 1 << 30
 OVERHEAD = 2 * GIB  # of a GPU: CUDA context, NCCL, cuBLAS workspaces, fragmentation; assumed, not measured

@@ -31,7 +31,7 @@ from dpo_ds.config import LoraSection
 from dpo_ds.logprobs.chunked import TILES, Tiles
 from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION, segment_table
-from dpo_ds.models.causal_lm import switch_dropout_off
+from dpo_ds.models.loading import switch_dropout_off
 
 FLASH = "dpo_ds_shapes_only"  # transformers looks for a kernel where a name says flash
 GRADIENT_ROWS, LOGITS_BYTES = 65536, 1 << 30  # of logprobs/triton.py's TILES, kept equal by a test: triton is optional

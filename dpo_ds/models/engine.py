@@ -4,88 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+import math
+from collections.abc import Sequence
 
 import deepspeed
 import deepspeed.ops
 import torch
-import torch.distributed as dist
-import transformers
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from pydantic import ValidationError
 from torch import Tensor
 
 from dpo_ds.batch import PAIR, Batch, PairLogps, padded_batch
-from dpo_ds.cluster import rendezvous
-from dpo_ds.cluster.launch import Launch, complete_environment
-from dpo_ds.errors import ConfigError, ModelError, UserError
+from dpo_ds.cluster import collectives
+from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.logprobs import TokenStatistics
 from dpo_ds.models.attention import canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.models.causal_lm import LogProbModel
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
-
-def initialize_distributed(launch: Launch) -> torch.device:
-    """Joins the process group and returns this rank's device. All ranks enter."""
-    complete_environment(launch)
-    rendezvous.wait_for_all()
-    torch.set_num_threads(launch.threads)
-    if get_accelerator().device_name() == "cpu":
-        # Built with ninja and a compiler inside init_distributed otherwise; gloo gives the same bits.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # The deepspeed program sets it; where it is missing, DeepSpeed starts numactl at every reduction to count them.
-        os.environ.setdefault("LOCAL_SIZE", str(launch.local_world_size))
-        device = torch.device("cpu")
-    else:
-        get_accelerator().set_device(launch.local_rank)
-        device = torch.device(get_accelerator().device_name(launch.local_rank))
-    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False)
-    return device
-
-
-def quiet_libraries() -> None:
-    """Chatter, progress bars and deprecations of the libraries off, unless DPO_DS_VERBOSE asks for them."""
-    if os.environ.get("DPO_DS_VERBOSE"):
-        return
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for caller in ("torch", "transformers", "deepspeed"):  # they call what each other will rename
-        warnings.filterwarnings("ignore", category=FutureWarning, module=caller)
-
-
-def finish_distributed() -> None:
-    """Leaves the process group; without this a rank can abort at exit after a run that was fine."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def from_rank_0(value):
-    """Rank 0's object on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-@contextlib.contextmanager
-def raising_together() -> Iterator[None]:
-    """Raises the mistake of the first rank that has one on every rank, so that rank 0 tells it. All ranks enter."""
-    mistake = None
-    try:
-        yield
-    except UserError as error:
-        mistake = error
-    found: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mistake)
-    first = next(filter(None, found), None)
-    if first is not None:
-        raise first
 
 
 class Policy:
@@ -295,3 +229,18 @@ def _initialize(model: LogProbModel, ds_config: dict, **kwargs):
     except (deepspeed.DeepSpeedConfigError, ValidationError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"DeepSpeed refuses its configuration: {' '.join(lines[:3])}") from error
+
+
+def own_slice(slices: Sequence[Tensor], numel: int) -> Tensor:
+    """This rank's part of a flattened tensor that the saving ranks held in ZeRO-3's slices, one in each `extra`.
+
+    Args:
+        slices: [ceil(numel / saving ranks)] each, the last one padded.
+    Returns:
+        [ceil(numel / ranks)], a copy, padded with zeros.
+    """
+    length = math.ceil(numel / collectives.world_size())
+    own = slices[0].new_zeros(length)
+    part = torch.cat(list(slices))[:numel][collectives.rank() * length :][:length]
+    own[: len(part)] = part
+    return own

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from dpo_ds import __version__
+from dpo_ds.cluster import collectives
 from dpo_ds.models import lora
 
 SHARD_BYTES = 5 * 10**9
@@ -34,7 +34,7 @@ def gathered_state_dict(causal_lm) -> dict[str, torch.Tensor]:
     """
     import deepspeed
 
-    is_first, state, seen = dist.get_rank() == 0, {}, {}
+    is_first, state, seen = collectives.rank() == 0, {}, {}
     for name, parameter in causal_lm.named_parameters(remove_duplicate=False):
         with deepspeed.zero.GatheredParameters([parameter]):
             if is_first:
@@ -57,7 +57,7 @@ def export(
     """
     import deepspeed
 
-    is_first = dist.get_rank() == 0
+    is_first = collectives.rank() == 0
     held = tensors = dict(causal_lm.named_parameters()) | persistent_buffers(causal_lm)
 
     def read(name: str) -> torch.Tensor | None:
@@ -88,7 +88,7 @@ def export(
     if is_first:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    dist.barrier()
+    collectives.barrier()
 
 
 def persistent_buffers(causal_lm) -> dict[str, torch.Tensor]:

@@ -15,6 +15,9 @@ from transformers.utils import cached_file
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
 
+SAMPLE = 1 << 20  # bytes read at the start and at the end of a weights file
+MODEL = "the model in model.path"
+WEIGHTS = ("*.safetensors", "*.bin")
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
 READ_BYTES = 1 << 24
@@ -96,3 +99,19 @@ def _tensors(file: Path) -> Iterator[Tensor]:
         if stop > size:
             raise ModelError(f"{file}: cut off at {size} bytes, tensor {name} ends at {stop}")
         yield Tensor(file, name, f"{entry['dtype']} {entry['shape']}", start, stop)
+
+
+def model_id(path: str, config) -> str:
+    """Of a folder: its config, and every weights file's name, size, first and last MiB; of a Hub id: the commit."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{path}@{getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(SAMPLE))
+            stream.seek(max(0, size - SAMPLE))
+            digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()[:16]

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
+from dpo_ds.cluster import collectives
 from dpo_ds.config import GenerationSection
 from dpo_ds.errors import ModelError
 
@@ -157,9 +157,7 @@ class Generator:
 
     def _anyone(self, works: bool) -> bool:
         """Whether a rank is about to run a forward. All ranks enter."""
-        flag = torch.tensor([int(works)], device=self.model.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        return collectives.reduce_max(works, self.model.device) > 0
 
     def _dummy_forward(self) -> None:
         one = torch.ones((1, 1), dtype=torch.long, device=self.model.device)

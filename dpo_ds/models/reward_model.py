@@ -7,16 +7,17 @@ a new head; a classifier of one label is trained on.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from dpo_ds.batch import Batch
+from dpo_ds.cluster import collectives
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
-from dpo_ds.models.causal_lm import CLASSIFIER, hidden_states, load_model
+from dpo_ds.models.causal_lm import hidden_states
+from dpo_ds.models.loading import CLASSIFIER, load_model
 
 REWARD_MEAN = "reward_mean"  # in config.json: the mean score over calibration data, which scoring subtracts
 HEAD = "score.weight"
@@ -117,7 +118,7 @@ def _draw(weight: nn.Parameter, seed: int) -> None:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):  # rank 0's is broadcast
-        if dist.get_rank() == 0:
+        if collectives.rank() == 0:
             weight.data.copy_(INITIAL_STD * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
 
 

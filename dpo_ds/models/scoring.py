@@ -32,8 +32,8 @@ from dpo_ds.data.formats import Conversation
 from dpo_ds.data.rows import shorten
 from dpo_ds.data.tokenize import PairTokenizer, Tokenized
 from dpo_ds.errors import ConfigError, ModelError, UserError
-from dpo_ds.models.causal_lm import check_complete, check_folder, load_tokenizer, one_line
 from dpo_ds.models.fingerprint import weights_digest
+from dpo_ds.models.loading import check_complete, check_folder, load_tokenizer, one_line
 from dpo_ds.models.reward_model import REWARD_MEAN, RewardHead
 
 REGEX = "regex:"

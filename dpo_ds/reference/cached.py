@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ds import config
 from dpo_ds.batch import Batch, sum_per_sequence
+from dpo_ds.cluster import collectives
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.config import PrecomputeConfig, TrainConfig, reference_section
 from dpo_ds.data import PairDataset
@@ -26,7 +26,6 @@ from dpo_ds.models.fingerprint import weights_digest
 from dpo_ds.reference import Reference
 from dpo_ds.reference.cache import Manifest, check_shards, read_manifest
 from dpo_ds.reference.store import Store, data_rows, open_store
-from dpo_ds.training.metrics import reduce_max
 
 SPOT_CHECK_PAIRS = 8
 SPOT_CHECK_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # mean nats a token of one completion
@@ -169,12 +168,12 @@ def spot_check(run: TrainConfig, policy, cached: CachedRows, layout: Layout) -> 
     lengths = Lengths.of(data, picked)
     worst = 0.0
     with policy.evaluating():
-        for members in plan(lengths, layout, dist.get_world_size())[dist.get_rank()]:
+        for members in plan(lengths, layout, collectives.world_size())[collectives.rank()]:
             batch = layout.collate([data[int(picked[position])] for position in members])
             error = (policy.token_logps(batch).cpu() - cached.token_logps(batch)).abs()
             means = sum_per_sequence(error, batch.target_counts) / batch.target_counts
             worst = max([worst, *means.nan_to_num(nan=float("inf")).tolist()])
-    worst = reduce_max(worst, policy.device)
+    worst = collectives.reduce_max(worst, policy.device)
     if worst > tolerance:
         raise ConfigError(
             f"--reference.cache {cached.manifest.folder}: {len(picked)} pairs recomputed with {run.model.path} differ "

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dpo_ds.batch import Batch
-from dpo_ds.checkpoint import shards
 from dpo_ds.config import ModelSection, ReferenceSection
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import FrozenModel, Policy
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import FrozenModel, Policy, own_slice
+from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference import Reference
 
 
@@ -43,5 +43,5 @@ class LiveReference(Reference):
         if self.settings.update_every:
             numels = {name: parameter.ds_numel for name, parameter in self.model.engine.module.named_parameters()}
             self.model.set_slices(
-                {name: shards.own_slice([state[name] for state in states], numel) for name, numel in numels.items()}
+                {name: own_slice([state[name] for state in states], numel) for name, numel in numels.items()}
             )

@@ -8,7 +8,6 @@ import resource
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ds.batch import PairLogps
@@ -42,32 +41,6 @@ def named(names: Sequence[str], means: Tensor) -> dict[str, float]:
     for name, mean in values:
         found[name] = mean if names.count(name) == 1 else found.get(name, 0.0) + abs(mean)
     return found
-
-
-def reduce_sum(values: Tensor) -> Tensor:
-    """The sum over ranks; all ranks enter."""
-    dist.all_reduce(values)
-    return values
-
-
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows [n, columns] of all ranks, in their order, and where this rank's begin; all ranks enter."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    sizes = [int(count) for count in counts]
-    padded = rows.new_zeros(max(sizes), rows.shape[1])
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    own = dist.get_rank()
-    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)]), sum(sizes[:own])
-
-
-def reduce_max(value: float, device: torch.device) -> float:
-    """The largest over ranks; all ranks enter."""
-    largest = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.item()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_ds.batch import PAIR, Batch, PairLogps
+from dpo_ds.cluster import collectives
 from dpo_ds.losses import Loss, WeightedSum
 from dpo_ds.models.engine import Policy
 from dpo_ds.reference import Reference
@@ -104,7 +105,7 @@ class PreferenceObjective(Objective):
                 logps, reference = self._sums(policy.token_logps(batch), self.reference.token_logps(batch), batch)
                 sums = (logps.chosen, logps.rejected, reference.chosen, reference.rejected)
                 rows.append(torch.stack([*sums, logps.chosen_tokens.float(), logps.rejected_tokens.float()], dim=1))
-        everyones, start = metrics.gather_rows(torch.cat(rows))
+        everyones, start = collectives.gather_rows(torch.cat(rows))
         chosen, rejected, reference_chosen, reference_rejected, *counts = everyones.unbind(1)
         leaves = (chosen.clone().requires_grad_(), rejected.clone().requires_grad_())
         losses = self.loss(PairLogps(*leaves, *counts), PairLogps(reference_chosen, reference_rejected, *counts))

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
 from dpo_ds.batch import PAIR, Batch
-from dpo_ds.commands.preflight import Prepared
 from dpo_ds.config import RewardSection
 from dpo_ds.models.engine import Policy
 from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
@@ -108,18 +107,17 @@ class MeanReward(Objective):
         return total, total[None]
 
 
-def finish(trainer: Trainer, section: RewardSection, prepared: Prepared) -> list[str]:
-    """Puts into model and tokenizer what scoring needs of them: the mean reward over the calibration data, and padding.
+def finish(trainer: Trainer, section: RewardSection, data, tokenizer) -> list[str]:
+    """Puts into model and tokenizer what scoring needs of them: the mean reward over `data`, and padding.
 
     Returns lines for the user. All ranks enter, after the last update.
     """
-    data = prepared.data if prepared.calibration_data is None else prepared.calibration_data
     rows = spread(len(data), section.calibration_rows)
     mean = trainer.means(MeanReward(), data, rows, trainer.total_steps)
     trainer.last_metrics |= mean
     classifier = trainer.policy.causal_lm
     classifier.config.update(mean)
-    note = settle_padding(classifier, prepared.tokenizer)
+    note = settle_padding(classifier, tokenizer)
     line = f"{REWARD_MEAN} {mean[REWARD_MEAN]:.6g}, over {len(rows)} of {len(data)} pairs"
     return [line] if note is None else [line, note]
 

@@ -7,11 +7,17 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dpo_ds.training.diagnostics import ChosenFalls
+from dpo_ds.training.output_dir import keep_metrics_until
+
+WINDOW = 20  # steps whose mean is judged
+FALL = 0.1  # of the chosen completions' log-prob where the run began
+LINE_SECONDS = 10
+
 
 PLAIN_LINE_SECONDS = 10
 
@@ -26,7 +32,7 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         path = output_dir / "metrics.jsonl"
-        _keep_until(path, resumed_step)
+        keep_metrics_until(path, resumed_step)
         self._jsonl = path.open("ab", buffering=0)
         self._told = False
         self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
@@ -91,32 +97,6 @@ class Tracker:
                 self.say(f"metrics of step {line['step']} are lost ({error.strerror}); training goes on")
 
 
-def write_status(output_dir: Path, state: str, reason: str = "", step: int = 0, exit_code: int | None = None) -> None:
-    """STATUS.json, replaced in one move: scripts read it where a launcher swallows exit codes."""
-    status = {"state": state, "reason": reason, "step": step, "exit_code": exit_code}
-    temporary = output_dir / "STATUS.json.tmp"
-    try:
-        temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
-        os.replace(temporary, output_dir / "STATUS.json")
-    except OSError as error:  # the exit code must still say how the run ended
-        print(f"dpo-ds: STATUS.json could not be written ({error.strerror}): {status}", file=sys.stderr, flush=True)
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Cuts what was logged beyond `step`, a half-written last line included."""
-    kept = []
-    if step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break  # the process died while writing this line
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _is_terminal() -> bool:
     return sys.stderr.isatty()
 
@@ -125,3 +105,67 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class Progress:
+    """total: `unit`s to do; the speed is told in `counted`. Rank 0's own share, which is every rank's up to a shard."""
+
+    def __init__(self, total: int, talks: bool, unit: str, counted: str):
+        self.count, self.done = 0, 0
+        self._unit, self._counted = unit, counted
+        self._started = self._last_line = time.monotonic()
+        self._total, self._talks = total, talks
+        self._bar = None
+        if talks and sys.stderr.isatty():
+            self._bar = tqdm(total=total, unit=unit, unit_scale=True, dynamic_ncols=True)
+
+    def add(self, count: int, done: int) -> None:
+        self.count, self.done = self.count + count, self.done + done
+        if self._bar is not None:
+            self._bar.update(done)
+        elif self._talks and time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            seconds = self._last_line - self._started
+            left = tqdm.format_interval(seconds / self.done * (self._total - self.done))
+            share, speed = self.done / self._total, self.count / seconds
+            print(f"dpo-ds: {share:.0%}  {speed:.3g} {self._counted}/s a rank  left {left}", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._talks and self.count:
+            seconds = time.monotonic() - self._started
+            line = f"{self.count} {self._counted}, {self.done} {self._unit}s in {seconds:.1f} s on rank 0"
+            print(f"dpo-ds: {line}", flush=True)
+
+
+class ChosenFalls:
+    """Says once when the chosen completions themselves have become unlikely, as margins may grow by pushing both sides
+    down (arXiv 2402.13228, 2404.19733).
+    """
+
+    def __init__(self, beta: float, has_reference: bool):
+        self._beta, self._has_reference = beta, has_reference
+        self._now: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._start: float | None = None  # without a reference: the mean over the first window
+        self._said = False
+
+    def observe(self, line: dict) -> str | None:
+        """A line for the user, given a step's metrics; None while there is nothing to say."""
+        drop = line["rewards/chosen"] / self._beta if self._has_reference else 0.0
+        self._now.append((line["logps/chosen"], line["logps/chosen"] - drop))
+        if self._said or len(self._now) < WINDOW:
+            return None
+        chosen, before = (sum(column) / WINDOW for column in zip(*self._now, strict=True))
+        if not self._has_reference:
+            self._start = chosen if self._start is None else self._start
+            before = self._start
+        if before - chosen < FALL * abs(before):
+            return None
+        self._said = True
+        than = "under the reference" if self._has_reference else "at the start"
+        return (
+            f"step {line['step']}: chosen completions have fallen to a log-prob of {chosen:.1f}, {before:.1f} {than}: "
+            "the margin grows by pushing both sides down. If samples get worse: --loss.sft_weight 0.1 holds them, so "
+            "does a larger loss.beta or a lower train.learning_rate"
+        )

@@ -9,18 +9,17 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dpo_ds.batch import CHOSEN_ONLY, Batch
+from dpo_ds.batch import Batch
 from dpo_ds.checkpoint.writer import CheckpointWriter
+from dpo_ds.cluster import collectives
 from dpo_ds.cluster.stopping import StopFlag, Stopped
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import TrainSection
 from dpo_ds.data.batching import Layout, Lengths, global_batches, plan, steps_per_epoch
 from dpo_ds.models.engine import Policy
 from dpo_ds.training import metrics
-from dpo_ds.training.schedule import learning_rate
 from dpo_ds.training.tracking import Tracker
 
 EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an evaluation
@@ -59,20 +58,6 @@ class Objective(Protocol):
         return self
 
 
-class SupervisedObjective(Objective):
-    """Maximum likelihood of the chosen completions; its mean is over the global batch's trained tokens."""
-
-    sides = CHOSEN_ONLY
-    names = ("loss",)
-
-    def weight(self, batch: Batch) -> int:
-        return len(batch.targets)
-
-    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
-        negative_log_likelihood = -policy.token_logps(batch).sum()
-        return negative_log_likelihood, negative_log_likelihood.detach().double()[None]
-
-
 class Trainer:
     """Runs updates first_step..total_steps; `evaluation_data` may be None."""
 
@@ -84,7 +69,7 @@ class Trainer:
         self.data, self.evaluation_data = data, evaluation_data
         self.writer, self.tracker, self.stop = writer, tracker, stop
         self.peers = peers
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.total_steps = total_steps(data.sources, run)
         self.last_metrics: dict = {}  # of the last step and evaluation, for the model card
 
@@ -119,10 +104,10 @@ class Trainer:
                 step, self.run.learning_rate, self.run.schedule, self.run.warmup_steps, self.total_steps
             )
             grad_norm = self.policy.step(rate)
-            means = metrics.reduce_sum(sums) / weight
+            means = collectives.reduce_sum(sums) / weight
             self._check_finite(step, means, grad_norm, losses)
             tokens = self._global(sum(batch.num_tokens for batch in micro_batches))
-            peak = metrics.reduce_max(metrics.peak_memory_bytes(self.policy.device), self.policy.device)
+            peak = collectives.reduce_max(metrics.peak_memory_bytes(self.policy.device), self.policy.device)
             self.last_metrics = dict(zip(self.objective.names, means.tolist(), strict=True))
             self.objective.after_step(step, self.last_metrics)
             seconds, step_ended = time.perf_counter() - step_ended, time.perf_counter()
@@ -166,7 +151,7 @@ class Trainer:
                 for micro_batch in micro_batches:
                     sums += objective(self.policy, micro_batch)[1]
                     weight += objective.weight(micro_batch)
-        means = metrics.reduce_sum(sums) / self._global(weight)
+        means = collectives.reduce_sum(sums) / self._global(weight)
         if not means.isfinite().all():
             name, value = objective.names[0], means[0].item()
             raise TrainingError(f"evaluation at step {step}: {name} {value} must be finite")
@@ -206,7 +191,7 @@ class Trainer:
         return [self.layout.collate([data[int(rows[position])] for position in members]) for members in share]
 
     def _global(self, count: int) -> int:
-        return int(metrics.reduce_sum(torch.tensor(count, device=self.policy.device)).item())
+        return int(collectives.reduce_sum(torch.tensor(count, device=self.policy.device)).item())
 
     def _check_finite(self, step: int, means: Tensor, grad_norm: float, losses: Sequence[tuple[Tensor, Batch]]) -> None:
         """Stops every rank at a loss or gradient that is not finite, naming the step and the pairs: those of the
@@ -217,9 +202,7 @@ class Trainer:
         mine = [
             (self.data.location(row), bool(loss.isfinite())) for loss, batch in losses for row in batch.pair_indices
         ]
-        gathered: list = [None] * self.world_size
-        dist.all_gather_object(gathered, mine)
-        all_pairs = [pair for of_rank in gathered for pair in of_rank]
+        all_pairs = [pair for of_rank in collectives.gather_objects(mine) for pair in of_rank]
         pairs = [name for name, finite in all_pairs if not finite] or [name for name, _ in all_pairs]
         raise TrainingError(
             f"step {step}: loss {means[0].item()} and gradient norm {grad_norm} must be finite; among these pairs: "
@@ -237,3 +220,19 @@ def total_steps(sources: Sequence[tuple[int, int, float]], run: TrainSection) ->
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """The rate of update `step` (1 is the first), as transformers' schedulers of the same names give it.
+
+    Linear from 0 over `warmup_steps`, then constant, or to 0 at `total_steps` linearly or as half a cosine.
+    """
+    done = step - 1
+    if done < warmup_steps:
+        return peak * done / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (done - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * max(0.0, 1 - progress)
+    return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))

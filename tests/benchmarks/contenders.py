@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from dpo_ds.batch import PAIR, Batch  # noqa: E402
-from dpo_ds.cluster import launch
+from dpo_ds.cluster import launch, process_group
 from dpo_ds.cluster.stopping import StopFlag  # noqa: E402
 from dpo_ds.cluster.watchdog import Silent  # noqa: E402
 from dpo_ds.commands import preflight
@@ -30,7 +30,8 @@ from dpo_ds.data import PairDataset  # noqa: E402
 from dpo_ds.data.batching import Layout, Lengths, plan  # noqa: E402
 from dpo_ds.losses import DPO  # noqa: E402
 from dpo_ds.models import attention, engine  # noqa: E402
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm  # noqa: E402
+from dpo_ds.models.causal_lm import LogProbModel  # noqa: E402
+from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.cached import CachedReference  # noqa: E402
 from dpo_ds.reference.live import LiveReference, frozen_model  # noqa: E402
 from dpo_ds.training.preference import PreferenceObjective  # noqa: E402
@@ -62,8 +63,8 @@ def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
     """dpo_ds.training.trainer.Trainer with the parts that `dpo-ds train` gives it."""
     watch = Stopwatch(work, results)
     run, place = work.config(layout, reference), launch.from_environment()
-    engine.quiet_libraries()
-    device = engine.initialize_distributed(place)
+    process_group.quiet_libraries()
+    device = process_group.enter(place)
     prepared = preflight.prepare(run, place, Path(run.output_dir))
     causal_lm = load_causal_lm(run.model, prepared.policy_config)
     policy = engine.Policy(LogProbModel(causal_lm), prepared.policy_config, device)
@@ -81,7 +82,7 @@ def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
             1, 0
         )
     finally:
-        engine.finish_distributed()
+        process_group.leave()
 
 
 def trl(work: Workload, results: TextIO, precompute: bool) -> None:
@@ -99,7 +100,7 @@ def trl(work: Workload, results: TextIO, precompute: bool) -> None:
             if "loss" in logs:
                 watch.step(logs)
 
-    engine.initialize_distributed(launch.from_environment())
+    process_group.enter(launch.from_environment())
     args = DPOConfig(
         output_dir=work.folder,
         per_device_train_batch_size=work.pairs_per_rank,
@@ -128,7 +129,7 @@ def trl(work: Workload, results: TextIO, precompute: bool) -> None:
     try:
         trainer.train()
     finally:
-        engine.finish_distributed()
+        process_group.leave()
 
 
 def bare(work: Workload, results: TextIO) -> None:

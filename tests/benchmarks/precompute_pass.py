@@ -15,18 +15,13 @@ import torch.distributed as dist
 
 from dpo_ds.batch import PAIR
 from dpo_ds.cluster import launch
+from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.commands import precompute as command
 from dpo_ds.config import PrecomputeConfig
 from dpo_ds.data.batching import Layout
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import (
-    FrozenModel,
-    Replica,
-    finish_distributed,
-    initialize_distributed,
-    quiet_libraries,
-    settle_layout,
-)
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import FrozenModel, Replica, settle_layout
+from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.cache import read_shard
 from tests.benchmarks.workload import Stopwatch, Workload
 
@@ -41,7 +36,7 @@ def ours(work: Workload, results: TextIO, engine: str | None = None) -> None:
     sections |= {"reference": {"cache": str(folder)}, "deepspeed": {"config": engine or work.deepspeed}}
     run, place = PrecomputeConfig.model_validate(sections), launch.from_environment()
     quiet_libraries()
-    device = initialize_distributed(place)
+    device = enter(place)
     job = command.prepare(run, place)
     model = LogProbModel(load_causal_lm(run.model, job.engine or {"bf16": {"enabled": False}}))
     model = Replica(model, device) if job.engine is None else FrozenModel(model, job.engine, device)
@@ -63,7 +58,7 @@ def ours(work: Workload, results: TextIO, engine: str | None = None) -> None:
             written = [read_shard(job.path(folder, shard))[0].chosen for shard in todo]
             watch.step({"loss": float(sum(logps.sum() for logps in written) / len(rows))})
     finally:
-        finish_distributed()
+        leave()
 
 
 def trl(work: Workload, results: TextIO) -> None:
@@ -76,7 +71,7 @@ def trl(work: Workload, results: TextIO) -> None:
         def _prepare_dataset(self, dataset, *_):
             return dataset  # token ids already
 
-    initialize_distributed(launch.from_environment())
+    enter(launch.from_environment())
     args = DPOConfig(
         output_dir=work.folder,
         per_device_train_batch_size=TRL_BATCH,
@@ -102,4 +97,4 @@ def trl(work: Workload, results: TextIO) -> None:
             done = trainer._precompute_ref_logps(each, "train", TRL_BATCH)
             watch.step({"loss": float(np.mean(done["ref_chosen_logps"]))})
     finally:
-        finish_distributed()
+        leave()

@@ -15,15 +15,15 @@ import torch
 
 from dpo_ds.checkpoint import host_copy
 from dpo_ds.checkpoint import writer as writer_module
+from dpo_ds.checkpoint.disk import HashingFile
 from dpo_ds.checkpoint.host_copy import HostCopy, free_memory
-from dpo_ds.checkpoint.identity import data_id, model_id
 from dpo_ds.checkpoint.manifest import Checkpoint, open_folder, versions
-from dpo_ds.checkpoint.resume import check_config, check_identity, find, set_aside_newer
+from dpo_ds.checkpoint.resume import check_config, check_identity, data_id, find, set_aside_newer
 from dpo_ds.checkpoint.writer import CheckpointWriter
-from dpo_ds.cluster.shared_files import HashingFile
 from dpo_ds.cluster.watchdog import Silent
 from dpo_ds.config import TrainConfig, to_plain
 from dpo_ds.errors import ConfigError
+from dpo_ds.models.fingerprint import model_id
 from dpo_ds.training import trainer
 from tests.tiny import random_pairs
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_ds.cluster.folder_lock import FolderLock
+from dpo_ds.cluster.shared_files import FolderLock
 from dpo_ds.demo.corpus import preference_rows, write_jsonl
 from dpo_ds.demo.tiny import save_tiny_model, tiny_llama, train_tokenizer
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ds.cluster.folder_lock import FolderLock
+from dpo_ds.cluster.shared_files import FolderLock
 from dpo_ds.commands.sample.folder import Folder
 from dpo_ds.config import SampleSection, load
 from dpo_ds.demo.corpus import preference_rows, write_jsonl

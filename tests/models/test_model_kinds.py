@@ -6,7 +6,7 @@ from transformers import AutoModelForSequenceClassification
 from dpo_ds.config import ModelSection
 from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.errors import ModelError
-from dpo_ds.models.causal_lm import check_model
+from dpo_ds.models.loading import check_model
 
 
 def test_a_reward_model_is_no_language_model(tmp_path):

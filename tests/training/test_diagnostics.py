@@ -1,6 +1,6 @@
 """When a run is told that its chosen completions fall, by numbers a reader can follow."""
 
-from dpo_ds.training.diagnostics import WINDOW, ChosenFalls
+from dpo_ds.training.tracking import WINDOW, ChosenFalls
 
 
 def line(step: int, chosen: float, reward: float = 0.0) -> dict:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from dpo_ds.training.schedule import learning_rate
-from dpo_ds.training.trainer import total_steps
+from dpo_ds.training.trainer import learning_rate, total_steps
 
 
 @pytest.mark.parametrize(

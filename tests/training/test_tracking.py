@@ -3,7 +3,8 @@
 import errno
 import json
 
-from dpo_ds.training.tracking import Tracker, write_status
+from dpo_ds.training.output_dir import write_status
+from dpo_ds.training.tracking import Tracker
 
 LINE = {"loss": 0.5, "pairs_per_second": 1.0}
 

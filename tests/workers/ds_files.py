@@ -14,13 +14,15 @@ from transformers import AutoConfig
 
 from dpo_ds.batch import packed_batch
 from dpo_ds.cluster import launch
+from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference, read
 from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.losses import DPO
 from dpo_ds.models import attention
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import Policy
+from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.live import frozen_model
 from tests.tiny import VOCAB, random_pairs
 
@@ -74,13 +76,13 @@ def _second_copies(model) -> int:
 def main(out: str, *files: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
-    device = initialize_distributed(place)
+    device = enter(place)
     found = {Path(path).name: two_steps(path, Path(out).parent, device) for path in files}
     everyones: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, found)
     if place.is_first:
         Path(out).write_text(json.dumps(everyones))
-    finish_distributed()
+    leave()
 
 
 if __name__ == "__main__":

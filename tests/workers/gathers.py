@@ -6,18 +6,20 @@ from pathlib import Path
 
 from dpo_ds.batch import packed_batch
 from dpo_ds.cluster import launch
+from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import Policy, settle_layout
+from dpo_ds.models.loading import load_causal_lm
 from tests.tiny import VOCAB, random_pairs
 
 
 def main(out: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
-    device = initialize_distributed(place)
+    device = enter(place)
     path = str(Path(out).parent / "model")
     random_model(tiny_config("llama", VOCAB)).save_pretrained(path)
     given = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -32,7 +34,7 @@ def main(out: str) -> None:
         policy.backward(logps.sum(), is_last=True)
         policy.step(1e-3)
     Path(out).write_text(json.dumps({"kept": kept, "parameters": len(list(policy.causal_lm.parameters()))}))
-    finish_distributed()
+    leave()
 
 
 if __name__ == "__main__":

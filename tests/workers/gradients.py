@@ -13,21 +13,16 @@ import torch
 import torch.distributed as dist
 
 from dpo_ds.cluster import launch
+from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.errors import ModelError
 from dpo_ds.losses import DPO
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import (
-    Policy,
-    check_head,
-    finish_distributed,
-    initialize_distributed,
-    quiet_libraries,
-    settle_layout,
-)
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import Policy, check_head, settle_layout
 from dpo_ds.models.export import gathered_state_dict
+from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.live import frozen_model
 from dpo_ds.training.metrics import preference_sums
 from tests.oracle import dpo_by_autograd
@@ -109,13 +104,13 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
 def main(out: str, layout: str, *families: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
-    device = initialize_distributed(place)
+    device = enter(place)
     results = {
         family: check(family, Path(out).parent, place.rank, place.world_size, device, layout) for family in families
     }
     if place.is_first:
         Path(out).write_text(json.dumps(results))
-    finish_distributed()
+    leave()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import gc
 
 import torch
 
-from dpo_ds.cluster import launch
-from dpo_ds.commands.preflight import this_machine
+from dpo_ds.cluster import launch, process_group
+from dpo_ds.cluster.process_group import this_machine
 from dpo_ds.config import ModelSection
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.models import engine
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.loading import load_causal_lm
 
 
 def weights_in_memory() -> int:
@@ -22,7 +23,7 @@ def weights_in_memory() -> int:
 
 def main(path: str, config: str) -> None:
     place = launch.from_environment()
-    device = engine.initialize_distributed(place)
+    device = process_group.enter(place)
     filled, _ = ds_config.fill_reference(ds_config.read(config), config, this_machine(place), 32)
     for settings in (filled, {"bf16": {"enabled": False}}):
         model = LogProbModel(load_causal_lm(ModelSection(path=path), settings))
@@ -32,4 +33,4 @@ def main(path: str, config: str) -> None:
         assert weights_in_memory() > 50_000
         engine.let_go(model)
         assert weights_in_memory() == 0
-    engine.finish_distributed()
+    process_group.leave()

@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 
 from dpo_ds.cluster import launch
+from dpo_ds.cluster.process_group import enter, leave
 from dpo_ds.config import LoraSection, ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy
 from dpo_ds.models import lora
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import Policy
+from dpo_ds.models.loading import load_causal_lm
 
 
 def main(model: str, out: str) -> None:
     place = launch.from_environment()
-    device = initialize_distributed(place)
+    device = enter(place)
     given = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     config, _ = fill_policy(given, "test", TrainSection(), Machine(place.world_size, "cpu", False), 32)
     causal_lm = load_causal_lm(ModelSection(path=model), config)
@@ -33,7 +35,7 @@ def main(model: str, out: str) -> None:
     }
     if place.is_first:
         Path(out).write_text(json.dumps(result))
-    finish_distributed()
+    leave()
 
 
 if __name__ == "__main__":

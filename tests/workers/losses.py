@@ -14,16 +14,17 @@ from deepspeed.utils import safe_get_full_grad
 from transformers import AutoModelForCausalLM
 
 from dpo_ds.batch import PairLogps, packed_batch
-from dpo_ds.cluster import launch
+from dpo_ds.cluster import collectives, launch
+from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import LOSSES, LossSection, ModelSection, ReferenceSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.losses import make_loss
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import Policy, settle_layout
 from dpo_ds.models.export import gathered_state_dict
+from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.live import LiveReference, frozen_model
-from dpo_ds.training import metrics
 from dpo_ds.training.preference import PreferenceObjective
 from dpo_ds.training.shaping import Shaping
 from tests.tiny import VOCAB, random_pairs
@@ -104,7 +105,7 @@ def check(policy: Policy, reference, section: LossSection, models, rank: int, ra
         loss, micro_sums = objective(policy, batch)
         policy.backward(loss * ranks / len(PAIRS), is_last=index == 1)
         sums = sums + micro_sums
-    loss = metrics.reduce_sum(sums)[0].item() / len(PAIRS)
+    loss = collectives.reduce_sum(sums)[0].item() / len(PAIRS)
     gradients = {name: safe_get_full_grad(parameter) for name, parameter in policy.causal_lm.named_parameters()}
     policy.step(0.0)
     if rank != 0:
@@ -141,7 +142,7 @@ def follow(policy: Policy, frozen, paths: list[str]) -> dict:
 def main(out: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
-    device = initialize_distributed(place)
+    device = enter(place)
     config = tiny_config("llama", VOCAB, hidden=32)
     paths = [str(Path(out).parent / name) for name in ("policy", "reference")]
     if place.is_first:
@@ -166,7 +167,7 @@ def main(out: str) -> None:
     results["follow"] = follow(policy, frozen, paths)
     if place.is_first:
         Path(out).write_text(json.dumps(results))
-    finish_distributed()
+    leave()
 
 
 if __name__ == "__main__":

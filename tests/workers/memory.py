@@ -15,13 +15,15 @@ import torch.distributed as dist
 
 from dpo_ds.batch import PreferencePair, packed_batch
 from dpo_ds.cluster import launch
+from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models import attention
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import Policy
+from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.live import frozen_model
 
 
@@ -63,10 +65,10 @@ def measure(case: dict, folder: Path, device) -> dict[str, int]:
 def main(out: str, case: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
-    found = measure(json.loads(case), Path(out).parent, initialize_distributed(place))
+    found = measure(json.loads(case), Path(out).parent, enter(place))
     if place.is_first:
         Path(out).write_text(json.dumps(found))
-    finish_distributed()
+    leave()
 
 
 if __name__ == "__main__":

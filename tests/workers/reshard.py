@@ -11,13 +11,15 @@ import torch
 
 from dpo_ds.batch import padded_batch
 from dpo_ds.checkpoint.manifest import open_folder
-from dpo_ds.checkpoint.shards import load, own_slice
+from dpo_ds.checkpoint.shards import load
 from dpo_ds.checkpoint.writer import CheckpointWriter
 from dpo_ds.cluster import launch
+from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import TrainConfig, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import Policy, own_slice
+from dpo_ds.models.loading import load_causal_lm
 from tests.tiny import random_pairs
 
 
@@ -38,7 +40,7 @@ def check_slices(engine, rank: int, saved: list[dict]) -> None:
 def main(model: str, ds_config: str, source: str, target: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
-    device = initialize_distributed(place)
+    device = enter(place)
     sections = {"model": {"path": model}, "data": {"train": "-"}, "deepspeed": {"config": "-"}, "output_dir": target}
     run = TrainConfig.model_validate(sections)
     settings = TrainSection(learning_rate=1e-2, weight_decay=0.1, global_batch_size=8)
@@ -58,4 +60,4 @@ def main(model: str, ds_config: str, source: str, target: str) -> None:
     writer = CheckpointWriter(Path(target), run, {}, 0, threading.Lock(), print, lambda step: None)
     writer.save(policy.engine, 2, {"rank": place.rank, "weights": slices(policy.engine)}, wait=True)
     assert writer.newest == 2
-    finish_distributed()
+    leave()

@@ -13,10 +13,11 @@ from transformers import AutoModelForSequenceClassification
 
 from dpo_ds.batch import packed_batch, padded_batch
 from dpo_ds.cluster import launch
+from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries, settle_layout
+from dpo_ds.models.engine import Policy, settle_layout
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.reward_model import INITIAL_STD, RewardModel, load_classifier
 from dpo_ds.training.reward import BradleyTerry, RewardObjective
@@ -95,7 +96,7 @@ def new_head(path: str, rank: int, ranks: int, device) -> dict:
 def main(out: str, *families: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
-    device = initialize_distributed(place)
+    device = enter(place)
     here = (place.rank, place.world_size, device)
     results = {}
     for family in families:
@@ -112,4 +113,4 @@ def main(out: str, *families: str) -> None:
         results[f"{family} new head"] = new_head(paths[1], *here)
     if place.is_first:
         Path(out).write_text(json.dumps(results))
-    finish_distributed()
+    leave()

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from dpo_ds.batch import padded_batch
 from dpo_ds.checkpoint.writer import CheckpointWriter
 from dpo_ds.cluster import launch
+from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import TrainConfig, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy
-from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
-from dpo_ds.models.engine import Policy, finish_distributed, initialize_distributed, quiet_libraries
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.engine import Policy
+from dpo_ds.models.loading import load_causal_lm
 from tests.tiny import random_pairs
 
 STEPS = 2  # undisturbed, and beside a save at least
@@ -27,7 +29,7 @@ STEPS = 2  # undisturbed, and beside a save at least
 def main(model: str, target: str, out: str, rounds: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
-    device = initialize_distributed(place)
+    device = enter(place)
     sections = {"model": {"path": model}, "data": {"train": "-"}, "deepspeed": {"config": "-"}, "output_dir": target}
     run = TrainConfig.model_validate(sections | {"checkpoint": {"keep": 1}})
     filled, _ = fill_policy({}, "benchmark", TrainSection(), Machine(place.world_size, "cpu", False), 256)
@@ -69,7 +71,7 @@ def main(model: str, target: str, out: str, rounds: str) -> None:
         measured.append(seconds | {"bytes": size})
         if place.is_first:
             Path(out).write_text(json.dumps(measured))
-    finish_distributed()
+    leave()
 
 
 def dd(path: Path, size: int) -> None:

@@ -22,20 +22,21 @@ from dpo_ds import data
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.cluster import launch, stopping
 from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.commands.evaluate.judging import Judge, give_preferences, give_scores, load_judge, read_baseline
 from dpo_ds.commands.evaluate.measure import Sequences, draw, numbered, sums_of_logps
 from dpo_ds.commands.evaluate.results import BASELINE, REFERENCE, Measured, Outcome
 from dpo_ds.commands.precompute import NO_DEEPSPEED
-from dpo_ds.commands.preflight import check_fit, check_room, process_group, speaker, this_machine
-from dpo_ds.commands.train import keeping_status, write_config
+from dpo_ds.commands.preflight import check_fit, check_room
 from dpo_ds.config import EvaluateConfig, ModelSection
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import Layout
 from dpo_ds.data.prompts import Prompt, read_prompts
 from dpo_ds.data.sources import KINDS
 from dpo_ds.errors import ConfigError, ModelError, UserError
-from dpo_ds.models.causal_lm import check_model, load_tokenizer
+from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.scoring import Scorer, load_scorer
+from dpo_ds.training.output_dir import keeping_status, write_config
 
 TRAINED_THERE = ("metrics.jsonl", "checkpoints", "final")  # what only a training run leaves in its output_dir
 # Added to the seed, above any that a user gives: policies are drawn alike, what they are compared with apart from them,
@@ -174,8 +175,9 @@ def _ask(
 
     Returns its log-probs [prompts, n] of the completions of each of `of`. All ranks enter.
     """
-    from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+    from dpo_ds.models.causal_lm import LogProbModel
     from dpo_ds.models.engine import FrozenModel, Replica, let_go, settle_layout
+    from dpo_ds.models.loading import load_causal_lm
 
     run, started = work.run, time.monotonic()
     precision = work.engine or {"bf16": {"enabled": this_machine(place).has_bf16 and device.type == "cuda"}}

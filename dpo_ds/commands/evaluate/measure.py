@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dpo_ds.batch import PreferencePair, sum_per_sequence
+from dpo_ds.cluster import collectives
 from dpo_ds.config import EvaluateSection
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.data.prompts import Prompt
@@ -61,10 +61,10 @@ def draw(
     Raises:
         UserError: on every rank, where the model cannot be drawn from on any.
     """
-    from dpo_ds.models.engine import raising_together  # deepspeed comes in with a model alone
+    from dpo_ds.cluster.collectives import raising_together  # deepspeed comes in with a model alone
 
     generator = Generator(model, tokenizer, settings, together)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = collectives.rank(), collectives.world_size()
     size = max(1, BATCHES * settings.batch_size // settings.n)
     chunks = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
     own: dict[int, list[Completion]] = {}
@@ -72,13 +72,13 @@ def draw(
         rows = rows if rows is not None else range(0)
         with raising_together():
             own |= zip(rows, generator([prompts[row].ids for row in rows], settings.n, rows.start), strict=True)
-    whole = {row: found for part in _gathered(own) for row, found in part.items()}
+    whole = {row: found for part in collectives.gather_objects(own) for row, found in part.items()}
     return [whole[row] for row in range(len(prompts))]
 
 
 def sums_of_logps(model, pairs, layout: Layout) -> np.ndarray:
     """Log-probs [rows, sides] float64, summed over each side's trained tokens. All ranks enter."""
-    rank, ranks, sides = dist.get_rank(), dist.get_world_size(), len(layout.sides)
+    rank, ranks, sides = collectives.rank(), collectives.world_size(), len(layout.sides)
     sums = torch.zeros((len(pairs), sides), dtype=torch.float64, device=model.device)
     for start in range(0, len(pairs), ROWS):
         rows = np.arange(start, min(start + ROWS, len(pairs)))
@@ -86,7 +86,7 @@ def sums_of_logps(model, pairs, layout: Layout) -> np.ndarray:
             batch = layout.collate([pairs[int(row)] for row in rows[places]]).to(model.device)
             found = sum_per_sequence(model.token_logps(batch), batch.target_counts)
             sums[torch.from_numpy(rows[places])] = found.view(len(places), sides).double()
-    dist.all_reduce(sums)  # every row is 0 but on the rank that computed it
+    collectives.reduce_sum(sums)  # every row is 0 but on the rank that computed it
     return sums.cpu().numpy()
 
 
@@ -96,13 +96,13 @@ def spread(rows: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray
     Raises:
         UserError: on every rank, where `compute` raised one on any.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = collectives.rank(), collectives.world_size()
     problem, values = None, None
     try:
         values = compute(np.arange(rank, rows, ranks))
     except UserError as error:
         problem = str(error)
-    parts = _gathered((problem, values))
+    parts = collectives.gather_objects((problem, values))
     for problem, _ in parts:
         if problem is not None:
             raise UserError(problem)
@@ -116,10 +116,3 @@ def numbered(items: Iterable[Hashable]) -> np.ndarray:
     """int64 [items]: equal ones have the same number; numbers count from 0 as new ones come."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(item, len(numbers)) for item in items], np.int64)
-
-
-def _gathered(value: Any) -> list:
-    """Every rank's, in the order of ranks."""
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
-    return parts

@@ -16,24 +16,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from dpo_ds.cluster import launch
-from dpo_ds.cluster.folder_lock import FolderLock
+from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster.process_group import process_group, speaker, this_machine
+from dpo_ds.cluster.shared_files import FolderLock, make_writable
 from dpo_ds.commands.precompute import NO_DEEPSPEED
-from dpo_ds.commands.preflight import check_room, make_writable, process_group, speaker, this_machine
+from dpo_ds.commands.preflight import check_room
 from dpo_ds.commands.sample.folder import Folder, completion_rows
 from dpo_ds.config import SampleConfig
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.prompts import Prompt, read_prompts
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError, UserError
-from dpo_ds.models.causal_lm import check_model, load_tokenizer
 from dpo_ds.models.fingerprint import weights_digest
 from dpo_ds.models.generation import Completion, Generator, in_rounds
+from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.scoring import Scorer, load_scorer
-from dpo_ds.training.progress import Progress
+from dpo_ds.training.tracking import Progress
 
 # What the completions and pairs depend on, beside the model, the prompts and the score.
 KEYS = (
@@ -112,10 +112,10 @@ def prepare(run: SampleConfig, place: Launch) -> Work:
 
 def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> None:
     """Model, missing shards, pairs and manifest; all ranks together."""
-    from dpo_ds.models.engine import from_rank_0, raising_together
+    from dpo_ds.cluster.collectives import from_rank_0, raising_together
 
     sample, say = run.sample, speaker(place)
-    work.lock.share(dist.barrier)
+    work.lock.share(collectives.barrier)
     folder: Folder = from_rank_0(work.folder)
     complete, todo = from_rank_0(_left(folder) if place.is_first else None)
     if todo:
@@ -143,7 +143,7 @@ def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> 
             if shard is not None:
                 folder.write(shard, rows)
         progress.close()
-        dist.barrier()
+        collectives.barrier()
     with raising_together():
         if place.is_first:
             manifest = folder.manifest() if complete else folder.finish(sample)
@@ -158,8 +158,9 @@ def _left(folder: Folder) -> tuple[bool, list[int]]:
 
 def _generator(run: SampleConfig, work: Work, device: torch.device):
     """The model, as the config says: in vLLM, under ZeRO-3 or whole on every rank. All ranks enter."""
-    from dpo_ds.models.causal_lm import LogProbModel, load_causal_lm
+    from dpo_ds.models.causal_lm import LogProbModel
     from dpo_ds.models.engine import FrozenModel, Replica
+    from dpo_ds.models.loading import load_causal_lm
 
     if run.sample.engine == "vllm":
         from dpo_ds.models.vllm import VllmGenerator

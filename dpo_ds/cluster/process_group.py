@@ -1,0 +1,95 @@
+"""Enters and leaves the group of all ranks, quiets the libraries, and lets rank 0 alone speak.
+
+torch comes in with this module; deepspeed and transformers only inside the functions that need them, after every check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dpo_ds.cluster import rendezvous
+from dpo_ds.cluster.launch import Launch, complete_environment
+from dpo_ds.config.deepspeed import Machine
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+Say = Callable[[Iterable[str]], None]
+
+
+def speaker(launch: Launch) -> Say:
+    """Returns what prints lines on rank 0 and nothing elsewhere."""
+
+    def say(lines: Iterable[str]) -> None:
+        if launch.is_first:
+            for line in lines:
+                print(f"dpo-ds: {line}", flush=True)
+
+    return say
+
+
+def this_machine(launch: Launch) -> Machine:
+    """Returns what DeepSpeed's configuration depends on: the number of ranks, their device, whether it has bf16."""
+    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    has_bf16 = has_cuda and torch.cuda.is_bf16_supported()
+    return Machine(launch.world_size, "cuda" if has_cuda else "cpu", has_bf16)
+
+
+@contextlib.contextmanager
+def process_group(launch: Launch) -> Iterator[torch.device]:
+    """Gives this rank's device, in the group of all ranks, who enter together."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
+    quiet_libraries()
+    device = enter(launch)
+    try:
+        yield device
+    finally:
+        leave()
+
+
+def enter(launch: Launch) -> torch.device:
+    """Joins the process group and returns this rank's device. All ranks enter."""
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    complete_environment(launch)
+    rendezvous.wait_for_all()
+    torch.set_num_threads(launch.threads)
+    if get_accelerator().device_name() == "cpu":
+        # Built with ninja and a compiler inside init_distributed otherwise; gloo gives the same bits.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # The deepspeed program sets it; where it is missing, DeepSpeed starts numactl at every reduction to count them.
+        os.environ.setdefault("LOCAL_SIZE", str(launch.local_world_size))
+        device = torch.device("cpu")
+    else:
+        get_accelerator().set_device(launch.local_rank)
+        device = torch.device(get_accelerator().device_name(launch.local_rank))
+    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False)
+    return device
+
+
+def leave() -> None:
+    """Leaves the process group; without this a rank can abort at exit after a run that was fine."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """Switches chatter, progress bars and deprecations of the libraries off, unless DPO_DS_VERBOSE asks for them."""
+    if os.environ.get("DPO_DS_VERBOSE"):
+        return
+    import transformers
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for caller in ("torch", "transformers", "deepspeed"):  # they call what each other will rename
+        warnings.filterwarnings("ignore", category=FutureWarning, module=caller)

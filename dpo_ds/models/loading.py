@@ -1,0 +1,176 @@
+"""Checks Hugging Face models and tokenizers before any weight is read, and loads them under ZeRO-3, dropout off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from dpo_ds.config import ModelSection
+from dpo_ds.errors import ModelError
+
+CLASSIFIER = "ForSequenceClassification"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def check_model(section: ModelSection, path: str, key: str = "model.path", classifier: bool = False):
+    """The model's transformers config, after looking at what can be looked at without loading weights.
+
+    Raises:
+        ModelError: no such folder or Hub id, no readable config.json, not a causal language model, no weights.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        check_folder(folder, path, key, needs_weights=not section.from_config)
+    elif folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ModelError(f"--{key} {path}: {what}; expected a Hugging Face folder with config.json, or a Hub id")
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"--{key} {path}: no usable model config ({one_line(error)})") from None
+    remote = section.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise ModelError(f"--{key} {path}: model_type {config.model_type!r} is no causal language model")
+    named = next(iter(config.architectures or []), "")
+    if named.endswith(CLASSIFIER) and not classifier:
+        raise ModelError(f"--{key} {path}: is a {named}, as dpo-ds reward makes them, and no language model")
+    return config
+
+
+def load_tokenizer(section: ModelSection, config, path: str, key: str = "model.path"):
+    """The folder's tokenizer, which must have an end-of-sequence token and fit the model's vocabulary."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"--{key} {path}: no usable tokenizer ({one_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"--{key} {path}: the tokenizer has no EOS token, so a completion could never end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.eos_token_id >= config.get_text_config().vocab_size:
+        raise ModelError(
+            f"--{key} {path}: the tokenizer's EOS is token {tokenizer.eos_token_id}, the model's vocab_size is "
+            f"{config.get_text_config().vocab_size}; they do not belong together"
+        )
+    return tokenizer
+
+
+def load_causal_lm(section: ModelSection, ds_config: dict) -> PreTrainedModel:
+    return load_model(AutoModelForCausalLM, section, ds_config)
+
+
+def load_model(
+    auto_class, section: ModelSection, ds_config: dict, settings: dict | None = None, new: Collection[str] = ()
+) -> PreTrainedModel:
+    """The model with its parameters partitioned over the ranks as they are made (deepspeed.zero.Init), dropout off.
+
+    All ranks enter. `ds_config` decides the dtype; section.attn "auto" leaves transformers its choice. settings: of the
+    transformers config, beside the folder's own. new: weights that the folder may lack; transformers draws them.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    zero_init = HfDeepSpeedConfig(ds_config)  # held weakly by transformers: without this name, nothing is sharded
+    bf16 = ds_config["bf16"]["enabled"]
+    options = {"trust_remote_code": section.trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
+    if section.attn != "auto":
+        options["attn_implementation"] = section.attn
+    path = section.path
+    config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    config.update(settings or {})
+    dropouts = switch_dropout_off(config)
+    try:
+        if section.from_config:
+            torch.manual_seed(0)  # rank 0's draw is broadcast; seeded, so that policy and reference are the same model
+            causal_lm = auto_class.from_config(config, **options)
+        else:
+            causal_lm, loading = auto_class.from_pretrained(
+                path, config=config, revision=section.revision, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{path}: cannot be loaded ({one_line(error)})") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ModelError(f"{path}: weights of other shapes than its config.json says ({one_line(error)})") from None
+    if not section.from_config:
+        check_complete(path, set(loading["missing_keys"]) - set(new))
+    del zero_init
+    causal_lm.dropouts = dropouts
+    return causal_lm
+
+
+def switch_dropout_off(config) -> dict[str, float]:
+    """Sets every dropout and jitter rate of a transformers config to 0; returns what they were, for the export."""
+    rates = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter"))
+    }
+    for name in rates:
+        setattr(config, name, 0.0)
+    return rates
+
+
+def check_folder(folder: Path, path: str, key: str, needs_weights: bool = True) -> None:
+    """ModelError: no readable config.json, no weights, or some that are missing or cut short."""
+    if not (folder / "config.json").is_file():
+        problem = "no config.json in this folder, so it is no Hugging Face model"
+        raise ModelError(f"--{key} {path}: {problem}{_remedy(folder)}")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"--{key} {path}/config.json: not JSON ({error})") from None
+    if needs_weights and not any((folder / name).is_file() for name in WEIGHTS):
+        remedy = "; --model.from_config true starts at random" if key == "model.path" else ""
+        raise ModelError(f"--{key} {path}: no weights ({WEIGHTS[0]} or its index){remedy}")
+    if needs_weights:
+        _check_weights(folder, path, key)
+
+
+def _remedy(folder: Path) -> str:
+    """For folders of ours and of peft that lead to a model."""
+    if (folder / "final" / "config.json").is_file():
+        return f"; it is a run's output_dir, whose model is {folder / 'final'}"
+    if (folder / "adapter_config.json").is_file():
+        run = folder.parent if folder.name == "final" else "OUTPUT_DIR"
+        return f" but a LoRA adapter; make a whole one of both: dpo-ds export {run} --merge true --to DIR"
+    if (folder / "checkpoints").is_dir() or (folder / "MANIFEST.json").is_file():
+        return f"; it holds sharded checkpoints; make a model of one: dpo-ds export {folder} --to DIR"
+    return ""
+
+
+def _check_weights(folder: Path, path: str, key: str) -> None:
+    """The headers of the safetensors files, which tell a file that was cut short; shards that the index names."""
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for file in sorted(folder / name for name in names if index.is_file() or (folder / name).is_file()):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except FileNotFoundError:
+            raise ModelError(f"--{key} {path}: {file.name} is missing, {index.name} names it") from None
+        except SafetensorError as error:
+            raise ModelError(f"--{key} {path}: {file.name} is broken or cut short ({error}); copy it again") from None
+
+
+def check_complete(path: str, missing: set[str]) -> None:
+    """transformers draws weights that it does not find at random, with a warning at most: here that is an error."""
+    if missing:
+        first = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"{path}: lacks the weights {first}, so it is no whole model of its config.json")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

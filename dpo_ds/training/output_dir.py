@@ -1,0 +1,126 @@
+"""Writes and reads what a run's folder promises: STATUS.json, pids, config.yaml and metrics.jsonl."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from dpo_ds.cluster import stopping
+from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster.stopping import Stopped
+from dpo_ds.config import RECORDED, Section, to_plain
+from dpo_ds.errors import ConfigError, UserError
+
+PIDS = "pids"  # folder in output_dir: a file HOST-RANK for every running rank, for scripts that signal them
+
+
+def write_status(output_dir: Path, state: str, reason: str = "", step: int = 0, exit_code: int | None = None) -> None:
+    """STATUS.json, replaced in one move: scripts read it where a launcher swallows exit codes."""
+    status = {"state": state, "reason": reason, "step": step, "exit_code": exit_code}
+    temporary = output_dir / "STATUS.json.tmp"
+    try:
+        temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
+        os.replace(temporary, output_dir / "STATUS.json")
+    except OSError as error:  # the exit code must still say how the run ended
+        print(f"dpo-ds: STATUS.json could not be written ({error.strerror}): {status}", file=sys.stderr, flush=True)
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Cuts what was logged beyond `step`, a half-written last line included."""
+    kept = []
+    if step and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                break  # the process died while writing this line
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def keeping_status(output_dir: Path, place: Launch):
+    """STATUS.json from running to done or failed, on rank 0."""
+    if not place.is_first:
+        yield
+        return
+    _make_writable(output_dir)
+    write_status(output_dir, "running")
+    try:
+        yield
+    except Stopped as stopped:
+        write_status(output_dir, "stopped", str(stopped), stopped.step, stopping.EXIT_STOPPED)
+        print(f"dpo-ds: stopped after step {stopped.step}: {stopped}", flush=True)
+        raise
+    except UserError as mistake:
+        write_status(output_dir, "failed", str(mistake), last_step(output_dir), exit_code=2)
+        raise
+    except BaseException as fault:
+        write_status(output_dir, "failed", f"{type(fault).__name__}: {fault}", last_step(output_dir), exit_code=1)
+        raise
+    write_status(output_dir, "done", step=last_step(output_dir), exit_code=0)
+
+
+def _make_writable(output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {output_dir}: not writable ({error.strerror}); choose another folder"
+        ) from None
+
+
+def set_aside(output_dir: Path) -> None:
+    """checkpoint.resume never in a folder that holds a run: what is there moves into a folder of its own."""
+    names = ("checkpoints", "metrics.jsonl", "config.yaml", "tensorboard", "final")
+    there = [output_dir / name for name in names if (output_dir / name).exists()]
+    if there:
+        aside = output_dir / f"before-{datetime.now():%Y%m%d-%H%M%S}"
+        aside.mkdir()
+        for path in there:
+            shutil.move(path, aside / path.name)
+        print(f"dpo-ds: starting over; the run that was in {output_dir} is now in {aside}", flush=True)
+
+
+def write_config(output_dir: Path, run: Section, used: dict, place: Launch) -> None:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        commit = None  # no git on this machine
+    environment = {"versions": used, "git_commit": commit, "ranks": place.world_size, "threads": place.threads}
+    text = yaml.safe_dump(to_plain(run) | {RECORDED: environment}, sort_keys=False)
+    (output_dir / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def last_step(output_dir: Path) -> int:
+    """The last step that metrics.jsonl holds."""
+    lines = _last_lines(output_dir)
+    return lines[-1]["step"] if lines else 0
+
+
+def last_metrics_of(output_dir: Path, names: Sequence[str]) -> dict:
+    """What metrics.jsonl says of the last step and its evaluation: the run may have had no step left to take."""
+    lines = _last_lines(output_dir)
+    return {name: line[name] for line in lines for name in line if name.removeprefix("eval_") in names}
+
+
+def _last_lines(output_dir: Path) -> list[dict]:
+    """The last two of metrics.jsonl."""
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines[-2:] if line.endswith("\n")]  # a process may have died while writing
