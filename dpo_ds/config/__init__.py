@@ -17,18 +17,11 @@ from dpo_ds.config.commands import (
     reference_section,
 )
 from dpo_ds.config.completions import ROWS, EvaluateSection, GenerationSection, SampleSection
+from dpo_ds.config.inputs import CheckpointSection, DataSection, LoraSection, ModelSection, ReferenceSection
 from dpo_ds.config.loading import command_line, flatten, keys, load, to_plain
 from dpo_ds.config.loss import ACROSS_PAIRS, LOSSES, OF_DIFFERENCES, REFERENCE_FREE, LossSection
 from dpo_ds.config.section import Section, did_you_mean, is_bool
-from dpo_ds.config.training import (
-    CheckpointSection,
-    DataSection,
-    LoraSection,
-    ModelSection,
-    ReferenceSection,
-    RewardSection,
-    TrainSection,
-)
+from dpo_ds.config.train import RewardSection, TrainSection
 
 __all__ = [
     "ACROSS_PAIRS",

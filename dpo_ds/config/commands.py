@@ -7,9 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dpo_ds.config.completions import EvaluateSection, SampleSection
-from dpo_ds.config.loss import REFERENCE_FREE, ImplicitRewardSection, LossSection, names_of
-from dpo_ds.config.section import Section
-from dpo_ds.config.training import (
+from dpo_ds.config.inputs import (
     CheckpointSection,
     DataSection,
     DeepSpeedSection,
@@ -17,13 +15,13 @@ from dpo_ds.config.training import (
     InferenceSection,
     ModelOptions,
     ModelSection,
-    PrecomputeSection,
     ReferenceSection,
-    RewardSection,
     SampleDataSection,
     SampleModelSection,
-    TrainSection,
 )
+from dpo_ds.config.loss import REFERENCE_FREE, ImplicitRewardSection, LossSection, names_of
+from dpo_ds.config.section import Section
+from dpo_ds.config.train import PrecomputeSection, RewardSection, TrainSection
 
 
 class SftConfig(Section):

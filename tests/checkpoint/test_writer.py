@@ -238,7 +238,7 @@ def test_a_disk_that_refuses_a_rename_or_a_deletion_is_a_line(tmp_path, monkeypa
 
 def test_an_evaluation_does_not_keep_a_checkpoint_from_its_commit(monkeypatch):
     """It looks before each of three batches: rows 0 1, 2 3 and 4."""
-    monkeypatch.setattr(trainer.metrics, "reduce_sum", lambda sums: sums)
+    monkeypatch.setattr(trainer.collectives, "reduce_sum", lambda sums: sums)
     looks = []
     names = {"_micro_batches": lambda data, rows: [rows], "_global": lambda count: count, "peers": Silent()}
     policy = SimpleNamespace(device=torch.device("cpu"), evaluating=contextlib.nullcontext)
@@ -265,7 +265,7 @@ def test_without_memory_for_a_copy_a_line_says_that_training_waits(tmp_path, mon
     alone = SimpleNamespace(
         get_world_size=lambda: 1, get_rank=lambda: 0, all_gather_object=lambda out, mine: out.__setitem__(0, mine)
     )
-    monkeypatch.setattr(writer_module, "dist", alone)
+    monkeypatch.setattr(writer_module.collectives, "dist", alone)
     monkeypatch.setattr(writer_module, "free_memory", lambda: 400)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -58,7 +58,7 @@ def test_it_equals_what_the_run_itself_exported_file_by_file(trained, tmp_path):
 def test_every_parameter_is_a_sign_of_life(tmp_path, monkeypatch):
     """An export that takes longer than DPO_DS_HANG_SECONDS is no hang."""
     alone = SimpleNamespace(get_rank=lambda: 0, barrier=lambda: None, is_initialized=lambda: False)
-    monkeypatch.setattr(module, "dist", alone)
+    monkeypatch.setattr(module.collectives, "dist", alone)
     for part in ("write_rest", "is_adapted"):
         monkeypatch.setattr(module if part == "write_rest" else module.lora, part, lambda *_: False)
     model, signs = random_model(tiny_config("llama", VOCAB)), []

@@ -1,4 +1,4 @@
-"""The sections of models, data, references and training runs."""
+"""Lists what a run reads and where it saves: models, data, reference, checkpoints, DeepSpeed's files."""
 
 from __future__ import annotations
 
@@ -95,29 +95,6 @@ class ReferenceSection(Section):
     update_alpha: float = Field(0.6, gt=0, le=1, description="share of the policy in such an update")
 
 
-class TrainSection(Section):
-    layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
-    global_batch_size: int = Field(64, gt=0, description="pairs (sft: rows) an update, over all ranks")
-    micro_batch_tokens: int = Field(8192, gt=0, description="tokens a rank holds in one forward, padding included")
-    epochs: float = Field(1, gt=0, description="passes over the data")
-    max_steps: int | None = Field(None, gt=0, description="given: it alone decides, epochs repeat as needed")
-    learning_rate: float = Field(5e-7, ge=0, description="peak learning rate of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0")
-    weight_decay: float = Field(0.0, ge=0, description="on matrices, not on biases and norms")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm; 0: off")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
-    adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
-    seed: int = Field(0, ge=0, description="of the order of the data")
-    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
-    activation_checkpointing: bool = Field(False, description="recompute each layer in backward")
-
-    @field_validator("adam_betas")
-    @classmethod
-    def _betas(cls, betas):
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"{list(betas)}: both must be in [0, 1)")
-        return betas
 
 
 class InferenceSection(Section):
@@ -130,24 +107,8 @@ class DeepSpeedSection(InferenceSection):
     )
 
 
-class PrecomputeSection(Section):
-    layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
-    micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
-    shard_rows: int = Field(512, gt=0, description="pairs a file: the most that a killed rank computes again")
-    threads: int = Field(1, gt=0, description="CPU threads a rank; decides last bits, so it does not follow the ranks")
 
 
-class RewardSection(Section):
-    margin_column: str | None = Field(
-        None, description="raw column of how much better chosen is (0 or more): the margin that rewards must differ by"
-    )
-    centering: float = Field(0.0, ge=0, description="weight of (r_w + r_l)² in the loss, which keeps rewards near 0")
-    calibration: str | None = Field(
-        None, description="pairs on which the mean reward, stored as reward_mean, is taken; those of data.train if null"
-    )
-    calibration_rows: int | None = Field(
-        1024, gt=0, description="so many of these pairs, spread evenly over them; null: all"
-    )
 
 
 class CheckpointSection(Section):
