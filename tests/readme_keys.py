@@ -1,9 +1,15 @@
-"""README's table of keys, from dpo_ds.config: `python -m tests.readme_keys` prints it; tests/test_readme.py keeps
-README true.
+"""The table of keys in dpo_ds/config/README.md, made from dpo_ds.config: `python -m tests.readme_keys` writes it there
+anew; tests/test_readme.py keeps it true.
 """
+
+import re
+from pathlib import Path
 
 from dpo_ds import config
 from dpo_ds.commands.cli import shown
+
+GUIDE = Path(__file__).parents[1] / "dpo_ds/config/README.md"
+HEAD = "| key | default | meaning |\n| --- | --- | --- |\n"
 
 
 def table() -> str:
@@ -13,8 +19,14 @@ def table() -> str:
         for key, field in config.keys(settings).items():
             default = "required" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
             rows.setdefault(key, f"| `{key}` | {default} | {field.description} |")
-    return "\n".join(rows[key] for key in sorted(rows, key=list(rows).index))
+    return HEAD + "\n".join(rows.values()) + "\n"
+
+
+def written(guide: str) -> str:
+    """The guide's text with the table as it should be."""
+    before, rest = guide.split(HEAD)
+    return before + table() + re.sub(r"\A(\|.*\n)*", "", rest)
 
 
 if __name__ == "__main__":
-    print(table())
+    GUIDE.write_text(written(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -42,4 +42,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir())
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.checkpoint", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", default=tempfile.gettempdir(), help="where on the disk that is measured")
+    main(parser.parse_args().folder)
