@@ -18,9 +18,10 @@ from pydantic import TypeAdapter
 from dpo_ds import config, losses
 from dpo_ds.commands import cli
 from dpo_ds.data.formats import FORMATS, SUPERVISED
-from tests.guides import GUIDES, ROOT, Guide, read
+from tests.guides import FOLDERS, GUIDES, ROOT, Guide, read
 from tests.readme_keys import GUIDE as KEYS_GUIDE
 from tests.readme_keys import written
+from tests.test_house import ORDER
 
 KEYS = {key: field for settings in config.COMMANDS.values() for key, field in config.keys(settings).items()}
 SECTIONS = {key.rsplit(".", depth)[0] for key in KEYS for depth in range(1, key.count(".") + 1)}
@@ -56,11 +57,23 @@ def test_every_guide_is_reached_from_readme():
 
 @EVERY
 def test_files_it_names_are_there(guide: Guide):
-    named = re.findall(r"(?<![\w./-])(?:\.\./)*((?:ds_configs|dpo_ds|launch_scripts|tests)/[\w./-]*\w)", guide.text)
+    named = re.findall(rf"(?<![\w./-])(?:\.\./)*((?:{'|'.join(FOLDERS)})/[\w./-]*\w)", guide.text)
     assert [name for name in named if not (ROOT / name).exists()] == []
     ours = [name for name in guide.code() if re.fullmatch(r"\w+\.(sh|sbatch)|zero3_\w+\.json", name)]
     known = {path.name for folder in ("ds_configs", "launch_scripts") for path in (ROOT / folder).iterdir()}
     assert set(ours) <= known
+
+
+def test_files_that_code_and_comments_name_are_there():
+    """Whole paths alone: `dpo_ds/batch.py`, not `batch.py`."""
+    suffixes = ("py", "sh", "sbatch", "yaml", "json")
+    path_to_file = rf"(?<![\w./$-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w\.(?:md|png|{'|'.join(suffixes)}))\b"
+    wrong = []
+    for source in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*")):
+        if source.suffix[1:] in suffixes:
+            named = re.findall(path_to_file, source.read_text(encoding="utf-8"))
+            wrong += [f"{source.relative_to(ROOT)}: {name}" for name in named if not (ROOT / name).exists()]
+    assert wrong == []
 
 
 @EVERY
@@ -182,8 +195,8 @@ def test_tables_of_losses_and_formats_are_whole():
     assert set(rows) == {*FORMATS, *SUPERVISED}
 
 
-def test_contributing_has_a_line_for_every_entry():
+def test_contributing_has_a_line_for_every_entry_in_the_order_of_imports():
     (tree,) = [block for block in read(ROOT / "CONTRIBUTING.md").blocks("") if block.startswith("dpo_ds/\n")]
     told = re.findall(r"^  ([\w.]+/?) ", tree, re.M)
-    entries = (path for path in (ROOT / "dpo_ds").iterdir() if not path.name.startswith("__") and path.suffix != ".md")
-    assert sorted(told) == sorted(path.name + "/" * path.is_dir() for path in entries)
+    assert [name.removesuffix("/").removesuffix(".py") for name in told] == [name for name in ORDER if name[0] != "_"]
+    assert [name for name in told if not (ROOT / "dpo_ds" / name).exists()] == []

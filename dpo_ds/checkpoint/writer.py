@@ -2,7 +2,7 @@
 
 Every rank writes its shards into `step-N.tmp/`, hashing and fsyncing as it goes, in a thread, from a copy, while
 training goes on. Once all have, rank 0 writes MANIFEST.json, renames the folder to `step-N/` and points `latest` at it.
-A run that dies in between leaves the previous checkpoint as the newest complete one. Loading is in elastic.py.
+A run that dies in between leaves the previous checkpoint as the newest complete one. Loading is in shards.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dpo_ds.config.section import Section, above_zero, checked_source
 
 
 class GenerationSection(Section):
-    """How completions are drawn (dpo_ds/generation.py)."""
+    """How completions are drawn (dpo_ds/models/generation.py)."""
 
     max_new_tokens: int = Field(256, gt=0, description="tokens of a completion; a longer one is left unfinished")
     min_new_tokens: int = Field(0, ge=0, description="no end of text before so many tokens")

@@ -2,7 +2,7 @@
 
 Parameters are counted one by one; what DeepSpeed 0.19.8 allocates for them in stage 3 is arithmetic (its source:
 runtime/zero/stage3.py, partition_parameters.py, partitioned_param_coordinator.py); activations and gradients come from
-the model's own code on tensors without data (memory_trace.py). tests/test_memory.py compares with what real runs
+the model's own code on tensors without data (trace.py). tests/memory/test_memory.py compares with what real runs
 allocate. What cannot be known beforehand (CUDA's context, NCCL's buffers, fragmentation) is one stated constant.
 """
 
