@@ -17,6 +17,7 @@ from dpo_ds.checkpoint.resume import choose, set_aside_newer
 from dpo_ds.checkpoint.writer import CheckpointWriter
 from dpo_ds.cluster import collectives, launch, stopping
 from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster.process_group import process_group, speaker
 from dpo_ds.cluster.stopping import StopFlag, Stopped
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.commands import preflight
@@ -49,7 +50,7 @@ def start(command: str, run: Section) -> int:
         with keeping_status(output_dir, place), contextlib.ExitStack() as stack:
             with stopping.at_once():
                 prepared = preflight.prepare(run, place, output_dir)
-                device = stack.enter_context(preflight.process_group(place))
+                device = stack.enter_context(process_group(place))
             stop = stopping.StopFlag(stopping.deadline(run.checkpoint, started))
             with _watched(output_dir, place, stop) as peers:
                 train(command, run, prepared, place, output_dir, device, stop, peers)
@@ -74,7 +75,7 @@ def train(
     from dpo_ds.training.trainer import EVALUATION_DUE, Trainer, TrainingError, total_steps
 
     resume, notes = choose(from_rank_0(prepared.candidates))  # ranks must never load different checkpoints
-    say = preflight.speaker(place)
+    say = speaker(place)
     say(notes)
     policy = _policy(run, prepared, device)
     reference = _reference(run, prepared, policy, device) if isinstance(run, TrainConfig) else None
