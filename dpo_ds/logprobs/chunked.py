@@ -45,8 +45,10 @@ class Tiles(NamedTuple):
         return max(self.logits_bytes // (self.gradient_rows * logit_bytes) // 64 * 64, 64)
 
 
-# CPU: a tile stays in the second-level cache. CUDA: tiles large enough for cuBLAS.
+# Of this module by device; CPU: a tile stays in the second-level cache, CUDA: tiles large enough for cuBLAS. And of
+# triton.py, which is optional and takes them from here.
 TILES = {"cpu": Tiles(128, 512, 4 << 20, 256 << 20), "cuda": Tiles(4096, 4096, 512 << 20, 0)}
+TRITON_TILES = Tiles(fold_rows=0, gradient_rows=65536, logits_bytes=1 << 30, kept_bytes=0)
 
 
 def recomputed_logps(kernel, hidden_ND, weight_VD, bias_V, targets_N, with_statistics) -> tuple[Tensor, ...]:

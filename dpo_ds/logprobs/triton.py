@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_ds.logprobs.chunked import Tiles, accumulator_dtype, recomputed_logps
+from dpo_ds.logprobs.chunked import TRITON_TILES, Tiles, accumulator_dtype, recomputed_logps
 
 SPLIT_COLUMNS = 4096  # of the vocabulary, one program's share
 GROUP_ROWS = 32  # row tiles that run side by side, so that their hidden states stay in the second-level cache
-TILES = Tiles(fold_rows=0, gradient_rows=65536, logits_bytes=1 << 30, kept_bytes=0)
 
 
 class Launch(NamedTuple):
@@ -80,7 +79,7 @@ class TritonKernel:
     scale: float
     softcap: float | None
     launch: Launch
-    tiles: Tiles = TILES
+    tiles: Tiles = TRITON_TILES
 
     def fold(self, hidden_ND, weight_VD, bias_V, targets_N, with_statistics, differentiable):
         (N, D), V = hidden_ND.shape, len(weight_VD)

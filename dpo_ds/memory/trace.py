@@ -28,14 +28,12 @@ from transformers import (
 
 from dpo_ds.batch import Segment
 from dpo_ds.config import LoraSection
-from dpo_ds.logprobs.chunked import TILES, Tiles
+from dpo_ds.logprobs.chunked import TILES, TRITON_TILES
 from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION, segment_table
 from dpo_ds.models.loading import switch_dropout_off
 
 FLASH = "dpo_ds_shapes_only"  # transformers looks for a kernel where a name says flash
-GRADIENT_ROWS, LOGITS_BYTES = 65536, 1 << 30  # of logprobs/triton.py's TILES, kept equal by a test: triton is optional
-CUDA_TILES = Tiles(0, GRADIENT_ROWS, LOGITS_BYTES, 0)
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, run):
         N, V = len(hidden_ND), len(weight_VD)
-        tiles = TILES["cpu"] if run.device == "cpu" else CUDA_TILES
+        tiles = TILES["cpu"] if run.device == "cpu" else TRITON_TILES
         kept = []
         if run.device == "cpu":
             rows = math.ceil(N / tiles.fold_rows) * tiles.fold_rows

@@ -106,7 +106,7 @@ def test_no_rows_and_masked_rows_keep_a_connected_graph():
 def test_several_row_blocks_and_chunks_in_backward(monkeypatch):
     hidden, weight, _, targets, grad = case(40, 16, 150)
     gradients = []
-    for tiles in (backend.TILES, backend.Tiles(0, 16, 16 * 64 * 4, 0)):
+    for tiles in (backend.TRITON_TILES, backend.Tiles(0, 16, 16 * 64 * 4, 0)):
         kernel = backend.TritonKernel(1.0, None, backend._launch(hidden), tiles)
         logps, *_ = backend.recomputed_logps(kernel, hidden, weight, None, targets, False)
         gradients.append(torch.autograd.grad(logps, (hidden, weight), grad))

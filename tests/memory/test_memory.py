@@ -177,7 +177,7 @@ def test_sub_groups_are_deepspeeds():
     assert allocations._subgroups(trained, 30, 2) == [32, 31, 4]
 
 
-def test_defaults_are_deepspeeds_and_tiles_are_the_kernels():
+def test_defaults_are_deepspeeds():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig as Optimizer
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig as Param
@@ -187,9 +187,6 @@ def test_defaults_are_deepspeeds_and_tiles_are_the_kernels():
         (Optimizer, allocations.NVME_OPTIMIZER),
     ):  # fmt: skip
         assert {name: fields.model_fields[name].default for name in ours} == ours
-    source = (ROOT / "dpo_ds/logprobs/triton.py").read_text()
-    assert "TILES = Tiles(fold_rows=0, gradient_rows=65536, logits_bytes=1 << 30, kept_bytes=0)" in source
-    assert trace.CUDA_TILES == (0, 65536, 1 << 30, 0)
 
 
 RECIPES = sorted((ROOT / "launch_scripts/recipes").glob("*.yaml"))
