@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,12 +298,3 @@ def _without_auto(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without_auto(value) for key, value in node.items() if value != AUTO}
     return node
-
-
-def autos(node: dict, prefix: str = "") -> Iterator[str]:
-    """Dotted keys that are literally "auto", for tests and messages."""
-    for key, value in node.items():
-        if value == AUTO:
-            yield prefix + key
-        elif isinstance(value, dict):
-            yield from autos(value, f"{prefix}{key}.")

@@ -59,7 +59,7 @@ def test_a_hugging_face_file_works_unchanged():
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu"}},
     }  # fmt: skip
     filled, notes = ds_config.fill_policy(given, "ds.json", TrainSection(), CPU, 64)
-    assert list(ds_config.autos(filled)) == []
+    assert '"auto"' not in json.dumps(filled)
     assert "scheduler" not in filled and "fp16" not in filled
     assert notes == ["ds.json: scheduler WarmupLR is not used; the learning rate follows train.schedule linear"]
 
@@ -148,6 +148,6 @@ def test_shipped_files_load(path):
 
     given = json.loads(path.read_text())
     for filled in (fill(given), ds_config.fill_reference(given, path.name, CPU, 64)[0]):
-        assert list(ds_config.autos(filled)) == []
+        assert '"auto"' not in json.dumps(filled)
         assert DeepSpeedConfig(filled | {"train_batch_size": 1}).zero_config.stage == 3
     assert SHIPPED, "ds_configs/ is empty"
