@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dpo_ds.batch import PairLogps
+from dpo_ds.config import Default, LossName, LossSection, ReferenceSection, TrainConfig
+from dpo_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Loss:
     their difference alone, so that an f-divergence's scores may stand for them (arXiv 2309.16240).
     """
 
-    beta: float = 0.1
+    beta: float = Default.beta
     needs_reference: ClassVar[bool] = True
     across_pairs: ClassVar[bool] = False
     of_differences: ClassVar[bool] = False
@@ -53,7 +55,7 @@ class DPO(Loss):
     Its gradient is -beta σ(r̂_l - r̂_w) (∇ log π(y_w|x) - ∇ log π(y_l|x)) with r̂ = beta log π/π_ref.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = Default.label_smoothing
     of_differences: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:  # [pairs]
@@ -65,7 +67,7 @@ class DPO(Loss):
 class Robust(Loss):
     """Robust DPO, eq. 12 of arXiv 2403.00409: unbiased where a share label_smoothing of the labels is flipped."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = Default.label_smoothing
     of_differences: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -111,7 +113,7 @@ class EXOPair(Loss):
     label_smoothing 0, whose logarithm has no value, stands for 0.001.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = Default.label_smoothing
     of_differences: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -139,7 +141,7 @@ class BCOPair(Loss):
     delta_decay times what they did a step before.
     """
 
-    delta_decay: float = 0.9
+    delta_decay: float = Default.delta_decay
     delta: float = 0.0
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -188,7 +190,7 @@ class APODown(Loss):
 class DiscoPOP(Loss):
     """Log-ratio modulated loss, arXiv 2406.08414: -(1 - m) log σ(z) + m e^(-z), z = βΔ, m = σ(z/τ)."""
 
-    tau: float = 0.05
+    tau: float = Default.tau
     of_differences: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -205,7 +207,7 @@ class AOT(Loss):
     δ = sort(log π(y_c) - log π(y_r)) - sort(the same of π_ref), over the global batch.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = Default.label_smoothing
     across_pairs: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -216,7 +218,7 @@ class AOT(Loss):
 class AOTUnpaired(Loss):
     """Alignment by optimal transport, unpaired, arXiv 2406.05882: δ = sort(c) - sort(r), over the global batch."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = Default.label_smoothing
     across_pairs: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -228,7 +230,7 @@ class AOTUnpaired(Loss):
 class SimPO(Loss):
     """Simple preference optimisation, eq. 6 of arXiv 2405.14734: -log σ(β(mean log π_c - mean log π_r) - γ)."""
 
-    gamma: float = 0.5
+    gamma: float = Default.gamma
     needs_reference: ClassVar[bool] = False
 
     def __call__(self, policy: PairLogps, reference: None = None) -> Tensor:
@@ -257,7 +259,7 @@ class CPO(Loss):
     negative log-likelihood of chosen, times alpha.
     """
 
-    alpha: float = 1.0
+    alpha: float = Default.alpha
     needs_reference: ClassVar[bool] = False
 
     def __call__(self, policy: PairLogps, reference: None = None) -> Tensor:
@@ -307,16 +309,60 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def make_loss(settings) -> Loss | WeightedSum:
-    """The loss, or sum of losses, of the config's loss section; a key left at null keeps the loss's own default."""
-    names = [settings.name] if isinstance(settings.name, str) else settings.name
-    losses = [_make(LOSSES[name], settings) for name in names]
-    return losses[0] if isinstance(settings.name, str) else WeightedSum(losses, settings.weights or [1.0] * len(losses))
+if LOSSES.keys() != set(get_args(LossName)):
+    raise ImportError(f"LOSSES and config.LossName differ in {sorted(LOSSES.keys() ^ set(get_args(LossName)))}")
 
 
-def _make(loss: type[Loss], settings) -> Loss:
-    given = {field.name: getattr(settings, field.name, None) for field in fields(loss)}
+def make_loss(section: LossSection) -> Loss | WeightedSum:
+    """Returns the loss, or sum of losses, that the section names; a key left at null keeps the loss's own default.
+
+    Raises:
+        ConfigError: a key that the loss would ignore, or that has no meaning for it.
+    """
+    chosen = [LOSSES[name] for name in section.names]
+    _check(section, chosen)
+    losses = [_make(loss, section) for loss in chosen]
+    return losses[0] if isinstance(section.name, str) else WeightedSum(losses, section.weights or [1.0] * len(losses))
+
+
+def _make(loss: type[Loss], section: LossSection) -> Loss:
+    given = {field.name: getattr(section, field.name, None) for field in fields(loss)}
     return loss(**{name: value for name, value in given.items() if value is not None})
+
+
+def _check(section: LossSection, chosen: list[type[Loss]]) -> None:
+    listed = ", ".join(section.names)
+    for key in LossSection.model_fields:
+        owners = [name for name, loss in LOSSES.items() if key in {field.name for field in fields(loss)}]
+        differs = getattr(section, key) != LossSection.model_fields[key].default
+        if owners and differs and not set(owners) & set(section.names):
+            raise ConfigError(f"loss.{key} {getattr(section, key)}: {listed} has none; it is of {', '.join(owners)}")
+    if section.divergence != "reverse_kl" and not all(loss.of_differences for loss in chosen):
+        fitting = ", ".join(name for name, loss in LOSSES.items() if loss.of_differences)
+        raise ConfigError(f"loss.divergence {section.divergence}: not for {listed}; for {fitting}")
+    if section.wpo and any(loss.across_pairs for loss in chosen):
+        raise ConfigError(f"loss.wpo weights pairs, and {listed} matches completions across pairs; use one of them")
+    if section.ld_alpha != 1 and not all(loss.needs_reference for loss in chosen):
+        raise ConfigError(f"loss.ld_alpha {section.ld_alpha}: for losses against a reference; {listed} has none")
+
+
+def with_reference_of_loss(run: TrainConfig) -> TrainConfig:
+    """Returns the run with no reference where its loss needs none and the section is not given.
+
+    Raises:
+        ConfigError: a reference that the loss does not need, none where it needs one, or as `make_loss` does.
+    """
+    needed, wanted = make_loss(run.loss).needs_reference, run.reference
+    if needed and wanted.kind == "none":
+        raise ConfigError(f"reference.kind none: loss.name {run.loss.name} needs one: live, cached or adapter")
+    if needed or wanted.kind == "none" and not (wanted.path or wanted.cache):
+        return run
+    if wanted.model_fields_set:
+        raise ConfigError(
+            f"reference.kind {wanted.kind}: loss.name {run.loss.name} needs no reference; leave out the section "
+            "reference, or set reference.kind none alone"
+        )
+    return run.model_copy(update={"reference": ReferenceSection(kind="none")})
 
 
 def rewards(beta: float, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_ds import config
 from dpo_ds.batch import packed_batch
 from dpo_ds.config import LossSection
 from dpo_ds.logprobs import TokenStatistics
-from dpo_ds.losses import make_loss
+from dpo_ds.losses import LOSSES, make_loss
 from dpo_ds.training.shaping import Shaping, wpo_weights
 from tests.tiny import random_pairs
 
@@ -19,7 +18,7 @@ trl = pytest.importorskip("trl")
 PAIRS = random_pairs(6)
 BETA = 0.3
 TRL_NAME = {"dpo": "sigmoid"}
-IN_TRL = [name for name in config.LOSSES if name not in ("simpo", "orpo", "cpo", "bco_pair")]
+IN_TRL = [name for name in LOSSES if name not in ("simpo", "orpo", "cpo", "bco_pair")]
 KEYS = {
     "reverse_kl": {}, "js": {"f_divergence_type": "js_divergence"}, "forward_kl": {"f_divergence_type": "forward_kl"},
     "alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
@@ -89,7 +88,7 @@ def theirs(
 @pytest.mark.parametrize("name", IN_TRL)
 def test_a_loss_is_trls(name, tokens):
     # TRL's sigmoid knows no label smoothing
-    smoothing = 0.1 if "label_smoothing" in config.LOSSES[name] and name != "dpo" else 0.0
+    smoothing = 0.1 if hasattr(LOSSES[name], "label_smoothing") and name != "dpo" else 0.0
     section = LossSection(name=name, beta=BETA, label_smoothing=smoothing)
     assert ours(section, tokens) == pytest.approx(
         theirs([TRL_NAME.get(name, name)], [1.0], tokens, smoothing), rel=1e-5
@@ -104,7 +103,7 @@ def test_bco_is_trls_at_the_first_step(tokens):
 
 
 @pytest.mark.parametrize("divergence", KEYS)
-@pytest.mark.parametrize("name", config.OF_DIFFERENCES)
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.of_differences])
 def test_divergences_are_trls(name, divergence, tokens):
     smoothing = 0.1 if name == "exo_pair" else 0.0
     section = LossSection(name=name, beta=BETA, divergence=divergence, label_smoothing=smoothing)

@@ -1,6 +1,6 @@
 """`dpo-ds COMMAND [--config run.yaml] [--section.key value ...]`, the same under every launcher.
 
-Parsing imports neither torch nor deepspeed. A user's mistake is one line from rank 0 and exit code 2.
+Building a parser imports neither torch nor deepspeed. A user's mistake is one line from rank 0 and exit code 2.
 """
 
 from __future__ import annotations
@@ -100,6 +100,10 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
     if "verify" in overrides:
         return command, config.VerifyConfig(verify=overrides["verify"]), [], False
     run, notes = config.load(command, yaml_path, overrides)
+    if isinstance(run, config.TrainConfig):
+        from dpo_ds.losses import with_reference_of_loss
+
+        run = with_reference_of_loss(run)
     return command, run, notes, print_config
 
 

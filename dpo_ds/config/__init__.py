@@ -19,27 +19,25 @@ from dpo_ds.config.commands import (
 from dpo_ds.config.completions import ROWS, EvaluateSection, GenerationSection, SampleSection
 from dpo_ds.config.inputs import CheckpointSection, DataSection, LoraSection, ModelSection, ReferenceSection
 from dpo_ds.config.loading import command_line, flatten, keys, load, to_plain
-from dpo_ds.config.loss import ACROSS_PAIRS, LOSSES, OF_DIFFERENCES, REFERENCE_FREE, LossSection
+from dpo_ds.config.loss import Default, LossName, LossSection
 from dpo_ds.config.section import Section, did_you_mean, is_bool
 from dpo_ds.config.train import RewardSection, TrainSection
 
 __all__ = [
-    "ACROSS_PAIRS",
     "COMMANDS",
     "CheckpointSection",
     "DataSection",
+    "Default",
     "EvaluateConfig",
     "EvaluateSection",
     "ExportConfig",
     "GenerationSection",
-    "LOSSES",
     "LoraSection",
+    "LossName",
     "LossSection",
     "ModelSection",
-    "OF_DIFFERENCES",
     "PrecomputeConfig",
     "RECORDED",
-    "REFERENCE_FREE",
     "ROWS",
     "ReferenceSection",
     "RewardConfig",

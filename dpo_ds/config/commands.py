@@ -19,7 +19,7 @@ from dpo_ds.config.inputs import (
     SampleDataSection,
     SampleModelSection,
 )
-from dpo_ds.config.loss import REFERENCE_FREE, ImplicitRewardSection, LossSection, names_of
+from dpo_ds.config.loss import ImplicitRewardSection, LossSection
 from dpo_ds.config.section import Section
 from dpo_ds.config.train import PrecomputeSection, RewardSection, TrainSection
 
@@ -47,26 +47,9 @@ class TrainConfig(SftConfig):
     loss: LossSection = LossSection()
     reference: ReferenceSection = ReferenceSection()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _none_by_default(cls, values):
-        """A loss that needs no reference loads none, unasked."""
-        loss = values.get("loss")
-        names = names_of(loss.get("name")) if isinstance(loss, dict) else []
-        if names and all(name in REFERENCE_FREE for name in names) and not values.get("reference"):
-            return {**values, "reference": {"kind": "none"}}
-        return values
-
     @model_validator(mode="after")
     def _reference_fits(self):
         wanted = self.reference
-        if not self.loss.needs_reference and (wanted.kind != "none" or wanted.path or wanted.cache):
-            raise ValueError(
-                f"reference.kind {wanted.kind}: loss.name {self.loss.name} needs no reference; leave out the section "
-                "reference, or set reference.kind none alone"
-            )
-        if self.loss.needs_reference and wanted.kind == "none":
-            raise ValueError(f"reference.kind none: loss.name {self.loss.name} needs one: live, cached or adapter")
         if wanted.update_every and (wanted.kind != "live" or self.model.lora.r):
             why = f"reference.kind {wanted.kind}" if wanted.kind != "live" else "LoRA"
             raise ValueError(

@@ -20,6 +20,7 @@ from dpo_ds.config import DataSection, PrecomputeConfig, RewardConfig, Section, 
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError, UserError
+from dpo_ds.losses import with_reference_of_loss
 from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
 from dpo_ds.models.loading import check_model
 
@@ -308,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.ranks % given.nodes:
             raise ConfigError(f"--ranks {given.ranks}: not a multiple of --nodes {given.nodes}")
         run, _ = load(given.command, given.config, {})
+        run = with_reference_of_loss(run) if isinstance(run, TrainConfig) else run
         policy_shape = check_model(run.model.model_copy(update={"from_config": True}), run.model.path)
         memory = of_run(run, given.ranks, given.nodes, policy_shape)
     except UserError as mistake:

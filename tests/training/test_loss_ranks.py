@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo_ds.config import LOSSES
+from dpo_ds.losses import LOSSES
 from tests.ranks import run_worker
 
 PARTS = ("sum", "ld", "sft", "wpo", "forward_kl", "js", "alpha", "all")

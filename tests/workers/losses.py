@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from dpo_ds.batch import PairLogps, packed_batch
 from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
-from dpo_ds.config import LOSSES, LossSection, ModelSection, ReferenceSection, TrainSection
+from dpo_ds.config import LossSection, ModelSection, ReferenceSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.losses import make_loss
+from dpo_ds.losses import LOSSES, make_loss
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.engine import Policy, settle_layout
 from dpo_ds.models.export import gathered_state_dict
@@ -85,7 +85,8 @@ def oracle(policy, reference, section: LossSection) -> float:
         scores = (score(logps.chosen - anchor.chosen), score(logps.rejected - anchor.rejected))
         zeros = torch.zeros(len(PAIRS))
         logps, anchor = PairLogps(*scores, *counts), PairLogps(zeros, zeros, *counts)
-    losses = make_loss(section)(logps, anchor if section.needs_reference else None)
+    of_pairs = make_loss(section)
+    losses = of_pairs(logps, anchor if of_pairs.needs_reference else None)
     if section.wpo:
         losses = losses * found["weights"]
     loss = (losses - section.sft_weight * found["plain"] / counts[0]).mean()
@@ -95,9 +96,8 @@ def oracle(policy, reference, section: LossSection) -> float:
 
 
 def check(policy: Policy, reference, section: LossSection, models, rank: int, ranks: int) -> dict:
-    objective = PreferenceObjective(
-        make_loss(section), reference if section.needs_reference else None, Shaping.of(section)
-    )
+    loss = make_loss(section)
+    objective = PreferenceObjective(loss, reference if loss.needs_reference else None, Shaping.of(section))
     batches = [packed_batch(pairs) for pairs in SHARES[rank]]
     objective.begin(policy, batches)
     sums = 0

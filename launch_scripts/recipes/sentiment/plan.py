@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_ds.config import REFERENCE_FREE
+from dpo_ds.losses import LOSSES
 from launch_scripts.recipes.sentiment.runner import Step
 
 HERE = Path("launch_scripts/recipes/sentiment")
@@ -119,7 +119,7 @@ class Plan:
         if policy.beta is None:
             return self._step(name, policy.loss, (needs,), keys)
         keys |= {"loss.name": policy.loss, "loss.beta": policy.beta}
-        if policy.loss not in REFERENCE_FREE:
+        if LOSSES[policy.loss].needs_reference:
             needs = f"{at}/precompute"
             keys |= {"reference.kind": "cached", "reference.cache": self.folder / needs}
         return self._step(name, "train", (needs,), keys)
