@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from dpo_ds import config
-from dpo_ds.commands.cli import shown
+from dpo_ds.commands.cli import default_of
 
 GUIDE = Path(__file__).parents[1] / "dpo_ds/config/README.md"
-HEAD = "| key | default | meaning |\n| --- | --- | --- |\n"
+HEAD = "| key | type and range | default | meaning |\n| --- | --- | --- | --- |\n"
 
 
 def table() -> str:
@@ -17,8 +17,8 @@ def table() -> str:
     rows = {}
     for settings in config.COMMANDS.values():
         for key, field in config.keys(settings).items():
-            default = "required" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
-            rows.setdefault(key, f"| `{key}` | {default} | {field.description} |")
+            default = "required" if field.is_required() else f"`{default_of(field)}`"
+            rows.setdefault(key, f"| `{key}` | `{config.kind(field)}` | {default} | {field.description} |")
     return HEAD + "\n".join(rows.values()) + "\n"
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -20,22 +22,32 @@ from dpo_ds.config import yaml_file
 from dpo_ds.errors import ConfigError, CutOff, UserError
 
 EXIT_DONE, EXIT_USER = 0, 2
-SUMMARY = {
-    "sft": "supervised fine-tuning on chosen completions",
-    "reward": "a Bradley-Terry reward model on pairs",
-    "train": "preference optimisation on pairs (DPO)",
-    "evaluate": "accuracy, KL, rewards and win rates, with a report",
-    "export": "a sharded checkpoint as a Hugging Face model",
-    "sample": "completions of prompts, scored and ranked into pairs",
-    "precompute": "the reference's log-probs, stored for reference.kind cached",
+
+
+class Command(NamedTuple):
+    """Names a command in the overview, and `module:function` below dpo_ds.commands, which takes its config."""
+
+    summary: str
+    start: str
+
+
+COMMANDS = {
+    "sft": Command("supervised fine-tuning on chosen completions", "train:start"),
+    "reward": Command("a Bradley-Terry reward model on pairs", "train:start"),
+    "train": Command("preference optimisation on pairs (DPO)", "train:start"),
+    "evaluate": Command("accuracy, KL, rewards and win rates, with a report", "evaluate.command:start"),
+    "export": Command("a sharded checkpoint as a Hugging Face model", "export:start"),
+    "sample": Command("completions of prompts, scored and ranked into pairs", "sample.command:start"),
+    "precompute": Command("the reference's log-probs, stored for reference.kind cached", "precompute:start"),
 }
+LONGEST_KIND = 48  # characters of a key's type behind its flag; a longer one is told below
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line that names the nearest key, as all of ours are."""
 
     def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
         raise ConfigError(message)
@@ -46,6 +58,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     settings = config.COMMANDS[command]
     parser = _Parser(
         prog=f"dpo-ds {command}",
+        usage=f"dpo-ds {command} [--config RUN.YAML] [--section.key value ...]",
         description=settings.__doc__,
         epilog="Command line beats YAML beats defaults; a flag given twice: the last wins.",
     )
@@ -58,14 +71,15 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         parser.add_argument("source", nargs="?", metavar="CHECKPOINT", default=argparse.SUPPRESS, help=what)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config as YAML and stop")
     for key, field in config.keys(settings).items():
-        default = (
-            "required" if field.is_required() else f"default {shown(field.get_default(call_default_factory=True))}"
-        )
+        default = "required" if field.is_required() else f"default {default_of(field)}"
+        kind, description = config.kind(field), field.description
+        if len(kind) > LONGEST_KIND:
+            kind, description = key.rsplit(".", 1)[-1].upper(), f"{description}: {kind.replace(',', ', ')}"
         parser.add_argument(
             f"--{key}",
-            metavar=key.rsplit(".", 1)[-1].upper(),
+            metavar=kind,
             default=argparse.SUPPRESS,
-            help=f"{field.description} ({default})".replace("%", "%%"),
+            help=f"{description} ({default})".replace("%", "%%"),
             **({"nargs": "?", "const": "true"} if config.is_bool(field) else {}),
         )
     return parser
@@ -160,26 +174,10 @@ def _meet(place: launch.Launch):
 
 
 def _start(command: str, run: config.Section) -> int:
-    """The command's own module, which brings torch in, after parsing."""
-    if command == "precompute":
-        from dpo_ds.commands import precompute
-
-        return precompute.start(run)
-    if command == "sample":
-        from dpo_ds.commands.sample import command
-
-        return command.start(run)
-    if command == "evaluate":
-        from dpo_ds.commands.evaluate import command
-
-        return command.start(run)
-    if command == "export":
-        from dpo_ds.commands import export
-
-        return export.start(run)
-    from dpo_ds.commands import train as training
-
-    return training.start(command, run)
+    """Starts the work of a command; its module, which brings torch in, is imported here, after parsing."""
+    module, function = COMMANDS[command].start.split(":")
+    start = getattr(importlib.import_module(f"dpo_ds.commands.{module}"), function)
+    return start(command, run) if isinstance(run, config.SftConfig) else start(run)
 
 
 def _leave_status(argv: Sequence[str], mistake: str) -> None:
@@ -212,10 +210,14 @@ def _leave_status(argv: Sequence[str], mistake: str) -> None:
 
 def _print_overview() -> None:
     print("usage: dpo-ds COMMAND [--config run.yaml] [--section.key value ...]\n\ncommands:")
-    for command, summary in SUMMARY.items():
-        print(f"  {command:<12}{summary}")
+    for name, command in COMMANDS.items():
+        print(f"  {name:<12}{command.summary}")
     print("\n`dpo-ds COMMAND --help` lists the keys of a command.")
 
 
-def shown(default) -> str:
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+def default_of(field) -> str:
+    """Returns a key's default as YAML has it."""
+    default = field.get_default(call_default_factory=True)
+    if default is None or isinstance(default, bool):
+        return "null" if default is None else str(default).lower()
+    return str(list(default)) if isinstance(default, tuple) else str(default)

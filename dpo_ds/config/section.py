@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import types
 import typing
 from pathlib import Path
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, field_validator
 
 
@@ -27,6 +29,42 @@ class Section(BaseModel):
 
 def is_section(field) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def kind(field) -> str:
+    """Returns the type and range of a key's values as one reads them: `int >= 1`, `{packed,padded}`, `text or null`."""
+    return _kind(field.annotation, field.metadata)
+
+
+def _kind(annotation, bounds) -> str:
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return f"{{{','.join(parts)}}}"
+    if origin in (typing.Union, types.UnionType):
+        kinds = [_kind(part, bounds) for part in parts]
+        return " or ".join("list of them" if kind == f"list of {kinds[0]}" else kind for kind in kinds)
+    if origin is list:
+        inner = _kind(parts[0], [])
+        return f"list of ({inner})" if " or " in inner else f"list of {inner}"
+    if origin is tuple:
+        return f"[{', '.join(_kind(part, bounds) for part in parts)}]"
+    if annotation in (int, float):
+        return _range(annotation, bounds)
+    return {bool: "{true,false}", str: "text", type(None): "null"}.get(annotation, "mapping")
+
+
+def _range(number: type, bounds) -> str:
+    """`0 <= float < 1` from pydantic's bounds; of whole numbers, those above 0 are >= 1."""
+    least = next((f"{bound.ge:g} <=" for bound in bounds if isinstance(bound, Ge)), "")
+    least = next((f"{bound.gt:g} <" for bound in bounds if isinstance(bound, Gt)), least)
+    if number is int:
+        least = next((f"{bound.gt + 1} <=" for bound in bounds if isinstance(bound, Gt)), least)
+    most = next((f"<= {bound.le:g}" for bound in bounds if isinstance(bound, Le)), "")
+    most = next((f"< {bound.lt:g}" for bound in bounds if isinstance(bound, Lt)), most)
+    if least and not most:
+        value, sign = least.split()
+        return f"{number.__name__} {sign.replace('<', '>')} {value}"
+    return f"{least} {number.__name__} {most}".strip()
 
 
 def above_zero(what: str, given, of: str) -> float:

@@ -44,6 +44,40 @@ def test_help_lists_every_key_with_its_default(capsys):
         assert all(f"--{key}" in text for key in config.keys(settings))
 
 
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("train", "--train.schedule {constant,linear,cosine}\n"),
+        ("train", "--train.max_steps int >= 1 or null\n"),
+        ("train", "--loss.label_smoothing 0 <= float < 0.5\n"),
+        ("train", "--train.adam_betas [float, float]\n"),
+        ("train", "--model.lora.target_modules text or list of them\n"),
+        ("train", "--data.train text or list of (text or mapping)\n"),
+        ("train", "--model.from_config [{true,false}]\n"),
+        ("train", "add up: {dpo, robust,"),
+        ("sample", "--sample.top_p 0 < float <= 1\n"),
+        ("export", "--dtype {auto,fp32,bf16}\n"),
+    ],
+)
+def test_help_tells_types_choices_and_ranges(command, line, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert line in cli.parser_for(command).format_help()
+
+
+def test_help_fits_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for command in config.COMMANDS:
+        assert max(map(len, cli.parser_for(command).format_help().splitlines())) <= 100
+
+
+def test_the_table_of_commands_names_what_is_there():
+    assert cli.COMMANDS.keys() == config.COMMANDS.keys()
+    for command in cli.COMMANDS.values():
+        module, function = command.start.split(":")
+        source = Path(cli.__file__).parent / f"{module.replace('.', '/')}.py"
+        assert f"\ndef {function}(" in source.read_text()
+
+
 def test_defaults_are_the_contract():
     flat = config.flatten(config.to_plain(parse()))
     expected = {
