@@ -28,13 +28,13 @@ from dpo_ds.batch import PAIR
 from dpo_ds.data.census import Census
 from dpo_ds.data.dataset import CENSUS, PairDataset, PairWriter
 from dpo_ds.data.formats import FIELDS, Conversation, check_columns, check_name, detect, read
-from dpo_ds.data.rows import BadRow, Location, Row, unreadable
+from dpo_ds.data.reading import BATCH, Intake
+from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
 from dpo_ds.errors import ConfigError, DataError
 
 FORMAT_VERSION = 2  # of the cache: raise it when the same rows would give other tokens or columns
-BATCH = 1000  # rows tokenised together
 POLL_SECONDS = 0.2
 WAIT_SECONDS = 12 * 3600  # for the rank that tokenises
 ABANDONED_SECONDS = 120  # that nobody holds the lock: more than ranks differ in when they come to the data
@@ -110,48 +110,40 @@ def _usable(root: Path) -> Iterator[None]:
 
 @dataclass
 class _Reader:
-    """Rows as conversations, in batches; counts the others or raises, as `on_bad_row` says."""
+    """Reads the sources' rows as conversations, in batches."""
 
     sources: Sequence[Files | HuggingFace]
     paths: Sequence[str]
     options: Options
     sides: tuple[str, ...]
     margin_column: str | None = None
-    census: Census = field(default_factory=Census)
     formats: list[str] = field(default_factory=list)
 
+    def __post_init__(self):
+        self.intake = Intake(self.options.columns, self.options.on_bad_row)
+
+    @property
+    def census(self) -> Census:
+        return self.intake.census
+
     def batches(self, i: int) -> Iterator[list[tuple[Location, Conversation]]]:
-        """The conversations of source `i`; its format is decided once, on the first row that shows one."""
+        """Yields the conversations of source `i`; its format is decided once, on the first row that shows one."""
         limit = None if self.options.limit is None else self.options.limit - self.census.rows_read
         wanted = FIELDS | set(self.options.columns.values()) | ({self.margin_column} - {None})
-        rows = islice(self.sources[i].rows(wanted), limit)
         before, name = self.census.rows_read, self.options.format
-        while raw := list(islice(rows, BATCH)):
-            batch = []
-            for location, values in raw:
-                self.census.rows_read += 1
-                try:
-                    if isinstance(values, BadRow):
-                        raise values
-                    row = Row(values, self.options.columns)
-                    name = detect(row, self.sides) if name == "auto" else name
-                    batch.append((location, read(row, name, self.sides, self.margin_column)))
-                except BadRow as error:
-                    self.bad(location, error)
-                except RecursionError as error:
-                    self.bad(location, unreadable(error))
-            yield batch
+
+        def parse(row: Row) -> Conversation:
+            nonlocal name
+            name = detect(row, self.sides) if name == "auto" else name
+            return read(row, name, self.sides, self.margin_column)
+
+        yield from self.intake.batches(islice(self.sources[i].rows(wanted), limit), parse)
         if limit == 0:  # used up by the sources before
             return
         if self.census.rows_read == before:
             raise DataError(f"{self.paths[i]}: holds no row; a data set needs at least one")
         if name not in self.formats:
             self.formats.append(name)
-
-    def bad(self, location: Location, error: BadRow) -> None:
-        if self.options.on_bad_row == "error":
-            raise error.at(location) from None
-        self.census.drop(location, error.reason, str(error))
 
 
 def _build(folder: Path, reader: _Reader, tokenize: PairTokenizer) -> None:
@@ -177,7 +169,7 @@ def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, An
                 pairs, locations, margins = [], [], []
                 for (location, conversation), result in zip(batch, tokenize([c for _, c in batch]), strict=True):
                     if isinstance(result, BadRow):
-                        reader.bad(location, result)
+                        reader.intake.bad(location, result)
                     elif not all(len(result.pair.target_positions(side)) for side in reader.sides):
                         census.drop(location, NOTHING_LEFT, NOTHING_LEFT)
                     elif np.array_equal(result.pair.chosen, result.pair.rejected):  # or the template trims white space

@@ -14,14 +14,14 @@ from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.census import Census
 from dpo_ds.data.chat import render_prompt
 from dpo_ds.data.formats import FIELDS, check_columns, check_name, detect, read
-from dpo_ds.data.rows import BadRow, Location, Row, unreadable
+from dpo_ds.data.reading import Intake
+from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.data.sources import open_source
 from dpo_ds.data.tokenize import PairTokenizer
 from dpo_ds.errors import DataError
 
 TEXT = ".txt"
 COMPLETED = ("chosen", "rejected", "completion", "conversations", "instruction", "messages")  # more than a prompt
-BATCH = 1000  # rows tokenised together
 UNLIMITED = 1 << 40  # tokens: the prompt's own limit decides
 
 
@@ -82,9 +82,10 @@ def read_prompts(
     tokenize = PairTokenizer(tokenizer, UNLIMITED, options.max_prompt_length, CHOSEN_ONLY)
     items = [source] if isinstance(source, str) else source
     items = [{"path": item} if isinstance(item, str) else item for item in items]
-    prompts = Prompts()
+    intake = Intake(options.columns, options.on_bad_row)
+    prompts = Prompts(census=intake.census)
     for item in items:
-        found = list(_prompts_of(item["path"], prompts.census, options, tokenize, split, limit))
+        found = list(_prompts_of(item["path"], intake, options, tokenize, split, limit))
         wanted = round(item.get("weight", 1.0) * len(found))
         prompts.rows += [found[i % len(found)] for i in range(wanted)]
     if not prompts.rows:
@@ -96,34 +97,28 @@ def read_prompts(
 
 
 def _prompts_of(
-    path: str, census: Census, options: Options, tokenize: PairTokenizer, split: str, limit: int | None
+    path: str, intake: Intake, options: Options, tokenize: PairTokenizer, split: str, limit: int | None
 ) -> Iterator[Prompt]:
+    census, name = intake.census, options.format
     rows = islice(_rows(path, options, split), None if limit is None else limit - census.rows_read)
-    name = options.format
-    while raw := list(islice(rows, BATCH)):
-        texts, locations = [], []
-        for location, values in raw:
-            census.rows_read += 1
-            try:
-                if isinstance(values, BadRow):
-                    raise values
-                row = Row(values, options.columns)
-                bare = _bare_field(row)
-                if bare is None and name == "auto":
-                    name = detect(row, CHOSEN_ONLY)
-                texts.append(_prompt(row, name, tokenize) if bare is None else _bare_prompt(row, bare, tokenize))
-                locations.append(str(location))
-            except BadRow as error:
-                _bad(census, options, location, error)
-            except RecursionError as error:
-                _bad(census, options, location, unreadable(error))
-        for text, location, (ids, cut) in zip(texts, locations, tokenize.prompts(texts), strict=True):
+
+    def text_of(row: Row) -> str:
+        nonlocal name
+        bare = _bare_field(row)
+        if bare is not None:
+            return _bare_prompt(row, bare, tokenize)
+        name = detect(row, CHOSEN_ONLY) if name == "auto" else name
+        return _prompt(row, name, tokenize)
+
+    for batch in intake.batches(rows, text_of):
+        texts = [text for _, text in batch]
+        for (location, text), (ids, cut) in zip(batch, tokenize.prompts(texts), strict=True):
             census.prompts_cut += cut
             if len(ids):
-                yield Prompt(text, ids, location)
+                yield Prompt(text, ids, str(location))
             else:
                 problem = "the prompt is empty and the tokenizer adds no BOS; a model needs a token to go on from"
-                _bad(census, options, location, BadRow("empty prompt", problem))
+                intake.bad(location, BadRow("empty prompt", problem))
 
 
 def _rows(path: str, options: Options, split: str) -> Iterable:
@@ -168,9 +163,3 @@ def _prompt(row: Row, name: str, tokenize: PairTokenizer) -> str:
     if isinstance(conversation.prompt, str):
         return conversation.prompt
     return render_prompt(tokenize.tokenizer, conversation.prompt, conversation.tools)
-
-
-def _bad(census: Census, options: Options, location: Location | str, error: BadRow) -> None:
-    if options.on_bad_row == "error":
-        raise error.at(location) from None
-    census.drop(location, error.reason, str(error))

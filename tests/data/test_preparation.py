@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_ds.batch import CHOSEN_ONLY
-from dpo_ds.data import dataset, format_census, prepare
+from dpo_ds.data import dataset, format_census, prepare, reading
 from dpo_ds.data import prepare as prepare_function
 from dpo_ds.data.census import Census
 from dpo_ds.data.rows import Location
@@ -46,7 +46,7 @@ def no_reading(monkeypatch):
 
 def test_pairs_come_back_as_tokenised(tmp_path, monkeypatch):
     """7 rows in batches of 3, one of them bad: rows, indices, masks, lengths and places survive the disk."""
-    monkeypatch.setattr(prepare_module, "BATCH", 3)
+    monkeypatch.setattr(reading, "BATCH", 3)
     rows = pairs(7)
     rows[4]["rejected"] = ""
     rows[5] = {"prompt": "long" * 20, "chosen": "c" * 80, "rejected": "r"}
@@ -414,10 +414,10 @@ def test_a_killed_build_leaves_no_trace(tmp_path, cache):
     path = write_lines(tmp_path / "x.jsonl", pairs(30))
     code = f"""
 import os
-from dpo_ds.data import dataset, prepare
+from dpo_ds.data import dataset, prepare, reading
 from tests.data_helpers import options, tokenizer
 import sys
-sys.modules["dpo_ds.data.preparation"].BATCH = 10
+reading.BATCH = 10
 write = dataset.PairWriter.write
 def die(self, *given):
     write(self, *given)

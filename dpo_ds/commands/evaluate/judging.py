@@ -13,7 +13,8 @@ from dpo_ds.commands.evaluate.measure import spread
 from dpo_ds.commands.evaluate.results import Measured, Outcome
 from dpo_ds.data.chat import render_prompt
 from dpo_ds.data.formats import Conversation, completion, detect, read
-from dpo_ds.data.rows import BadRow, Row, shorten
+from dpo_ds.data.reading import usable
+from dpo_ds.data.rows import BadRow, Location, Row, shorten
 from dpo_ds.data.sources import open_source
 from dpo_ds.errors import ConfigError, DataError, UserError
 from dpo_ds.models.scoring import CODE_FAILS, FUNCTION, Scorer, checked, load_function
@@ -119,23 +120,24 @@ def read_baseline(path: str, prompts: Sequence[str], columns: dict[str, str], to
     """
     found: dict[str, list[str]] = {prompt: [] for prompt in prompts}
     name, models = "auto", set()
-    for location, values in open_source(path, "eval").rows():
-        try:
-            if isinstance(values, BadRow):
-                raise values
-            row = Row(values, columns)
-            name = detect(row, CHOSEN_ONLY) if name == "auto" else name
-            prompt, text = _texts(_read(row, name), tokenizer)
-        except BadRow as error:
-            raise DataError(f"--evaluate.baseline {location}: {error}") from None
-        if name == "completion" and "model" in values:  # as in the completions.parquet of an evaluation
-            models.add(shorten(values["model"]))
+
+    def parse(row: Row) -> tuple[str, str]:
+        nonlocal name
+        name = detect(row, CHOSEN_ONLY) if name == "auto" else name
+        texts = _texts(_read(row, name), tokenizer)
+        if name == "completion" and "model" in row.values:  # as in the completions.parquet of an evaluation
+            models.add(shorten(row.values["model"]))
             if len(models) > 1:
-                names = " and ".join(sorted(models))
-                raise DataError(
-                    f"--evaluate.baseline {location}: the column 'model' has {names}, and a baseline is one model's; "
-                    "give a file with that model's rows alone"
-                )
+                raise BadRow(
+                    "several models", f"the column 'model' has {' and '.join(sorted(models))}, and a baseline is one "
+                    "model's; give a file with that model's rows alone",
+                )  # fmt: skip
+        return texts
+
+    def refuse(location: Location, error: BadRow) -> None:
+        raise DataError(f"--evaluate.baseline {location}: {error}") from None
+
+    for _, (prompt, text) in usable(open_source(path, "eval").rows(), columns, parse, refuse):
         if prompt in found:
             found[prompt].append(text)
     lacking = [prompt for prompt in prompts if not found[prompt]]
