@@ -25,21 +25,20 @@ from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout
+from dpo_ds.data.shard import head_of, shard_files, shard_name
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.reference.cache import (
     FORMAT,
+    SHARDS,
     KeyIndex,
     Manifest,
     Shard,
     check_shards,
-    head_of,
     is_finished,
     read_manifest,
     read_shards,
-    shard_name,
     sort_keys,
     write_manifest,
-    write_shard,
 )
 from dpo_ds.reference.cached import check_identity, identity, kernels, refuse_random_weights
 from dpo_ds.reference.store import data_keys
@@ -126,7 +125,7 @@ def prepare(run: PrecomputeConfig, place: Launch) -> Work:
     manifest, of_model = read_manifest(folder), None
     if place.is_first:
         of_model = identity(run, tokenizer)
-        heads = [head_of(path) for path in sorted(folder.glob("shard-*.parquet"))] if manifest is None else []
+        heads = [head_of(path) for path in shard_files(folder)] if manifest is None else []
         for found in filter(None, heads if manifest is None else [manifest.values]):
             check_identity(run, found, of_model)
         if manifest is not None:
@@ -214,7 +213,7 @@ def compute_shards(
         rows = work.shards[shards[rank]] if rank < len(shards) else work.shards[0][:0]
         computed = compute(model, work, rows, forwards, layout, progress)
         if len(rows):
-            write_shard(work.path(folder, shards[rank]), computed, head)
+            SHARDS.write(work.path(folder, shards[rank]), computed, head)
     progress.close()
 
 

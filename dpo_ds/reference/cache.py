@@ -18,19 +18,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpo_ds.batch import PAIR
 from dpo_ds.cluster.shared_files import write_whole
 from dpo_ds.data import PairDataset
+from dpo_ds.data.shard import DamagedShard, ShardKind
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import file_digest
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 KEY_BYTES = 16
-HEAD = b"dpo_ds"  # of a shard's footer
-DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError)  # of a Parquet file with bytes changed
 MEND = "delete it and run dpo-ds precompute again: whole shards are kept"
 SIDES = [(side, pa.list_(pa.float32())) for side in PAIR]
 SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), *SIDES])
@@ -105,54 +103,13 @@ def sort_keys(keys: np.ndarray) -> np.ndarray:  # [rows] int64
     return np.lexsort((keys[:, 1], keys[:, 0]))
 
 
-def shard_name(number: int) -> str:
-    return f"shard-{number:06d}.parquet"
-
-
-def write_shard(path: Path, shard: Shard, head: dict) -> None:
-    """`path` appears whole: a temporary name, fsync, rename."""
-    write_whole(path, encode(shard, head))
-
-
-def encode(shard: Shard, head: dict) -> pa.Buffer:
-    """The bytes of a shard's file. Its footer holds the head and a digest of the rest."""
-    offsets = np.zeros((len(shard.keys) + 1, 2), dtype=np.int32)
-    np.cumsum(shard.lengths, axis=0, out=offsets[1:])
-    columns = [pa.Array.from_buffers(pa.binary(KEY_BYTES), len(shard.keys), [None, pa.py_buffer(shard.keys.tobytes())])]
-    for side, values in enumerate((shard.chosen, shard.rejected)):
-        columns.append(pa.ListArray.from_arrays(_array(offsets[:, side], pa.int32()), _array(values, pa.float32())))
-    footer = json.dumps({**head, "content": _content(shard)}, sort_keys=True)
-    table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata({HEAD: footer}))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
-    return sink.getvalue()
-
-
-def read_shard(path: Path) -> tuple[Shard, dict]:
-    """A shard and its head. Raises one of DAMAGE for a file that is not one."""
-    table = pq.ParquetFile(path, memory_map=True).read().combine_chunks()
-    keys, chosen, rejected = (table.column(name).chunk(0) for name in SCHEMA.names)
-    lengths = np.stack([np.diff(np.from_dlpack(side.offsets)) for side in (chosen, rejected)], axis=1).astype(np.int64)
-    flat = np.frombuffer(keys.buffers()[1], np.uint64)[2 * keys.offset :][: 2 * len(keys)]
-    shard = Shard(flat.reshape(-1, 2), lengths, *(np.from_dlpack(side.flatten()) for side in (chosen, rejected)))
-    return shard, json.loads(table.schema.metadata[HEAD])
-
-
 def is_finished(path: Path, keys: np.ndarray, head: dict) -> bool:
     """Whether `path` is the whole shard of these pairs under this head, so that nobody need compute it again."""
     try:
-        shard, _ = read_shard(path)
-    except DAMAGE:
+        shard, _ = SHARDS.read(path)
+    except DamagedShard:
         return False
-    return np.array_equal(shard.keys, keys) and encode(shard, head).equals(pa.py_buffer(path.read_bytes()))
-
-
-def head_of(path: Path) -> dict | None:
-    """A shard's head; None if the file is damaged or none of ours."""
-    try:
-        return json.loads(pq.read_schema(path).metadata[HEAD])
-    except DAMAGE:
-        return None
+    return np.array_equal(shard.keys, keys) and SHARDS.encode(shard, head).equals(pa.py_buffer(path.read_bytes()))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -204,7 +161,7 @@ def check_shards(manifest: Manifest) -> None:
 
 
 def read_shards(manifest: Manifest) -> Iterator[Shard]:
-    return (read_shard(manifest.folder / shard["file"])[0] for shard in manifest.shards)
+    return (SHARDS.read(manifest.folder / shard["file"])[0] for shard in manifest.shards)
 
 
 def _with_ids(values: dict) -> dict:
@@ -218,7 +175,7 @@ def _with_ids(values: dict) -> dict:
 
 
 def _described(path: Path) -> dict:
-    shard, _ = read_shard(path)
+    shard, _ = SHARDS.read(path)
     counts = {"rows": len(shard.keys), "tokens": int(shard.lengths.sum()), "bytes": path.stat().st_size}
     return {"file": path.name, **counts, "sha256": file_digest(path)}
 
@@ -233,6 +190,22 @@ def _problem(path: Path, shard: dict) -> str:
     return "" if digest == shard["sha256"] else f"{path}: SHA-256 {digest[:12]}, {MANIFEST} says {shard['sha256'][:12]}"
 
 
+def _to_table(shard: Shard) -> pa.Table:
+    offsets = np.zeros((len(shard.keys) + 1, 2), dtype=np.int32)
+    np.cumsum(shard.lengths, axis=0, out=offsets[1:])
+    columns = [pa.Array.from_buffers(pa.binary(KEY_BYTES), len(shard.keys), [None, pa.py_buffer(shard.keys.tobytes())])]
+    for side, values in enumerate((shard.chosen, shard.rejected)):
+        columns.append(pa.ListArray.from_arrays(_array(offsets[:, side], pa.int32()), _array(values, pa.float32())))
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _from_table(table: pa.Table) -> Shard:
+    keys, chosen, rejected = (table.combine_chunks().column(name).chunk(0) for name in SCHEMA.names)
+    lengths = np.stack([np.diff(np.from_dlpack(side.offsets)) for side in (chosen, rejected)], axis=1).astype(np.int64)
+    flat = np.frombuffer(keys.buffers()[1], np.uint64)[2 * keys.offset :][: 2 * len(keys)]
+    return Shard(flat.reshape(-1, 2), lengths, *(np.from_dlpack(side.flatten()) for side in (chosen, rejected)))
+
+
 def _content(shard: Shard) -> str:
     digest = hashlib.sha256()
     for part in shard:
@@ -242,3 +215,9 @@ def _content(shard: Shard) -> str:
 
 def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
+
+
+SHARDS = ShardKind(
+    _to_table, _from_table, _content, sort_head=True,
+    options={"compression": "none", "use_dictionary": False, "write_statistics": False},
+)  # fmt: skip

@@ -22,7 +22,7 @@ from dpo_ds.data.batching import Layout
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.engine import FrozenModel, Replica, settle_layout
 from dpo_ds.models.loading import load_causal_lm
-from dpo_ds.reference.cache import read_shard
+from dpo_ds.reference.cache import SHARDS
 from tests.benchmarks.workload import Stopwatch, Workload
 
 TRL_BATCH = 8  # pairs in a forward: per_device_train_batch_size's default, which TRL takes
@@ -55,7 +55,7 @@ def ours(work: Workload, results: TextIO, engine: str | None = None) -> None:
             else:
                 command.compute_shards(model, job, todo, layout, folder, {}, place.rank, work.ranks, False)
             dist.barrier()
-            written = [read_shard(job.path(folder, shard))[0].chosen for shard in todo]
+            written = [SHARDS.read(job.path(folder, shard))[0].chosen for shard in todo]
             watch.step({"loss": float(sum(logps.sum() for logps in written) / len(rows))})
     finally:
         leave()

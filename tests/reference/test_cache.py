@@ -10,20 +10,19 @@ from dpo_ds.commands.precompute import micro_batches, missing_rows
 from dpo_ds.data import PairDataset
 from dpo_ds.data.dataset import PairWriter
 from dpo_ds.data.rows import Location
+from dpo_ds.data.shard import DamagedShard, shard_name
 from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.errors import ConfigError
 from dpo_ds.reference.cache import (
+    SHARDS,
     KeyIndex,
     Shard,
     check_shards,
     is_finished,
     pair_keys,
     read_manifest,
-    read_shard,
-    shard_name,
     sort_keys,
     write_manifest,
-    write_shard,
 )
 from dpo_ds.reference.cached import CachedRows
 from dpo_ds.reference.store import _saved, data_rows, open_store
@@ -64,7 +63,7 @@ def filled(folder, data, pairs, builds=((0, 4), (4, 7))):
     folder.mkdir(exist_ok=True)
     keys, done = pair_keys(data), []
     for number, (start, stop) in enumerate(builds):
-        write_shard(folder / shard_name(number), shard_of(pairs[start:stop], keys[start:stop]), HEAD)
+        SHARDS.write(folder / shard_name(number), shard_of(pairs[start:stop], keys[start:stop]), HEAD)
         done = [*done, {**SETTINGS, "shards": [{"file": shard_name(number)}]}]
         done = write_manifest(folder, IDENTITY, done).values["builds"]
     return read_manifest(folder)
@@ -105,9 +104,9 @@ def test_a_shard_comes_back_and_has_the_same_bytes_twice(tmp_path):
     keys = pair_keys(dataset(tmp_path / "a", pairs))
     shard = shard_of(pairs, keys)
     for name in ("one", "two"):
-        write_shard(tmp_path / name, shard, HEAD)
+        SHARDS.write(tmp_path / name, shard, HEAD)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    found, head = read_shard(tmp_path / "one")
+    found, head = SHARDS.read(tmp_path / "one")
     assert all(np.array_equal(a, b) for a, b in zip(found, shard, strict=True))
     assert head["dtype"] == "float32"
     assert not list(tmp_path.glob("*.tmp"))
@@ -118,11 +117,15 @@ def test_only_the_same_pairs_under_the_same_head_are_finished(tmp_path):
     keys = pair_keys(dataset(tmp_path / "a", pairs))
     path = tmp_path / "shard"
     assert not is_finished(path, keys, HEAD)
-    write_shard(path, shard_of(pairs, keys), HEAD)
+    SHARDS.write(path, shard_of(pairs, keys), HEAD)
     assert is_finished(path, keys, HEAD)
     assert not is_finished(path, keys[::-1], HEAD)
     assert not is_finished(path, keys, {**HEAD, "dtype": "bfloat16"})
     content = path.read_bytes()
+    values = content.find(shard_of(pairs, keys).chosen.tobytes())
+    path.write_bytes(content[:values] + b"\x01" + content[values + 1 :])
+    with pytest.raises(DamagedShard, match="shard: damaged, its rows do not have the digest"):
+        SHARDS.read(path)
     for place in range(0, len(content), 61):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         assert not is_finished(path, keys, HEAD), place

@@ -18,19 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpo_ds.cluster.shared_files import sha256, write_text, write_whole
 from dpo_ds.commands.sample.ranking import Ranker
 from dpo_ds.config import SampleSection
 from dpo_ds.data.prompts import Prompt
+from dpo_ds.data.shard import DamagedShard, ShardKind, encode, head_of, shard_files, shard_name
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.generation import Completion
 
 MANIFEST = "MANIFEST.json"
-HEAD = b"dpo_ds"  # of a shard's footer
 SHARED = "--sample.to must be a folder that all nodes share"
-DAMAGE = (OSError, ValueError, KeyError, TypeError)  # of a Parquet file with bytes changed
 # stop: the text of the token that ended it where that is not the tokenizer's EOS; tokens: as drawn, that one included.
 COMPLETIONS = pa.schema(
     [
@@ -76,8 +74,8 @@ class Folder:
 
     def check_settings(self) -> None:
         """Raises ConfigError for a folder that was begun with other settings."""
-        files = sorted(self.completions.glob("shard-*.parquet"))
-        found = next((head for head in map(_head_of, files) if head is not None), None)
+        heads = map(head_of, shard_files(self.completions))
+        found = next((head for head in heads if head is not None), None)
         if found is None:
             return
         for key in {**self.settings, **found["settings"]}:
@@ -113,17 +111,14 @@ class Folder:
         return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
 
     def write(self, shard: int, rows: Sequence[dict]) -> None:
-        head = json.dumps({"settings": self.settings, "content": _digest(rows)})
-        write_whole(self.completions / _name(shard), _parquet(rows, COMPLETIONS.with_metadata({HEAD: head})))
+        SHARDS.write(self.completions / shard_name(shard), rows, {"settings": self.settings})
 
     def read(self, shard: int) -> list[dict] | None:
         """The completions of a shard; None where there is none or it is damaged."""
         try:
-            table = pq.ParquetFile(self.completions / _name(shard)).read()
-            head, rows = json.loads(table.schema.metadata[HEAD]), table.to_pylist()
-        except DAMAGE:
+            return SHARDS.read(self.completions / shard_name(shard))[0]
+        except DamagedShard:
             return None
-        return rows if head["content"] == _digest(rows) else None
 
     def finish(self, sample: SampleSection) -> dict:
         """Pairs of all shards and the manifest, which is returned.
@@ -133,9 +128,9 @@ class Folder:
         """
         counts, dropped, scores = Counter(), Counter(), []
         for shard in range(self.shards):
-            rows = self.read(shard)
+            path, rows = self.completions / shard_name(shard), self.read(shard)
             if rows is None:
-                raise ConfigError(f"{self.completions / _name(shard)}: written, but rank 0 cannot read it; {SHARED}")
+                raise ConfigError(f"{path}: written, but rank 0 cannot read it; {SHARED}")
             counts["completions"] += len(rows)
             counts["finished"] += sum(row["finished"] for row in rows)
             counts["tokens"] += sum(len(row["tokens"]) for row in rows)
@@ -143,8 +138,8 @@ class Folder:
                 scores += [row["score"] for row in rows]
                 pairs = pairs_of(rows, sample, dropped)
                 counts["pairs"] += len(pairs)
-                write_whole(self.pairs / _name(shard), _parquet(pairs, PAIRS))
-        files = [path for folder in (self.completions, self.pairs) for path in sorted(folder.glob("shard-*.parquet"))]
+                write_whole(self.pairs / path.name, encode(pa.Table.from_pylist(pairs, schema=PAIRS)))
+        files = [path for folder in (self.completions, self.pairs) for path in shard_files(folder)]
         manifest = {
             "settings": self.settings,
             "prompts": counts["completions"] // sample.n,
@@ -209,22 +204,8 @@ def pairs_of(rows: Sequence[dict], sample: SampleSection, dropped: Counter) -> l
     return pairs
 
 
-def _parquet(rows: Sequence[dict], schema: pa.Schema) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
-    return sink.getvalue()
-
-
 def _digest(rows: Sequence[dict]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def _head_of(path: Path) -> dict | None:
-    try:
-        return json.loads(pq.read_schema(path).metadata[HEAD])
-    except DAMAGE:
-        return None
-
-
-def _name(shard: int) -> str:
-    return f"shard-{shard:06d}.parquet"
+SHARDS = ShardKind(lambda rows: pa.Table.from_pylist(rows, schema=COMPLETIONS), pa.Table.to_pylist, _digest)
