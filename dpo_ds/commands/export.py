@@ -101,28 +101,22 @@ def write_merged(
     """The model's own weights with alpha / r * B A added where a layer was adapted, summed in fp32; a reward model's
     head as it was trained.
     """
-    scale = (2 * section.lora.r if section.lora.alpha is None else section.lora.alpha) / section.lora.r
     with contextlib.ExitStack() as files:
-        own = _own_weights(Path(section.path), files)
-        tensors = dict(causal_lm.named_parameters())
-        whole = {name for name in tensors if f"{ENGINE_PREFIX}{name}" in shards.places}
-        if missing := sorted(tensors.keys() - own.keys() - whole):
+        own, tensors = _own_weights(Path(section.path), files), dict(causal_lm.named_parameters())
+        trained = {name.removeprefix(ENGINE_PREFIX) for name in shards.places}
+        if missing := sorted(tensors.keys() - own.keys() - trained):
             raise ConfigError(
                 f"--merge: {section.path} has no safetensors weight named {missing[0]}; merge the adapters with peft"
             )
 
         def read(name: str) -> torch.Tensor:
-            if name in whole:
-                return shards.whole(f"{ENGINE_PREFIX}{name}", dtype)
-            weight = own[name].get_tensor(name)
-            layer = f"{ENGINE_PREFIX}{name.removesuffix('.weight')}"
-            a, b = (f"{layer}.lora_{side}.{lora.ADAPTER}.weight" for side in "AB")
-            if a in shards.places:
-                weight = weight.float() + scale * (shards.whole(b, torch.float32) @ shards.whole(a, torch.float32))
-            return weight.to(dtype)
+            if name in trained:
+                return shards.whole(f"{ENGINE_PREFIX}{name}", torch.float32)
+            return own[name].get_tensor(name).float()
 
+        merged = lora.merged(read, trained, lora.scale_of(section.lora))
         sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
-        write_shards(folder, sizes, read, causal_lm, shard_bytes)
+        write_shards(folder, sizes, lambda name: merged(name).to(dtype), causal_lm, shard_bytes)
 
 
 def _own_weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Any]:

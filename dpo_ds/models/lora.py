@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,27 +79,28 @@ def adapters_off(causal_lm: PreTrainedModel) -> Iterator[None]:
 
 
 def merged(
-    causal_lm: PreTrainedModel, tensors: dict[str, Tensor], read: Callable[[str], Tensor | None]
-) -> tuple[dict[str, Tensor], Callable[[str], Tensor | None]]:
-    """The model's own tensors under transformers' names, and what reads one with alpha / r * B A added, in fp32.
+    read: Callable[[str], Tensor | None], names: Collection[str], scale: float
+) -> Callable[[str], Tensor | None]:
+    """Returns what reads one of the model's own weights, by transformers' name, with scale * B A added in fp32.
 
-    tensors: by the name they have while the model is adapted. `read` takes such a name; it gives None to a rank that
-    only helps to gather, and so does what is returned.
+    `read` gives one of `names`, the weights and adapters that there are, or None to a rank that only helps to gather;
+    so does what is returned. A weight whose adapters are not among `names` comes as it is.
     """
-    adapted = {name.replace(".base_layer.", "."): name for name in tensors if ".lora_" not in name}
-    config = causal_lm.peft_config[ADAPTER]
 
     def read_merged(name: str) -> Tensor | None:
-        weight = read(adapted[name])
-        layer = adapted[name].removesuffix("base_layer.weight")
-        if layer == adapted[name]:
+        weight = read(name)
+        b, a = (f"{name.removesuffix('.weight')}.lora_{side}.{ADAPTER}.weight" for side in "BA")
+        if b not in names:
             return weight
-        b, a = (read(f"{layer}lora_{side}.{ADAPTER}.weight") for side in "BA")
-        if weight is None:
-            return None
-        return (weight.float() + config.lora_alpha / config.r * (b.float() @ a.float())).to(weight.dtype)
+        b, a = read(b), read(a)
+        return None if weight is None else (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
 
-    return {name: tensors[own] for name, own in adapted.items()}, read_merged
+    return read_merged
+
+
+def scale_of(section: LoraSection) -> float:
+    """Returns alpha / r, by which adapters count."""
+    return (2 * section.r if section.alpha is None else section.alpha) / section.r
 
 
 def write_adapters(folder: Path, causal_lm: PreTrainedModel, read: Callable[[str], Tensor | None]) -> None:
