@@ -31,10 +31,12 @@ from dpo_ds.data.batching import Layout, Lengths, plan  # noqa: E402
 from dpo_ds.losses import DPO  # noqa: E402
 from dpo_ds.models import attention, engine  # noqa: E402
 from dpo_ds.models.causal_lm import LogProbModel  # noqa: E402
+from dpo_ds.models.engine import load_frozen  # noqa: E402
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.cached import CachedReference  # noqa: E402
-from dpo_ds.reference.live import LiveReference, frozen_model  # noqa: E402
+from dpo_ds.reference.live import LiveReference  # noqa: E402
 from dpo_ds.training.preference import PreferenceObjective  # noqa: E402
+from dpo_ds.training.tasks import task_of  # noqa: E402
 from dpo_ds.training.trainer import Objective, Trainer  # noqa: E402
 from tests.benchmarks import precompute_pass  # noqa: E402
 from tests.benchmarks.workload import BETA, Stopwatch, Workload  # noqa: E402
@@ -55,7 +57,7 @@ class ReferenceFree(Objective):
         return batch.num_pairs
 
     def __call__(self, policy, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss = -logsigmoid(BETA * policy.logps(batch).logratio).sum()
+        loss = -logsigmoid(BETA * batch.pair_logps(policy.token_logps(batch)).logratio).sum()
         return loss, loss.detach().double()[None]
 
 
@@ -65,12 +67,12 @@ def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
     run, place = work.config(layout, reference), launch.from_environment()
     process_group.quiet_libraries()
     device = process_group.enter(place)
-    prepared = preflight.prepare(run, place, Path(run.output_dir))
+    prepared = preflight.prepare(task_of(run), place, Path(run.output_dir))
     causal_lm = load_causal_lm(run.model, prepared.policy_config)
     policy = engine.Policy(LogProbModel(causal_lm), prepared.policy_config, device)
     models, objective = [policy], ReferenceFree()
     if reference == "live":
-        models.append(frozen_model(run.model, prepared.reference_config, device))
+        models.append(load_frozen(run.model, prepared.reference_config, device))
         objective = PreferenceObjective(DPO(BETA), LiveReference(models[1], policy, run.reference))
     if reference == "cached":
         objective = PreferenceObjective(DPO(BETA), CachedReference(prepared.cached, device))
@@ -78,9 +80,9 @@ def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
     assert settled == (layout, ""), settled
     shape = Layout(layout, PAIR, work.micro_batch_tokens, prepared.hidden_size)
     try:
-        Trainer(policy, objective, prepared.data, None, shape, run.train, Unsaved(), watch, StopFlag(), Silent()).train(
-            1, 0
-        )
+        Trainer(
+            policy, objective, prepared.data, None, shape, run.train, Unsaved(), 0, watch, StopFlag(), Silent()
+        ).train(first_step=1)
     finally:
         process_group.leave()
 

@@ -21,9 +21,8 @@ from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.losses import DPO
 from dpo_ds.models import attention
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import Policy
+from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.loading import load_causal_lm
-from dpo_ds.reference.live import frozen_model
 from tests.tiny import VOCAB, random_pairs
 
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -43,7 +42,7 @@ def two_steps(path: str, folder: Path, device) -> dict:
     reference_config, _ = fill_reference(read(path), path, machine, 32)
     section = ModelSection(path=str(model_path), from_config=True)
     policy = Policy(LogProbModel(load_causal_lm(section, policy_config)), policy_config, device)
-    reference = frozen_model(section, reference_config, device)
+    reference = load_frozen(section, reference_config, device)
     for model in (policy, reference):
         attention.use_packed_attention(model.causal_lm)
     losses, norms = [], []
