@@ -308,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.ranks % given.nodes:
             raise ConfigError(f"--ranks {given.ranks}: not a multiple of --nodes {given.nodes}")
         run, _ = load(given.command, given.config, {})
-        run = with_reference_of_loss(run) if isinstance(run, TrainConfig) else run
+        if given.command == "train":
+            run = with_reference_of_loss(run)
         policy_shape = check_model(run.model.model_copy(update={"from_config": True}), run.model.path)
         memory = of_run(run, given.ranks, given.nodes, policy_shape)
     except UserError as mistake:

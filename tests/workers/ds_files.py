@@ -49,7 +49,8 @@ def two_steps(path: str, folder: Path, device) -> dict:
     for step in range(2):
         pairs = random_pairs(4, seed=rank) if step == 0 or rank == 0 else []
         batch = packed_batch(pairs)
-        loss = DPO()(policy.logps(batch), reference.logps(batch)).sum() * ranks / (8 if step == 0 else 4)
+        logps = [batch.pair_logps(model.token_logps(batch)) for model in (policy, reference)]
+        loss = DPO()(*logps).sum() * ranks / (8 if step == 0 else 4)
         policy.backward(loss, is_last=True)
         copies = [_second_copies(model) for model in (policy, reference)]  # until the next update
         norms.append(policy.step(run.learning_rate))

@@ -71,7 +71,7 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
     before = gathered_state_dict(policy.causal_lm)
     for index, micro in enumerate(shares[rank] if ranks == 2 else [pairs]):
         batch = collate(micro)
-        policy_logps, reference_logps = policy.logps(batch), reference.logps(batch)
+        policy_logps, reference_logps = (batch.pair_logps(m.token_logps(batch)) for m in (policy, reference))
         losses = loss_fn(policy_logps, reference_logps)
         sums = sums + preference_sums(losses, policy_logps, reference_logps, loss_fn.beta)
         policy.backward(losses.sum() * ranks / len(pairs), is_last=index == 1)

@@ -52,11 +52,12 @@ def measure(case: dict, folder: Path, device) -> dict[str, int]:
             attention.use_packed_attention(each.causal_lm)
         for step in range(2):
             meter.begin(f"step {step}")
-            reference = models[1].logps(batch).logratio if case["live"] else 0.0
-            loss = -torch.nn.functional.logsigmoid(0.1 * (policy.logps(batch).logratio - reference)).sum()
+            reference = batch.pair_logps(models[1].token_logps(batch)).logratio if case["live"] else 0.0
+            logratio = batch.pair_logps(policy.token_logps(batch)).logratio
+            loss = -torch.nn.functional.logsigmoid(0.1 * (logratio - reference)).sum()
             policy.backward(loss, is_last=True)
             policy.step(1e-3)
-            del loss, reference
+            del loss, logratio, reference
             gc.collect()
         return {"state": meter.live, "peak": meter.peaks["step 1"]}
 
