@@ -39,7 +39,7 @@ from dpo_ds.cluster.launch import free_port  # noqa: E402
 from dpo_ds.config import DataSection  # noqa: E402
 from dpo_ds.config.deepspeed import LEAST_BUCKET  # noqa: E402
 from dpo_ds.data import prepare  # noqa: E402
-from dpo_ds.data.sources import read_rows  # noqa: E402
+from dpo_ds.data.sources import open_source  # noqa: E402
 from dpo_ds.demo.corpus import preference_rows, write_jsonl  # noqa: E402
 from dpo_ds.demo.tiny import special_ids, train_tokenizer  # noqa: E402
 from tests.benchmarks.contenders import CONTENDERS  # noqa: E402
@@ -120,7 +120,7 @@ def pairs_file(folder: Path, data: Path) -> Path:
 
 
 def rows_of(path: str):
-    return (row for _, row in read_rows(path))
+    return (row for _, row in open_source(path).rows())
 
 
 class Job:
