@@ -1,93 +1,65 @@
-"""One rank of one contender of train_throughput.py: contenders.py NAME WORKLOAD.json PIPE, as many processes as ranks.
+"""What train_throughput.py and gpu.py measure: each contender trains, or computes a pass, on the ranks of a jobs.Job.
 
-It trains until stdin ends. After the warm-up and after every round it writes one line of JSON to the file descriptor
-PIPE and waits for a line on stdin before it goes on: only one contender computes at a time, no start-up is measured.
+A contender gets the workload and the connection of its Stopwatch, which stops it after the warm-up and after every
+round until it is told to go on: no start-up is measured. It is ended from outside. In ours rank 0 alone has a tracker,
+and so a watch; the others wait for it in the next collective.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TextIO
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from dpo_ds.batch import PAIR, Batch  # noqa: E402
+from dpo_ds.batch import PAIR, Batch
 from dpo_ds.cluster import launch, process_group
-from dpo_ds.cluster.stopping import StopFlag  # noqa: E402
-from dpo_ds.cluster.watchdog import Silent  # noqa: E402
-from dpo_ds.commands import preflight
-from dpo_ds.data import PairDataset  # noqa: E402
-from dpo_ds.data.batching import Layout, Lengths, plan  # noqa: E402
-from dpo_ds.losses import DPO  # noqa: E402
-from dpo_ds.models import attention, engine  # noqa: E402
-from dpo_ds.models.causal_lm import LogProbModel  # noqa: E402
-from dpo_ds.models.engine import load_frozen  # noqa: E402
-from dpo_ds.models.loading import load_causal_lm
-from dpo_ds.reference.cached import CachedReference  # noqa: E402
-from dpo_ds.reference.live import LiveReference  # noqa: E402
-from dpo_ds.training.preference import PreferenceObjective  # noqa: E402
-from dpo_ds.training.tasks import task_of  # noqa: E402
-from dpo_ds.training.trainer import Objective, Trainer  # noqa: E402
-from tests.benchmarks import precompute_pass  # noqa: E402
-from tests.benchmarks.workload import BETA, Stopwatch, Workload  # noqa: E402
+from dpo_ds.commands import train
+from dpo_ds.data import PairDataset
+from dpo_ds.data.batching import Layout, Lengths, plan
+from dpo_ds.models import attention
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.reference import cached
+from tests.benchmarks import precompute_pass
+from tests.benchmarks.workload import BETA, Stopwatch, Workload
 
 
 class Unsaved:
     """In the place of the checkpoints' writer."""
 
+    def __init__(self, *_): ...
+
     def look(self) -> None: ...
 
 
-class ReferenceFree(Objective):
-    """A loss of the policy alone: what is left of a step when the reference costs nothing."""
+class DrawnRows:
+    """In the place of a cache's rows, for a model whose weights are on no disk: the same log-prob for every token."""
 
-    sides, names = PAIR, ("loss",)
-
-    def weight(self, batch: Batch) -> int:
-        return batch.num_pairs
-
-    def __call__(self, policy, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss = -logsigmoid(BETA * batch.pair_logps(policy.token_logps(batch)).logratio).sum()
-        return loss, loss.detach().double()[None]
+    def token_logps(self, batch: Batch) -> Tensor:  # [N] float32, on the CPU
+        return torch.full((len(batch.targets),), -10.0)
 
 
-def ours(work: Workload, results: TextIO, layout: str, reference: str) -> None:
-    """dpo_ds.training.trainer.Trainer with the parts that `dpo-ds train` gives it."""
+def ours(work: Workload, results: Connection, layout: str, reference: str) -> None:
+    """`dpo-ds train` itself; the stopwatch stands in for its tracker, and nothing is saved."""
     watch = Stopwatch(work, results)
-    run, place = work.config(layout, reference), launch.from_environment()
-    process_group.quiet_libraries()
-    device = process_group.enter(place)
-    prepared = preflight.prepare(task_of(run), place, Path(run.output_dir))
-    causal_lm = load_causal_lm(run.model, prepared.policy_config)
-    policy = engine.Policy(LogProbModel(causal_lm), prepared.policy_config, device)
-    models, objective = [policy], ReferenceFree()
-    if reference == "live":
-        models.append(load_frozen(run.model, prepared.reference_config, device))
-        objective = PreferenceObjective(DPO(BETA), LiveReference(models[1], policy, run.reference))
-    if reference == "cached":
-        objective = PreferenceObjective(DPO(BETA), CachedReference(prepared.cached, device))
-    settled = engine.settle_layout(layout, models)
-    assert settled == (layout, ""), settled
-    shape = Layout(layout, PAIR, work.micro_batch_tokens, prepared.hidden_size)
-    try:
-        Trainer(
-            policy, objective, prepared.data, None, shape, run.train, Unsaved(), 0, watch, StopFlag(), Silent()
-        ).train(first_step=1)
-    finally:
-        process_group.leave()
+    replaced = [mock.patch.multiple(train, Tracker=lambda *_: watch, CheckpointWriter=Unsaved)]
+    if reference == "cached" and work.from_config:
+        manifest = SimpleNamespace(id="drawn", ids=["drawn"])
+        found = {"check_cache": lambda *_: manifest, "find_rows": lambda *_: DrawnRows(), "spot_check": lambda *_: []}
+        replaced.append(mock.patch.multiple(cached, **found))
+    for each in replaced:
+        each.start()
+    train.start("train", work.config(layout, reference))
 
 
-def trl(work: Workload, results: TextIO, precompute: bool) -> None:
+def trl(work: Workload, results: Connection, precompute: bool) -> None:
     """TRL's DPOTrainer with what it logs and checks by default; only tokenising is ours, so that pairs are equal."""
     import transformers
     from datasets import load_from_disk
@@ -104,8 +76,9 @@ def trl(work: Workload, results: TextIO, precompute: bool) -> None:
 
     process_group.enter(launch.from_environment())
     args = DPOConfig(
-        output_dir=work.folder,
-        per_device_train_batch_size=work.pairs_per_rank,
+        output_dir=f"{work.folder}/trl-output",
+        per_device_train_batch_size=work.peer_pairs,
+        gradient_accumulation_steps=work.pairs_per_rank // work.peer_pairs,
         learning_rate=work.learning_rate,
         lr_scheduler_type="constant",
         max_steps=work.total_steps + 1,
@@ -113,7 +86,7 @@ def trl(work: Workload, results: TextIO, precompute: bool) -> None:
         beta=BETA,
         max_length=None,
         precompute_ref_log_probs=precompute,
-        gradient_checkpointing=False,  # nor do we
+        gradient_checkpointing=work.activation_checkpointing,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -121,28 +94,31 @@ def trl(work: Workload, results: TextIO, precompute: bool) -> None:
         dataloader_pin_memory=work.bf16,
         use_cpu=not torch.cuda.is_available(),
         bf16=work.bf16,
-        model_init_kwargs={"dtype": "bfloat16" if work.bf16 else "float32"},
+        model_init_kwargs=None if work.from_config else {"dtype": "bfloat16" if work.bf16 else "float32"},
         deepspeed=work.deepspeed,
     )
     watch = Stopwatch(work, results)
     tokenizer = transformers.AutoTokenizer.from_pretrained(work.model)
+    models = {"model": work.model}
+    if work.from_config:
+        models = {"model": work.drawn_model(), "ref_model": None if precompute else work.drawn_model()}
     dataset = load_from_disk(f"{work.folder}/trl")
-    trainer = SamePairs(work.model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rounds()])
-    try:
-        trainer.train()
-    finally:
-        process_group.leave()
+    trainer = SamePairs(**models, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rounds()])
+    trainer.train()
 
 
-def bare(work: Workload, results: TextIO) -> None:
+def bare(work: Workload, results: Connection) -> None:
     """Forward and backward of this rank's packed micro-batches on a plain model: no DeepSpeed, update or other rank."""
     watch = Stopwatch(work, results)
     place, data = launch.from_environment(), work.dataset()
     torch.set_num_threads(place.threads)
     device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = torch.bfloat16 if work.bf16 else torch.float32
-    model = LogProbModel(attention_ready(work.model, dtype)).to(device)
-    layout = Layout("packed", PAIR, work.micro_batch_tokens, model.causal_lm.config.hidden_size)
+    with device:
+        causal_lm = work.drawn_model()
+    refusal = attention.use_packed_attention(causal_lm)
+    assert refusal is None, refusal
+    model = LogProbModel(causal_lm)
+    layout = Layout("packed", PAIR, work.micro_batch_tokens, causal_lm.config.hidden_size)
     for rows in work.batches(data):
         loss_sum = 0.0
         for batch in share(data, rows, layout, place):
@@ -152,15 +128,6 @@ def bare(work: Workload, results: TextIO) -> None:
             loss_sum += loss.item()
         model.zero_grad()
         watch.step({"loss": loss_sum / work.pairs_per_rank})
-
-
-def attention_ready(path: str, dtype: torch.dtype):
-    from transformers import AutoModelForCausalLM
-
-    causal_lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    refusal = attention.use_packed_attention(causal_lm)
-    assert refusal is None, refusal
-    return causal_lm
 
 
 def share(data: PairDataset, rows: np.ndarray, layout: Layout, place: launch.Launch) -> list[Batch]:
@@ -173,9 +140,10 @@ def share(data: PairDataset, rows: np.ndarray, layout: Layout, place: launch.Lau
 @dataclass(frozen=True)
 class Contender:
     """run(workload, results) trains. forwards: forward passes' worth of FLOPs that a step needs, backward counting two.
-    told: what its `loss` is; those that tell the same must agree."""
+    told: what its `loss` is; those that tell the same must agree.
+    """
 
-    run: Callable[[Workload, TextIO], None]
+    run: Callable[[Workload, Connection], None]
     forwards: int
     told: str
 
@@ -192,12 +160,3 @@ CONTENDERS = {
     "precompute, replicas": Contender(partial(precompute_pass.ours, engine="none"), 1, "mean log-prob of chosen"),
     "TRL, precompute": Contender(precompute_pass.trl, 1, "mean log-prob of chosen"),
 }
-
-
-def main(name: str, workload: str, pipe: str) -> None:
-    with os.fdopen(int(pipe), "w") as results:
-        CONTENDERS[name].run(Workload(**json.loads(Path(workload).read_text())), results)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -7,8 +7,8 @@ loaded and pairs tokenised before; forwards, gathering and the files that keep t
 from __future__ import annotations
 
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from tests.benchmarks.workload import Stopwatch, Workload
 TRL_BATCH = 8  # pairs in a forward: per_device_train_batch_size's default, which TRL takes
 
 
-def ours(work: Workload, results: TextIO, engine: str | None = None) -> None:
+def ours(work: Workload, results: Connection, engine: str | None = None) -> None:
     """The command's own computing and writing, of one shard a rank. engine: DeepSpeed's JSON, as in training; none."""
     watch = Stopwatch(work, results)
     folder = Path(work.folder, f"pass-{engine}")
@@ -61,7 +61,7 @@ def ours(work: Workload, results: TextIO, engine: str | None = None) -> None:
         leave()
 
 
-def trl(work: Workload, results: TextIO) -> None:
+def trl(work: Workload, results: Connection) -> None:
     """What TRL's DPOTrainer does with precompute_ref_log_probs, on token ids that are ours."""
     import transformers
     from datasets import load_from_disk

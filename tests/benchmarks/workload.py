@@ -1,45 +1,86 @@
-"""What the contenders of train_throughput.py have in common: the work to do, and the watch that cuts it into rounds."""
+"""What the contenders have in common: the work to do, its files, and the watch that cuts training into rounds."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from dpo_ds.config import TrainConfig
-from dpo_ds.data import PairDataset
+from dpo_ds.batch import PAIR
+from dpo_ds.config import DataSection, TrainConfig
+from dpo_ds.config.deepspeed import LEAST_BUCKET
+from dpo_ds.data import PairDataset, prepare
 from dpo_ds.data.batching import global_batches
+from dpo_ds.demo.tiny import EOS, PAD, special_ids
 
 BETA = 0.1
+SHAREGPT_LENGTHS = Path(__file__).with_name("sharegpt_lengths.json")
+WORDS = 4096  # of the tokenizer that makes a token of each word
+AUTO = "auto"
+DEEPSPEED = {  # both trainers fill what is auto, from the same hyper-parameters
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": LEAST_BUCKET,  # what dpo_ds takes for auto; TRL is given the same
+        "stage3_prefetch_bucket_size": LEAST_BUCKET,
+        "stage3_param_persistence_threshold": AUTO,  # ten times the width in both
+    },
+    "optimizer": {
+        "type": "AdamW",
+        "params": {  # torch's fused AdamW: DeepSpeed's own is built with a compiler at the first start
+            "lr": AUTO, "betas": AUTO, "eps": AUTO, "weight_decay": AUTO, "torch_adam": True, "fused": True,
+        },
+    },
+    "gradient_clipping": AUTO,
+    "train_batch_size": AUTO,
+    "train_micro_batch_size_per_gpu": AUTO,
+    "gradient_accumulation_steps": AUTO,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Workload:
     """What every contender does: the same pairs in the same global batches through the same model.
 
-    tokens: folder of the tokenised pairs. micro_batch_tokens bounds our forward, TRL's is pairs_per_rank pairs.
+    Everything lies in `folder`. micro_batch_tokens bounds our forward, TRL's is of peer_pairs pairs. from_config:
+    weights are drawn where the model is trained, none are on disk.
     """
 
-    model: str
-    pairs: str
-    tokens: str
-    deepspeed: str
     folder: str
+    pairs: str  # the file of raw rows
     ranks: int
     pairs_per_rank: int
     micro_batch_tokens: int
-    learning_rate: float
+    peer_pairs: int
     bf16: bool
     warm_up: int  # steps before the first round
     steps: int  # of a round
     rounds: int
+    learning_rate: float = 1e-4
+    from_config: bool = False
+    activation_checkpointing: bool = False
+
+    @property
+    def model(self) -> str:
+        return f"{self.folder}/model"
+
+    @property
+    def deepspeed(self) -> str:
+        return f"{self.folder}/zero3.json"
+
+    @property
+    def cache(self) -> str:
+        """The folder of the reference's precomputed log-probs."""
+        return f"{self.folder}/cache"
 
     @property
     def global_batch_size(self) -> int:
@@ -50,49 +91,91 @@ class Workload:
         return self.warm_up + self.rounds * self.steps
 
     def dataset(self) -> PairDataset:
-        return PairDataset(Path(self.tokens), [1.0])
+        """The tokenised pairs, which `make` has left in DPO_DS_CACHE."""
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.model)
+        options = DataSection(train=self.pairs, on_bad_row="skip")
+        return prepare(self.pairs, options=options, tokenizer=tokenizer, sides=PAIR, split="train", build=True)
 
     def batches(self, data: PairDataset) -> list[np.ndarray]:
         """Rows of every step's global batch."""
         batches = global_batches(data.sources, 0, self.global_batch_size, first_step=1)
         return [rows for _, rows in itertools.islice(batches, self.total_steps)]
 
-    @property
-    def cache(self) -> str:
-        """The folder of the reference's precomputed log-probs."""
-        return f"{self.folder}/cache"
-
     def config(self, layout: str, reference: str) -> TrainConfig:
         return TrainConfig.model_validate(
             {
-                "model": {"path": self.model},
+                "model": {"path": self.model, "from_config": self.from_config},
                 "data": {"train": self.pairs, "on_bad_row": "skip"},
-                "loss": {"beta": BETA},
+                # CPO without its SFT part is DPO's loss without a reference.
+                "loss": {"beta": BETA} | ({"name": "cpo", "alpha": 0} if reference == "none" else {}),
                 "train": {
                     "layout": layout,
                     "global_batch_size": self.global_batch_size,
                     "micro_batch_tokens": self.micro_batch_tokens,
                     "learning_rate": self.learning_rate,
                     "schedule": "constant",
-                    "max_steps": self.total_steps + 1,  # the end is stdin's to say
+                    "max_steps": self.total_steps + 1,  # the end is the harness's to say
+                    "activation_checkpointing": self.activation_checkpointing,
                 },
                 "deepspeed": {"config": self.deepspeed},
                 "reference": {"kind": "cached", "cache": self.cache} if reference == "cached" else {},
-                "output_dir": self.folder,
+                "output_dir": f"{self.folder}/{layout}-{reference}",
             }
         )
 
+    def make(self, tokenizer: PreTrainedTokenizerFast, shape: dict) -> None:
+        """Tokenizer, model, DeepSpeed JSON and tokenised pairs on disk. shape: keys of a Llama's config."""
+        tokenizer.save_pretrained(self.model)
+        config = LlamaConfig(**shape, max_position_embeddings=4096, architectures=["LlamaForCausalLM"])
+        config.update(special_ids(tokenizer))
+        config.save_pretrained(self.model)
+        if not self.from_config:
+            self.drawn_model().save_pretrained(self.model)
+        Path(self.deepspeed).write_text(json.dumps(DEEPSPEED | {"bf16": {"enabled": self.bf16}}, indent=1))
+        data = self.dataset()
+        pairs = (data[int(row)] for rows in self.batches(data) for row in rows)
+        columns = ({f"{part}_ids": getattr(pair, part).tolist() for part in ("prompt", *PAIR)} for pair in pairs)
+        Dataset.from_list(list(columns)).save_to_disk(f"{self.folder}/trl")
+
+    def drawn_model(self):
+        """The model with random weights, the same in every process on the same kind of device."""
+        torch.manual_seed(0)
+        config = LlamaConfig.from_pretrained(self.model)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if self.bf16 else torch.float32)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Makes a token of each of `rows_of_lengths`' words, so that a text has as many tokens as it has words."""
+    vocabulary = {PAD: 0, EOS: 1} | {f"w{i}": i + 2 for i in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def rows_of_lengths(lengths: Iterable[tuple[int, int, int]]) -> Iterator[dict[str, str]]:
+    """A pair of random words for each (prompt, chosen, rejected) in tokens, the completions' EOS counted."""
+    generator = np.random.default_rng(0)
+    for row in lengths:
+        prompt, chosen, rejected = (
+            " ".join(f"w{word}" for word in generator.integers(WORDS, size=length - (part > 0)))
+            for part, length in enumerate(row)
+        )
+        yield {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
+
 
 class Stopwatch:
-    """Cuts training into rounds. Memory counts from where it is made: all is imported, no model is loaded yet."""
+    """Cuts training into rounds; it stands where the trainer has its tracker.
 
-    def __init__(self, work: Workload, results: TextIO):
+    Memory counts from where it is made: all is imported, no model is loaded yet.
+    """
+
+    def __init__(self, work: Workload, results: Connection):
         self.steps, self.left, self.results = work.steps, work.warm_up, results
         self.start_bytes = resident_bytes("VmRSS")
         self._start()
 
     def step(self, metrics: dict) -> None:
-        """To be called after every step; raises SystemExit when stdin has ended."""
+        """To be called after every step. A round that ends is reported, and the next begins when the harness says."""
         self.losses.append(metrics["loss"])
         self.left -= 1
         if self.left:
@@ -105,12 +188,14 @@ class Stopwatch:
             "memory_bytes": self.peak_bytes(),
             "losses": self.losses,
         }
-        print(json.dumps(report), file=self.results, flush=True)
-        if not sys.stdin.readline():
-            raise SystemExit
+        self.results.send(report)
+        self.results.recv()
         self.left = self.steps
         self.reset_peak()
         self._start()
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
 
     def _start(self) -> None:
         self.losses: list[float] = []
