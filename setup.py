@@ -19,6 +19,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dpo_ds", "dpo_ds.*"]),
+    package_data={"dpo_ds.commands.evaluate": ["*.jinja"]},
     entry_points={"console_scripts": ["dpo-ds = dpo_ds.commands.cli:main"]},
     install_requires=[
         "torch",

@@ -1,4 +1,4 @@
-"""What a user can cause: each becomes one line on rank 0 and exit code 2."""
+"""Names what a user can cause: each UserError becomes one line on rank 0 and exit code 2."""
 
 
 class UserError(ValueError):
@@ -19,3 +19,7 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model or tokenizer folder that cannot be used."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, on all ranks alike; the last checkpoint stays."""

@@ -1,8 +1,10 @@
 """The files around the package agree with each other and with what is installed."""
 
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -55,3 +57,15 @@ def test_installed_versions_are_the_pinned_ones():
 def test_the_script_answers():
     answer = subprocess.run([Path(sys.executable).parent / "dpo-ds", "--version"], capture_output=True, text=True)
     assert (answer.returncode, answer.stdout) == (0, f"dpo-ds {version('dpo-ds')}\n")
+
+
+def test_the_wheel_holds_the_template_of_the_report(tmp_path):
+    """Built from a copy, so that no build/ is left in the tree."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "dpo_ds", tmp_path / "dpo_ds", ignore=shutil.ignore_patterns("__pycache__"))
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    assert {"dpo_ds/commands/evaluate/report.html.jinja", "dpo_ds/commands/evaluate/report.py"} <= files

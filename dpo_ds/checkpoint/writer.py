@@ -29,7 +29,7 @@ LOOK_SECONDS = 1.0  # between two looks at a save that all ranks wait for
 
 
 class CheckpointWriter:
-    """Commits checkpoints of one run; all ranks enter `save`, `look` and `finish`, each at the same step.
+    """Commits checkpoints of one run; all ranks enter `save`, `commit_if_written` and `finish`, each at the same step.
 
     committing: held while rank 0 makes one visible. progress(step): told while this rank waits for its disk.
     newest: the step of the newest complete one, at first of the one resumed from; 0 if there is none.
@@ -75,9 +75,9 @@ class CheckpointWriter:
         if copy is None:
             self.finish()
 
-    def look(self) -> None:
+    def commit_if_written(self) -> None:
         """Commits the save under way if all ranks have written their shards; to be called between two steps."""
-        if self._writing is not None and not self._commit_if_written():
+        if self._writing is not None and not self._try_to_commit():
             faultpoints.reach("still-writing")
 
     def finish(self) -> None:
@@ -86,7 +86,7 @@ class CheckpointWriter:
             self._writing.wait(LOOK_SECONDS)
             if self._writing.has_moved():
                 self._progress(self._writing.step)
-            self._commit_if_written()
+            self._try_to_commit()
         if self._pruning is not None:
             if problem := self._pruning.result():
                 self._say(f"an old checkpoint could not be deleted: {problem}; training goes on")
@@ -117,7 +117,7 @@ class CheckpointWriter:
             return _of_disk(error)
         return None
 
-    def _commit_if_written(self) -> bool:
+    def _try_to_commit(self) -> bool:
         writing = self._writing
         if collectives.reduce_max(not writing.is_done, writing.device):
             return False

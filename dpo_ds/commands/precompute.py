@@ -159,16 +159,12 @@ def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device)
     """Model, shards, manifest; all ranks together, or, as replicas, each on its own from the first shard on."""
     from dpo_ds.cluster.collectives import from_rank_0
     from dpo_ds.cluster.process_group import leave
-    from dpo_ds.models.causal_lm import LogProbModel
-    from dpo_ds.models.engine import FrozenModel, Replica, settle_layout
-    from dpo_ds.models.loading import load_causal_lm
+    from dpo_ds.models.engine import load_frozen, settle_layout
 
     say = speaker(place)
-    precision = work.engine or {"bf16": {"enabled": this_machine(place).has_bf16 and device.type == "cuda"}}
-    model = LogProbModel(load_causal_lm(reference_section(run), precision))
-    model = Replica(model, device) if work.engine is None else FrozenModel(model, work.engine, device)
-    layout_name, note = settle_layout(run.precompute.layout, [model])
-    say([note.replace("train.layout", "precompute.layout")] if note else [])
+    model = load_frozen(reference_section(run), work.engine, device)
+    layout_name, refusal = settle_layout(run.precompute.layout, [model])
+    say([f"precompute.layout padded, not packed: {refusal}"] if refusal else [])
     layout = Layout(layout_name, PAIR, run.precompute.micro_batch_tokens, work.hidden_size)
 
     work.lock.share(collectives.barrier)

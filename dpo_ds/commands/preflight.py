@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dpo_ds import data
-from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.checkpoint import resume
-from dpo_ds.checkpoint.manifest import Checkpoint
 from dpo_ds.cluster import stopping
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.process_group import Say, speaker, this_machine
 from dpo_ds.config import (
     DataSection,
     PrecomputeConfig,
-    RewardConfig,
-    RewardSection,
-    Section,
     SftConfig,
     TrainConfig,
     reference_section,
@@ -35,75 +29,50 @@ from dpo_ds.data.prompts import Prompt
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.lora import check_lora
-from dpo_ds.models.reward_model import check_reward_model
 from dpo_ds.reference import cached
-from dpo_ds.reference.cached import CachedRows
+from dpo_ds.training.tasks import Prepared, Supervised
 
 CACHE = "the cache in reference.cache"  # among what a checkpoint remembers
 CALIBRATION = "calibration"  # beside train and eval
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What the checks found and made: everything a run needs but its models.
-
-    candidates are the checkpoints to resume from, best first, and identity what the config's paths stand for;
-    policy_config and reference_config are DeepSpeed's, filled; reference_config belongs to a live reference, cached to
-    one that was computed before. calibration_data is a reward model's own, if it has any.
-    """
-
-    tokenizer: object
-    hidden_size: int
-    policy_config: dict
-    reference_config: dict | None
-    data: object
-    evaluation_data: object | None
-    candidates: list[Checkpoint]
-    identity: dict[str, str]
-    cached: CachedRows | None
-    calibration_data: object | None = None
-
-
-def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
+def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     """Checks DeepSpeed's JSON, models, tokenizer, checkpoint and data, in this order, cheapest first.
 
     Raises:
         UserError: the first mistake found.
     """
-
-    say = speaker(place)
-    torch.set_num_threads(place.threads)
+    run, say = task.run, speaker(launch)
+    torch.set_num_threads(launch.threads)
     given = ds_config.read(run.deepspeed.config)
-    model_config = check_model(run.model, run.model.path, classifier=isinstance(run, RewardConfig))
+    model_config = check_model(run.model, run.model.path, classifier=run.is_classifier)
     text_config = model_config.get_text_config()
     check_lora(run.model.lora)
-    if isinstance(run, RewardConfig):
-        check_reward_model(run.model, model_config)
+    task.check_model(model_config)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
-    machine = this_machine(place)
+    machine = this_machine(launch)
     policy_config, notes = ds_config.fill_policy(
         given, run.deepspeed.config, run.train, machine, text_config.hidden_size
     )
     say(notes)
     reference_config = manifest = None
-    if isinstance(run, TrainConfig) and run.reference.kind != "none":
+    if task.reference is not None:
         reference_text_config = check_reference_model(run, text_config)
-        if run.reference.kind == "live":
+        if task.reference.kind == "live":
             reference_config = _reference_config(run, reference_text_config, given, machine, policy_config, say)
-        if run.reference.kind == "cached":
-            manifest = cached.check_cache(run, tokenizer, place)
+        if task.reference.kind == "cached":
+            manifest = cached.check_cache(run, tokenizer, launch)
 
     stopping.check_end(run.checkpoint)
     candidates, notes = resume.find(output_dir, run.checkpoint.resume)
     say(notes)
     if candidates:
-        say(resume.check_config(candidates[0], run, place.world_size))
+        say(resume.check_config(candidates[0], run, launch.world_size))
 
-    sides = PAIR if isinstance(run, TrainConfig | RewardConfig) else CHOSEN_ONLY
-    prepared = prepare_data(run.data, tokenizer, sides, place, run.reward if isinstance(run, RewardConfig) else None)
+    prepared = prepare_data(run.data, tokenizer, run.sides, launch, task.margin_column, task.calibration)
     check_fit(prepared, text_config, say)
     _check_an_epoch(prepared["train"].sources, run)
-    if place.is_first:
+    if launch.is_first:
         _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
     known = resume.identity_of(run, model_config, policy_config, prepared["train"])
     if manifest is not None:
@@ -111,7 +80,7 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
         known[CACHE] = recorded if recorded in manifest.ids else manifest.id  # a cache may have grown since
     if candidates:
         resume.check_identity(candidates[0], known)
-    rows = None if manifest is None else cached.find_rows(run, manifest, list(prepared.values()), place)
+    rows = None if manifest is None else cached.find_rows(run, manifest, list(prepared.values()), launch)
     return Prepared(
         tokenizer,
         text_config.hidden_size,
@@ -127,12 +96,13 @@ def prepare(run: Section, place: Launch, output_dir: Path) -> Prepared:
 
 
 def prepare_data(
-    section: DataSection, tokenizer, sides: tuple[str, ...], place: Launch, reward: RewardSection | None = None
-) -> dict[str, data.PairDataset]:
-    """The tokenised pairs of data.train and, if given, data.eval and reward.calibration; rank 0 prints what was kept
-    and dropped.
+    section: DataSection, tokenizer, sides: tuple[str, ...], launch: Launch, margin_column: str | None = None,
+    calibration=None,
+) -> dict[str, data.PairDataset]:  # fmt: skip
+    """The tokenised pairs of data.train and, if given, data.eval and `calibration`; rank 0 prints what was kept and
+    dropped.
     """
-    given = {"train": section.train, "eval": section.eval, CALIBRATION: reward and reward.calibration}
+    given = {"train": section.train, "eval": section.eval, CALIBRATION: calibration}
     given = {split: source for split, source in given.items() if source is not None}
     unlimited = section.model_copy(update={"limit": None})  # limit is for training
     options = {"train": section, "eval": unlimited, CALIBRATION: unlimited}
@@ -144,12 +114,12 @@ def prepare_data(
             tokenizer=tokenizer,
             sides=sides,
             split="eval" if split == "eval" else "train",
-            build=place.is_first_on_node,
-            margin_column=reward.margin_column if reward and split != CALIBRATION else None,
+            build=launch.is_first_on_node,
+            margin_column=None if split == CALIBRATION else margin_column,
         )
         prepared[split].first_index = rows
         rows += len(prepared[split])
-        if place.is_first:
+        if launch.is_first:
             print(f"{split} data: {data.format_census(prepared[split].census)}", flush=True)
     return prepared
 
@@ -191,8 +161,8 @@ def check_room(prompts: Sequence[Prompt], text_config, key: str, max_new_tokens:
     say([f"{what} was made for {positions}"])
 
 
-def _check_an_epoch(sources, run: Section) -> None:
-    if isinstance(run, SftConfig) and steps_per_epoch(sources, run.train.global_batch_size) == 0:
+def _check_an_epoch(sources, run: SftConfig) -> None:
+    if steps_per_epoch(sources, run.train.global_batch_size) == 0:
         raise ConfigError(f"data.train: the weights {[weight for *_, weight in sources]} leave no pair in an epoch")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,10 @@ from dpo_ds.config.train import PrecomputeSection, RewardSection, TrainSection
 class SftConfig(Section):
     """Supervised fine-tuning on chosen completions: from a pre-trained model to the reference policy."""
 
+    sides: ClassVar[tuple[str, ...]] = ("chosen",)  # of a pair, that go through the model
+    is_classifier: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+
     model: ModelSection
     data: DataSection
     train: TrainSection = TrainSection()
@@ -38,11 +42,16 @@ class SftConfig(Section):
 class RewardConfig(SftConfig):
     """A Bradley-Terry reward model on pairs: a score for every completion, normalised to mean zero."""
 
+    sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    is_classifier: ClassVar[bool] = True
+
     reward: RewardSection = RewardSection()
 
 
 class TrainConfig(SftConfig):
     """Preference optimisation of a policy on pairs, against a frozen reference."""
+
+    sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
 
     loss: LossSection = LossSection()
     reference: ReferenceSection = ReferenceSection()
@@ -75,6 +84,9 @@ class TrainConfig(SftConfig):
 
 class PrecomputeConfig(Section):
     """Log-probs of the frozen reference on all pairs, stored once for every later run with reference.kind cached."""
+
+    sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    trains: ClassVar[bool] = False
 
     model: ModelSection
     data: DataSection

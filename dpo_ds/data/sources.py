@@ -1,6 +1,6 @@
 """Where rows come from: JSON, JSON lines, Parquet, folders of them, `datasets` folders and the Hugging Face Hub.
 
-`read_rows` streams (location, row): memory does not grow with the file. A row that cannot be read, in a file that can,
+Sources stream (location, row): memory does not grow with the file. A row that cannot be read, in a file that can,
 comes as the BadRow that the caller may raise or skip; a file that cannot be read raises DataError.
 """
 
@@ -101,10 +101,6 @@ def open_source(path: str, split: str = "train") -> Files | HuggingFace:
     if HUB_ID.fullmatch(path) and _kind(local) is None and not local.parent.exists():
         return _hub(path, split)
     raise DataError(_missing(path, local))
-
-
-def read_rows(path: str, split: str = "train") -> Rows:
-    return open_source(path, split).rows()
 
 
 def _file_rows(path: Path, wanted: Collection[str] | None) -> Rows:

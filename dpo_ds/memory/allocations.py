@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dpo_ds.batch import CHOSEN_ONLY, PAIR, Segment
-from dpo_ds.config import DataSection, PrecomputeConfig, RewardConfig, Section, TrainConfig, load
+from dpo_ds.batch import Segment
+from dpo_ds.config import DataSection, Section, load
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError, UserError
@@ -99,15 +99,14 @@ def expected(
     pairs as long as the data section allows, up to the budget of tokens.
     """
     memory = Memory()
-    sides = PAIR if isinstance(run, TrainConfig | RewardConfig | PrecomputeConfig) else CHOSEN_ONLY
-    budget = (run.precompute if isinstance(run, PrecomputeConfig) else run.train).micro_batch_tokens
-    segments = tuple(segments) or longest_pairs(run.data, budget, sides)
+    budget = (run.train if run.trains else run.precompute).micro_batch_tokens
+    segments = tuple(segments) or longest_pairs(run.data, budget, run.sides)
     targets = sum(segment.chosen + segment.rejected for segment in segments)
     if policy is not None:
         _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets)
     if reference is not None:
         _add_frozen(memory, reference_config or model_config, machine, nodes, reference, segments, targets)
-    elif isinstance(run, PrecomputeConfig):
+    elif not run.trains:
         _add_replica(memory, reference_config or model_config, machine, segments, targets)
     if machine.device == "cuda":
         memory.host["processes"] = PROCESS * machine.ranks // nodes
@@ -142,7 +141,7 @@ def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: d
         torch.bfloat16 if bf16 else torch.float32,
         machine.device,
         checkpointing=run.train.activation_checkpointing,
-        is_reward=isinstance(run, RewardConfig),
+        is_reward=run.is_classifier,
         lora=run.model.lora,
         bucket=bucket if _setting(zero, "contiguous_gradients") else 1,
         communication={2: torch.bfloat16, 4: torch.float32}[communication],
@@ -309,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.ranks % given.nodes:
             raise ConfigError(f"--ranks {given.ranks}: not a multiple of --nodes {given.nodes}")
         run, _ = load(given.command, given.config, {})
-        run = with_reference_of_loss(run) if isinstance(run, TrainConfig) else run
+        if given.command == "train":
+            run = with_reference_of_loss(run)
         policy_shape = check_model(run.model.model_copy(update={"from_config": True}), run.model.path)
         memory = of_run(run, given.ranks, given.nodes, policy_shape)
     except UserError as mistake:
@@ -322,12 +322,13 @@ def of_run(run: Section, ranks: int, nodes: int, model_config, reference_config=
     machine = Machine(ranks, "cuda", True)
     hidden = model_config.get_text_config().hidden_size
     name = run.deepspeed.config
-    if isinstance(run, PrecomputeConfig):
+    if not run.trains:
         frozen = None if name == "none" else ds_config.fill_reference(ds_config.read(name), name, machine, hidden)[0]
         return expected(run, model_config, machine, nodes, None, frozen, reference_config=reference_config)
     policy, _ = ds_config.fill_policy(ds_config.read(name), name, run.train, machine, hidden)
     frozen = None
-    if isinstance(run, TrainConfig) and run.reference.kind == "live":
+    reference = getattr(run, "reference", None)  # sft and reward have no such section
+    if reference is not None and reference.kind == "live":
         source = run.deepspeed.reference_config or name
         width = (reference_config or model_config).get_text_config().hidden_size
         frozen, _ = ds_config.fill_reference(ds_config.read(source), source, machine, width)

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import deepspeed
 import deepspeed.ops
@@ -13,13 +14,36 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from dpo_ds.batch import PAIR, Batch, PairLogps, padded_batch
+from dpo_ds.batch import PAIR, Batch, padded_batch
 from dpo_ds.cluster import collectives
+from dpo_ds.config import ModelSection
 from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.logprobs import TokenStatistics
 from dpo_ds.models.attention import canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.loading import load_causal_lm
+
+
+class LoadedModel(Protocol):
+    """What layouts, checks, references and evaluations ask of a model, however its weights are kept.
+
+    engine: called like the module itself. padded_attention: the implementation that the model came with.
+    """
+
+    engine: Any
+    device: torch.device
+    padded_attention: str
+
+    @property
+    def causal_lm(self) -> PreTrainedModel: ...
+
+    def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
+        """Returns the log-prob of every target."""
+
+    def evaluating(self) -> contextlib.AbstractContextManager:
+        """Opens a time of forwards without gradients, in evaluation mode."""
 
 
 class Policy:
@@ -43,10 +67,6 @@ class Policy:
     def token_statistics(self, batch: Batch) -> TokenStatistics:
         """Token log-probs with what else one pass over the vocabulary tells."""
         return TokenStatistics(*self.engine(batch.to(self.device), with_statistics=True))
-
-    def logps(self, batch: Batch) -> PairLogps:
-        batch = batch.to(self.device)
-        return batch.pair_logps(self.engine(batch))
 
     def scores(self, batch: Batch) -> Tensor:  # [pairs, 2] float32
         """Of a RewardModel: chosen's and rejected's."""
@@ -92,11 +112,6 @@ class FrozenModel:
     def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
         return self.engine(batch.to(self.device))
 
-    @torch.no_grad()
-    def logps(self, batch: Batch) -> PairLogps:
-        batch = batch.to(self.device)
-        return batch.pair_logps(self.engine(batch))
-
     def evaluating(self):
         return contextlib.nullcontext()
 
@@ -138,6 +153,16 @@ class Replica:
         return contextlib.nullcontext()
 
 
+def load_frozen(section: ModelSection, ds_config: dict | None, device: torch.device) -> FrozenModel | Replica:
+    """Loads a model that only answers: its weights over the ranks by `ds_config`, or, with None, whole on each of them,
+    in bf16 on a GPU that has it. All ranks enter.
+    """
+    if ds_config is not None:
+        return FrozenModel(LogProbModel(load_causal_lm(section, ds_config)), ds_config, device)
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Replica(LogProbModel(load_causal_lm(section, {"bf16": {"enabled": bf16}})), device)
+
+
 def let_go(model: FrozenModel | Replica) -> None:
     """Frees the memory of a model that nobody needs any more.
 
@@ -154,8 +179,8 @@ def let_go(model: FrozenModel | Replica) -> None:
         torch.cuda.empty_cache()
 
 
-def settle_layout(wanted: str, models: Sequence[Policy | FrozenModel | Replica]) -> tuple[str, str]:
-    """The layout that every model takes, and a line for the user if it is not the one asked for. All ranks enter.
+def settle_layout(wanted: str, models: Sequence[LoadedModel]) -> tuple[str, str]:
+    """Returns the layout that every model takes, and why it is not the one asked for, "" where it is. All ranks enter.
 
     The head is checked first (`check_head`). Packed attention is tried on each model before it is relied on
     (attention.packed_refusal).
@@ -170,12 +195,12 @@ def settle_layout(wanted: str, models: Sequence[Policy | FrozenModel | Replica])
         if refusal:
             for switched in models:
                 switched.causal_lm.set_attn_implementation(switched.padded_attention)
-            return "padded", f"train.layout padded, not packed: {type(model.causal_lm).__name__}: {refusal}"
+            return "padded", f"{type(model.causal_lm).__name__}: {refusal}"
     return "packed", ""
 
 
 @torch.no_grad()
-def check_head(model: Policy | FrozenModel) -> None:
+def check_head(model: LoadedModel) -> None:
     """Some families scale or bend their logits in their own way; one whose way the head does not know is refused.
 
     All ranks enter, with the model's padded attention in place.

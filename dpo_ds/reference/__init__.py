@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dpo_ds.models.engine import LoadedModel
 
 from dpo_ds.batch import Batch
 
@@ -14,6 +17,10 @@ class Reference(Protocol):
     """Where `PreferenceObjective` has the reference's log-probs from; all ranks enter."""
 
     def token_logps(self, batch: Batch) -> Tensor: ...  # [N] float32 on the policy's device, without gradient
+
+    def models(self) -> list[LoadedModel]:
+        """Returns the models of its own that it runs batches through."""
+        return []
 
     def after_step(self, step: int) -> None:
         """Update `step` is made."""

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dpo_ds.batch import Batch
-from dpo_ds.config import ModelSection, ReferenceSection
-from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import FrozenModel, Policy, own_slice
-from dpo_ds.models.loading import load_causal_lm
+from dpo_ds.config import ReferenceSection
+from dpo_ds.models.engine import FrozenModel, LoadedModel, Policy, own_slice
 from dpo_ds.reference import Reference
-
-
-def frozen_model(section: ModelSection, ds_config: dict, device: torch.device) -> FrozenModel:
-    """All ranks enter. The same kernels as the policy's, so that at equal weights the log-probs are bit-equal."""
-    return FrozenModel(LogProbModel(load_causal_lm(section, ds_config)), ds_config, device)
 
 
 @dataclass(frozen=True)
@@ -28,6 +20,9 @@ class LiveReference(Reference):
     model: FrozenModel
     policy: Policy
     settings: ReferenceSection
+
+    def models(self) -> list[LoadedModel]:
+        return [self.model]
 
     def token_logps(self, batch: Batch) -> Tensor:
         return self.model.token_logps(batch)

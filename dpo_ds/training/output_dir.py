@@ -6,19 +6,21 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import yaml
 
-from dpo_ds.cluster import stopping
+from dpo_ds.cluster import collectives, stopping
 from dpo_ds.cluster.launch import Launch
-from dpo_ds.cluster.stopping import Stopped
+from dpo_ds.cluster.stopping import StopFlag, Stopped
+from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import RECORDED, Section, to_plain
-from dpo_ds.errors import ConfigError, UserError
+from dpo_ds.errors import ConfigError, TrainingError, UserError
 
 PIDS = "pids"  # folder in output_dir: a file HOST-RANK for every running rank, for scripts that signal them
 
@@ -50,9 +52,9 @@ def keep_metrics_until(path: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def keeping_status(output_dir: Path, place: Launch):
+def keeping_status(output_dir: Path, launch: Launch):
     """STATUS.json from running to done or failed, on rank 0."""
-    if not place.is_first:
+    if not launch.is_first:
         yield
         return
     _make_writable(output_dir)
@@ -70,6 +72,37 @@ def keeping_status(output_dir: Path, place: Launch):
         write_status(output_dir, "failed", f"{type(fault).__name__}: {fault}", last_step(output_dir), exit_code=1)
         raise
     write_status(output_dir, "done", step=last_step(output_dir), exit_code=0)
+
+
+@contextlib.contextmanager
+def watched(output_dir: Path, launch: Launch, stop: StopFlag) -> Iterator[PeerWatch | Silent]:
+    """Lets the ranks watch each other while signals set `stop`; a rank that fails alone ends all of them by name.
+
+    Meanwhile pids/ has a file for every rank. All ranks enter.
+    """
+
+    def failed(reason: str) -> None:
+        if launch.is_first or (launch.rank == 1 and reason.startswith("rank 0 ")):  # then nobody else can write it
+            write_status(output_dir, "failed", reason, last_step(output_dir), exit_code=1)
+
+    peers = PeerWatch(failed) if launch.world_size > 1 else Silent()
+    if launch.is_first:
+        shutil.rmtree(output_dir / PIDS, ignore_errors=True)
+        (output_dir / PIDS).mkdir()
+    collectives.barrier()
+    pid = output_dir / PIDS / f"{socket.gethostname()}-{launch.rank}"
+    pid.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    with stop.taking_signals(lambda: failed("interrupted twice, without a checkpoint of the last steps")):
+        try:
+            yield peers
+        except (UserError, TrainingError, Stopped):  # all ranks alike
+            raise
+        except Exception as fault:
+            peers.fault(fault)
+            raise
+        finally:
+            peers.close()
+            pid.unlink(missing_ok=True)
 
 
 def _make_writable(output_dir: Path) -> None:
@@ -96,13 +129,13 @@ def set_aside(output_dir: Path) -> None:
         print(f"dpo-ds: starting over; the run that was in {output_dir} is now in {aside}", flush=True)
 
 
-def write_config(output_dir: Path, run: Section, used: dict, place: Launch) -> None:
+def write_config(output_dir: Path, run: Section, used: dict, launch: Launch) -> None:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:
         commit = None  # no git on this machine
-    environment = {"versions": used, "git_commit": commit, "ranks": place.world_size, "threads": place.threads}
+    environment = {"versions": used, "git_commit": commit, "ranks": launch.world_size, "threads": launch.threads}
     text = yaml.safe_dump(to_plain(run) | {RECORDED: environment}, sort_keys=False)
     (output_dir / "config.yaml").write_text(text, encoding="utf-8")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_ds.batch import PAIR, Batch, PairLogps
 from dpo_ds.cluster import collectives
 from dpo_ds.losses import Loss, WeightedSum
-from dpo_ds.models.engine import Policy
+from dpo_ds.models.engine import LoadedModel, Policy
 from dpo_ds.reference import Reference
 from dpo_ds.training import metrics
 from dpo_ds.training.shaping import Shaping, wpo_weights
@@ -73,6 +73,9 @@ class PreferenceObjective(Objective):
             losses, minimised = losses + sft, minimised + sft
         reference_logps = None if reference_N is None else batch.pair_logps(reference_N)
         return minimised.sum(), metrics.preference_sums(losses, policy_logps, reference_logps, self.loss.beta)
+
+    def frozen_models(self) -> list[LoadedModel]:
+        return [] if self.reference is None else self.reference.models()
 
     def after_step(self, step: int, means: dict[str, float]) -> None:
         self.loss = self.loss.after_step((means["rewards/chosen"] + means["rewards/rejected"]) / 2)

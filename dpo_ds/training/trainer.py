@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,15 +20,12 @@ from dpo_ds.cluster.stopping import StopFlag, Stopped
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import TrainSection
 from dpo_ds.data.batching import Layout, Lengths, global_batches, plan, steps_per_epoch
-from dpo_ds.models.engine import Policy
+from dpo_ds.errors import TrainingError
+from dpo_ds.models.engine import LoadedModel, Policy
 from dpo_ds.training import metrics
 from dpo_ds.training.tracking import Tracker
 
 EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an evaluation
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the last checkpoint stays."""
 
 
 class Objective(Protocol):
@@ -53,81 +52,123 @@ class Objective(Protocol):
     def load_state(self, states: Sequence[dict]) -> None:
         """Takes back what every rank that saved gave, in their order."""
 
+    def frozen_models(self) -> list[LoadedModel]:
+        """Returns the models beside the policy that batches go through."""
+        return []
+
     def for_evaluation(self) -> Objective:
         """What an evaluation measures."""
         return self
+
+
+@dataclass(frozen=True)
+class Update:
+    """Tells of one update: the means over its global batch, the gradient norm before clipping, all ranks' tokens."""
+
+    means: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    tokens: int
 
 
 class Trainer:
     """Runs updates first_step..total_steps; `evaluation_data` may be None."""
 
     def __init__(
-        self, policy, objective, data, evaluation_data, layout: Layout, run: TrainSection, writer: CheckpointWriter,
-        tracker: Tracker | None, stop: StopFlag, peers: PeerWatch | Silent,
+        self, policy: Policy, objective: Objective, data, evaluation_data, layout: Layout, run: TrainSection,
+        writer: CheckpointWriter, checkpoint_every: int, tracker: Tracker | None, stop: StopFlag,
+        peers: PeerWatch | Silent,
     ):  # fmt: skip
         self.policy, self.objective, self.layout, self.run = policy, objective, layout, run
         self.data, self.evaluation_data = data, evaluation_data
-        self.writer, self.tracker, self.stop = writer, tracker, stop
-        self.peers = peers
+        self.writer, self.checkpoint_every = writer, checkpoint_every
+        self.tracker, self.stop, self.peers = tracker, stop, peers
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.total_steps = total_steps(data.sources, run)
+        self.per_epoch = steps_per_epoch(data.sources, run.global_batch_size)
         self.last_metrics: dict = {}  # of the last step and evaluation, for the model card
 
-    def train(self, first_step: int, checkpoint_every: int, evaluation_due: bool = False) -> None:
+    def train(self, first_step: int, evaluation_due: bool = False) -> None:
         """Updates from `first_step` on, with evaluations and checkpoints between and after them.
 
         evaluation_due: the run resumed was stopped within the evaluation of the step before.
         """
-        per_epoch = steps_per_epoch(self.data.sources, self.run.global_batch_size)
-        batches = global_batches(self.data.sources, self.run.seed, self.run.global_batch_size, first_step)
         if evaluation_due:
-            self._evaluate_and_save(first_step - 1, per_epoch, checkpoint_every)
-        step_ended = time.perf_counter()
-        for step, rows in batches:
-            if step > self.total_steps:
-                break
-            self.peers.progress(step)
-            self.writer.look()
-            if reason := self.stop.agreed(self.policy.device):
-                self._save_and_stop(step - 1, reason)
-            micro_batches = self._micro_batches(self.data, rows)
-            weight = self._global(sum(map(self.objective.weight, micro_batches)))
-            sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
-            losses = []
-            self.objective.begin(self.policy, micro_batches)
-            for micro_batch in micro_batches:
-                loss, micro_sums = self.objective(self.policy, micro_batch)
-                self.policy.backward(loss * self.world_size / weight, is_last=micro_batch is micro_batches[-1])
-                sums += micro_sums
-                losses.append((loss, micro_batch))
-            rate = learning_rate(
-                step, self.run.learning_rate, self.run.schedule, self.run.warmup_steps, self.total_steps
+            self.evaluate_and_save(first_step - 1)
+        self._step_ended = time.perf_counter()
+        batches = global_batches(self.data.sources, self.run.seed, self.run.global_batch_size, first_step)
+        for step, rows in itertools.takewhile(lambda batch: batch[0] <= self.total_steps, batches):
+            self.between_steps(step)
+            update = self.update(step, rows)
+            self.log(step, rows, update)
+            self.evaluate_and_save(step)
+
+    def between_steps(self, step: int) -> None:
+        """Tells the watchdog that `step` begins, commits a checkpoint that is written by now, and stops if any rank was
+        told to.
+        """
+        if reason := self._interruption(step):
+            self._save_and_stop(step - 1, reason)
+
+    def update(self, step: int, rows: np.ndarray) -> Update:
+        """Makes one update with the mean gradient over the pairs in `rows`, whichever ranks compute them."""
+        micro_batches = self._micro_batches(self.data, rows)
+        weight = self._global(sum(map(self.objective.weight, micro_batches)))
+        sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
+        losses = []
+        self.objective.begin(self.policy, micro_batches)
+        for micro_batch in micro_batches:
+            loss, micro_sums = self.objective(self.policy, micro_batch)
+            # DeepSpeed averages gradients over the ranks, and a rank has a share of the pairs.
+            self.policy.backward(loss * self.world_size / weight, is_last=micro_batch is micro_batches[-1])
+            sums += micro_sums
+            losses.append((loss, micro_batch))
+        rate = learning_rate(step, self.run.learning_rate, self.run.schedule, self.run.warmup_steps, self.total_steps)
+        grad_norm = self.policy.step(rate)
+        means = collectives.reduce_sum(sums) / weight
+        self._check_finite(step, means, grad_norm, losses)
+        tokens = self._global(sum(batch.num_tokens for batch in micro_batches))
+        named = dict(zip(self.objective.names, means.tolist(), strict=True))
+        self.objective.after_step(step, named)
+        return Update(named, grad_norm, rate, tokens)
+
+    def log(self, step: int, rows: np.ndarray, update: Update) -> None:
+        """Hands the step's metrics to the tracker; all ranks enter, for the largest memory of any."""
+        peak = collectives.reduce_max(metrics.peak_memory_bytes(self.policy.device), self.policy.device)
+        seconds, self._step_ended = time.perf_counter() - self._step_ended, time.perf_counter()
+        self.last_metrics = update.means
+        if self.tracker:
+            self.tracker.step(
+                {
+                    "step": step,
+                    **update.means,
+                    "grad_norm": update.grad_norm,
+                    "learning_rate": update.learning_rate,
+                    "epoch": step / self.per_epoch,
+                    "pairs": len(rows),
+                    "tokens": update.tokens,
+                    "tokens_per_second": update.tokens / seconds,
+                    "pairs_per_second": len(rows) / seconds,
+                    "step_seconds": seconds,
+                    "peak_memory_bytes": int(peak),
+                }
             )
-            grad_norm = self.policy.step(rate)
-            means = collectives.reduce_sum(sums) / weight
-            self._check_finite(step, means, grad_norm, losses)
-            tokens = self._global(sum(batch.num_tokens for batch in micro_batches))
-            peak = collectives.reduce_max(metrics.peak_memory_bytes(self.policy.device), self.policy.device)
-            self.last_metrics = dict(zip(self.objective.names, means.tolist(), strict=True))
-            self.objective.after_step(step, self.last_metrics)
-            seconds, step_ended = time.perf_counter() - step_ended, time.perf_counter()
+
+    def evaluate_and_save(self, step: int) -> None:
+        """Evaluates and saves where either is due after `step`."""
+        is_last = step == self.total_steps
+        if self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every)):
+            started = time.perf_counter()
+            try:
+                evaluation = self.evaluate(step)
+            except Stopped as stopped:
+                self._save_and_stop(step, str(stopped), evaluation_due=True)
+            self.last_metrics = self.last_metrics | evaluation
             if self.tracker:
-                self.tracker.step(
-                    {
-                        "step": step,
-                        **self.last_metrics,
-                        "grad_norm": grad_norm,
-                        "learning_rate": rate,
-                        "epoch": step / per_epoch,
-                        "pairs": len(rows),
-                        "tokens": tokens,
-                        "tokens_per_second": tokens / seconds,
-                        "pairs_per_second": len(rows) / seconds,
-                        "step_seconds": seconds,
-                        "peak_memory_bytes": int(peak),
-                    }
-                )
-            self._evaluate_and_save(step, per_epoch, checkpoint_every)
+                size = {"eval_pairs": len(self.evaluation_data), "eval_seconds": time.perf_counter() - started}
+                self.tracker.evaluation({"step": step, "epoch": step / self.per_epoch, **evaluation, **size})
+        if is_last or _is_due(step, self.checkpoint_every):
+            self.writer.save(self.policy.engine, step, self._state(), wait=is_last)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Exact means over all of the evaluation data, each pair once, keys prefixed eval_. All ranks enter."""
@@ -142,9 +183,7 @@ class Trainer:
         size = self.run.global_batch_size
         with self.policy.evaluating():
             for start in range(0, len(rows), size):
-                self.peers.progress(step)
-                self.writer.look()
-                if reason := self.stop.agreed(self.policy.device):
+                if reason := self._interruption(step):
                     raise Stopped(reason, step)
                 micro_batches = self._micro_batches(data, rows[start : start + size])
                 objective.begin(self.policy, micro_batches)
@@ -157,20 +196,11 @@ class Trainer:
             raise TrainingError(f"evaluation at step {step}: {name} {value} must be finite")
         return metrics.named(objective.names, means)
 
-    def _evaluate_and_save(self, step: int, per_epoch: int, checkpoint_every: int) -> None:
-        is_last = step == self.total_steps
-        if self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every)):
-            started = time.perf_counter()
-            try:
-                evaluation = self.evaluate(step)
-            except Stopped as stopped:
-                self._save_and_stop(step, str(stopped), evaluation_due=True)
-            self.last_metrics |= evaluation
-            if self.tracker:
-                size = {"eval_pairs": len(self.evaluation_data), "eval_seconds": time.perf_counter() - started}
-                self.tracker.evaluation({"step": step, "epoch": step / per_epoch, **evaluation, **size})
-        if is_last or _is_due(step, checkpoint_every):
-            self.writer.save(self.policy.engine, step, self._state(), wait=is_last)
+    def _interruption(self, step: int) -> str:
+        """Returns why to stop now, "" to go on, after what is due between two forwards. All ranks enter."""
+        self.peers.progress(step)
+        self.writer.commit_if_written()
+        return self.stop.agreed(self.policy.device)
 
     def _state(self, evaluation_due: bool = False) -> dict:
         return {"objective": self.objective.state(), EVALUATION_DUE: evaluation_due}

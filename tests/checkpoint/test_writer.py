@@ -242,7 +242,7 @@ def test_an_evaluation_does_not_keep_a_checkpoint_from_its_commit(monkeypatch):
     looks = []
     names = {"_micro_batches": lambda data, rows: [rows], "_global": lambda count: count, "peers": Silent()}
     policy = SimpleNamespace(device=torch.device("cpu"), evaluating=contextlib.nullcontext)
-    run, writer = SimpleNamespace(global_batch_size=2), SimpleNamespace(look=lambda: looks.append(0))
+    run, writer = SimpleNamespace(global_batch_size=2), SimpleNamespace(commit_if_written=lambda: looks.append(0))
 
     class Total(trainer.Objective):
         names = ("loss",)
@@ -255,6 +255,7 @@ def test_an_evaluation_does_not_keep_a_checkpoint_from_its_commit(monkeypatch):
 
     stop = SimpleNamespace(agreed=lambda device: "")
     alone = SimpleNamespace(run=run, writer=writer, policy=policy, stop=stop, **names)
+    alone._interruption = lambda step: trainer.Trainer._interruption(alone, step)
     assert trainer.Trainer.means(alone, Total(), None, np.arange(5), 3) == {"loss": 2.0}
     assert len(looks) == 3
 

@@ -15,7 +15,7 @@ from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.batching import Layout, Lengths, epoch_order, global_batches, plan, steps_per_epoch
 from dpo_ds.data.formats import hh
 from dpo_ds.data.rows import BadRow, Row
-from dpo_ds.data.sources import read_rows
+from dpo_ds.data.sources import open_source
 from tests.tiny import random_pairs
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -97,7 +97,7 @@ def test_ranks_are_balanced_on_lengths_like_real_ones():
 @pytest.mark.skipif(not HH.is_file(), reason=f"no {HH} (set DPO_DS_DATA)")
 def test_ranks_are_balanced_on_hh_harmless():
     triples = []
-    for _, row in read_rows(str(HH)):
+    for _, row in open_source(str(HH)).rows():
         with contextlib.suppress(BadRow):  # four have no answer
             conversation = hh(Row(row, {}), pair=True)
             texts = (conversation.prompt, conversation.chosen, conversation.rejected)

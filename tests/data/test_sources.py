@@ -13,7 +13,7 @@ import pytest
 
 from dpo_ds.data import json_stream
 from dpo_ds.data.rows import BadRow
-from dpo_ds.data.sources import open_source, read_rows
+from dpo_ds.data.sources import open_source
 from dpo_ds.errors import DataError
 from tests.data_helpers import pairs, write_lines
 
@@ -21,7 +21,7 @@ ROWS = [{"chosen": "naïve 世界", "n": 1}, {"chosen": "b", "n": 2}, {"chosen":
 
 
 def rows_of(path, split="train"):
-    return list(read_rows(str(path), split))
+    return list(open_source(str(path), split).rows())
 
 
 def error_of(path, split="train") -> str:
@@ -86,7 +86,7 @@ def test_memory_stays_flat(tmp_path, name):
     else:
         path.write_text(json.dumps(rows)) if name == "array.json" else write_lines(path, rows)
     tracemalloc.start()
-    count = sum(1 for _ in read_rows(str(path)))
+    count = sum(1 for _ in open_source(str(path)).rows())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count >= 1000

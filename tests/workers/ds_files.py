@@ -21,9 +21,8 @@ from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.losses import DPO
 from dpo_ds.models import attention
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import Policy
+from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.loading import load_causal_lm
-from dpo_ds.reference.live import frozen_model
 from tests.tiny import VOCAB, random_pairs
 
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -43,14 +42,15 @@ def two_steps(path: str, folder: Path, device) -> dict:
     reference_config, _ = fill_reference(read(path), path, machine, 32)
     section = ModelSection(path=str(model_path), from_config=True)
     policy = Policy(LogProbModel(load_causal_lm(section, policy_config)), policy_config, device)
-    reference = frozen_model(section, reference_config, device)
+    reference = load_frozen(section, reference_config, device)
     for model in (policy, reference):
         attention.use_packed_attention(model.causal_lm)
     losses, norms = [], []
     for step in range(2):
         pairs = random_pairs(4, seed=rank) if step == 0 or rank == 0 else []
         batch = packed_batch(pairs)
-        loss = DPO()(policy.logps(batch), reference.logps(batch)).sum() * ranks / (8 if step == 0 else 4)
+        logps = [batch.pair_logps(model.token_logps(batch)) for model in (policy, reference)]
+        loss = DPO()(*logps).sum() * ranks / (8 if step == 0 else 4)
         policy.backward(loss, is_last=True)
         copies = [_second_copies(model) for model in (policy, reference)]  # until the next update
         norms.append(policy.step(run.learning_rate))

@@ -20,10 +20,9 @@ from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.errors import ModelError
 from dpo_ds.losses import DPO
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import Policy, check_head, settle_layout
+from dpo_ds.models.engine import Policy, check_head, load_frozen, settle_layout
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.loading import load_causal_lm
-from dpo_ds.reference.live import frozen_model
 from dpo_ds.training.metrics import preference_sums
 from tests.oracle import dpo_by_autograd
 from tests.tiny import VOCAB, random_pairs
@@ -54,7 +53,7 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
     attn = "eager" if family == "gemma2" else "auto"
     sections = [ModelSection(path=path, attn=attn) for path in paths]
     policy = Policy(LogProbModel(load_causal_lm(sections[0], policy_config)), policy_config, device)
-    reference = frozen_model(sections[1], reference_config, device)
+    reference = load_frozen(sections[1], reference_config, device)
 
     head = policy.causal_lm.get_output_embeddings()
     known, head.scale = head.scale, 1.5 * head.scale  # as if the family had a logit scale that install_head overlooks
@@ -72,7 +71,7 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str)
     before = gathered_state_dict(policy.causal_lm)
     for index, micro in enumerate(shares[rank] if ranks == 2 else [pairs]):
         batch = collate(micro)
-        policy_logps, reference_logps = policy.logps(batch), reference.logps(batch)
+        policy_logps, reference_logps = (batch.pair_logps(m.token_logps(batch)) for m in (policy, reference))
         losses = loss_fn(policy_logps, reference_logps)
         sums = sums + preference_sums(losses, policy_logps, reference_logps, loss_fn.beta)
         policy.backward(losses.sum() * ranks / len(pairs), is_last=index == 1)

@@ -21,10 +21,10 @@ from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.losses import LOSSES, make_loss
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import Policy, settle_layout
+from dpo_ds.models.engine import Policy, load_frozen, settle_layout
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.loading import load_causal_lm
-from dpo_ds.reference.live import LiveReference, frozen_model
+from dpo_ds.reference.live import LiveReference
 from dpo_ds.training.preference import PreferenceObjective
 from dpo_ds.training.shaping import Shaping
 from tests.tiny import VOCAB, random_pairs
@@ -155,7 +155,7 @@ def main(out: str) -> None:
     policy_config, _ = fill_policy(given, "test", TrainSection(global_batch_size=8), machine, 32)
     reference_config, _ = fill_reference(given, "test", machine, 32)
     policy = Policy(LogProbModel(load_causal_lm(ModelSection(path=paths[0]), policy_config)), policy_config, device)
-    frozen = frozen_model(ModelSection(path=paths[1]), reference_config, device)
+    frozen = load_frozen(ModelSection(path=paths[1]), reference_config, device)
     assert settle_layout("packed", [policy, frozen]) == ("packed", "")
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in paths]
     reference = LiveReference(frozen, policy, ReferenceSection())

@@ -22,9 +22,8 @@ from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models import attention
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import Policy
+from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.loading import load_causal_lm
-from dpo_ds.reference.live import frozen_model
 
 
 def measure(case: dict, folder: Path, device) -> dict[str, int]:
@@ -48,16 +47,17 @@ def measure(case: dict, folder: Path, device) -> dict[str, int]:
         policy = Policy(LogProbModel(model), policy_config, device)
         models = [policy]
         if case["live"]:
-            models.append(frozen_model(section, reference_config, device))
+            models.append(load_frozen(section, reference_config, device))
         for each in models:
             attention.use_packed_attention(each.causal_lm)
         for step in range(2):
             meter.begin(f"step {step}")
-            reference = models[1].logps(batch).logratio if case["live"] else 0.0
-            loss = -torch.nn.functional.logsigmoid(0.1 * (policy.logps(batch).logratio - reference)).sum()
+            reference = batch.pair_logps(models[1].token_logps(batch)).logratio if case["live"] else 0.0
+            logratio = batch.pair_logps(policy.token_logps(batch)).logratio
+            loss = -torch.nn.functional.logsigmoid(0.1 * (logratio - reference)).sum()
             policy.backward(loss, is_last=True)
             policy.step(1e-3)
-            del loss, reference
+            del loss, logratio, reference
             gc.collect()
         return {"state": meter.live, "peak": meter.peaks["step 1"]}
 

@@ -63,7 +63,7 @@ def main(model: str, target: str, out: str, rounds: str) -> None:
         while writer.newest < step + 1 or len(slowed) < STEPS:
             if writer.newest < step + 1:
                 seconds["written after"] = len(slowed)
-                seconds["beside"] += blocked(writer.look)
+                seconds["beside"] += blocked(writer.commit_if_written)
             slowed.append(blocked(update))
         writing = slowed[: seconds["written after"]]
         seconds["update while writing"] = sum(writing) / len(writing)

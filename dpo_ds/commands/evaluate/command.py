@@ -175,14 +175,10 @@ def _ask(
 
     Returns its log-probs [prompts, n] of the completions of each of `of`. All ranks enter.
     """
-    from dpo_ds.models.causal_lm import LogProbModel
-    from dpo_ds.models.engine import FrozenModel, Replica, let_go, settle_layout
-    from dpo_ds.models.loading import load_causal_lm
+    from dpo_ds.models.engine import let_go, load_frozen, settle_layout
 
     run, started = work.run, time.monotonic()
-    precision = work.engine or {"bf16": {"enabled": this_machine(place).has_bf16 and device.type == "cuda"}}
-    loaded = LogProbModel(load_causal_lm(_section(run, model.path), precision))
-    loaded = Replica(loaded, device) if work.engine is None else FrozenModel(loaded, work.engine, device)
+    loaded = load_frozen(_section(run, model.path), work.engine, device)
     other = work.baseline_model if model.name == BASELINE else None
     notes, found = [], []
     if draws:  # before the layout is settled: packed attention is for whole batches
@@ -190,8 +186,8 @@ def _ask(
         settings = run.evaluate.model_copy(update={"seed": run.evaluate.seed + STREAMS.get(model.name, 0)})
         model.completions = draw(loaded, tokenizer, prompts, settings, together=work.engine is not None)
     if other is None and (work.pairs is not None or of):
-        name, note = settle_layout(run.evaluate.layout, [loaded])
-        notes = [f"{model.name}: {note.replace('train.layout', 'evaluate.layout')}"] if note else []
+        name, refusal = settle_layout(run.evaluate.layout, [loaded])
+        notes = [f"{model.name}: evaluate.layout padded, not packed: {refusal}"] if refusal else []
         layout = partial(Layout, name, budget=run.evaluate.micro_batch_tokens, hidden_size=work.hidden_size)
         if work.pairs is not None:
             model.pair_logps = sums_of_logps(loaded, work.pairs, layout(sides=PAIR))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from dpo_ds.checkpoint.manifest import versions
 from dpo_ds.cluster import shared_files
+from dpo_ds.commands.evaluate import report
 from dpo_ds.commands.evaluate.statistics import distribution, mean_of, mean_of_pairs, win_rate
 from dpo_ds.config import ROWS, EvaluateConfig, to_plain
 from dpo_ds.data.prompts import Prompt
@@ -131,8 +132,6 @@ class Outcome:
 
     def write(self, ranks: int, seconds: float) -> Path:
         """evaluation.json, completions.parquet and report/, in place of what an earlier run left; prints the table."""
-        from dpo_ds.commands.evaluate import report  # matplotlib takes a second
-
         folder = Path(self.run.output_dir)
         evaluation = self.evaluation(ranks, seconds)
         self.write_completions()
@@ -213,7 +212,7 @@ class Outcome:
         return points
 
     def _draw(self, evaluation: dict, folder: Path) -> None:
-        from dpo_ds.commands.evaluate import plots
+        from dpo_ds.commands.evaluate import plots  # matplotlib takes a second
 
         points = self.points(evaluation)
         if points:

@@ -158,16 +158,13 @@ def _left(folder: Folder) -> tuple[bool, list[int]]:
 
 def _generator(run: SampleConfig, work: Work, device: torch.device):
     """The model, as the config says: in vLLM, under ZeRO-3 or whole on every rank. All ranks enter."""
-    from dpo_ds.models.causal_lm import LogProbModel
-    from dpo_ds.models.engine import FrozenModel, Replica
-    from dpo_ds.models.loading import load_causal_lm
+    from dpo_ds.models.engine import load_frozen
 
     if run.sample.engine == "vllm":
         from dpo_ds.models.vllm import VllmGenerator
 
         return VllmGenerator(run.model, work.precision, work.tokenizer, run.sample)
-    model = LogProbModel(load_causal_lm(run.model, work.precision))
-    model = Replica(model, device) if work.engine is None else FrozenModel(model, work.engine, device)
+    model = load_frozen(run.model, work.engine, device)
     return Generator(model, work.tokenizer, run.sample, together=work.engine is not None)
 
 

@@ -1,0 +1,178 @@
+"""Says what `sft`, `reward` and `train` do differently; all else is the same run.
+
+A task is made from its config, before any model is loaded: deepspeed comes in only where a task builds something.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dpo_ds.checkpoint.manifest import Checkpoint
+from dpo_ds.config import ReferenceSection, RewardConfig, SftConfig, TrainConfig, reference_section
+from dpo_ds.training.tracking import ChosenFalls
+
+if TYPE_CHECKING:
+    from torch import device as Device
+
+    from dpo_ds.models.engine import Policy
+    from dpo_ds.reference import Reference
+    from dpo_ds.reference.cached import CachedRows
+    from dpo_ds.training.trainer import Objective, Trainer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Holds all that a run needs but its models, as the checks found or made it.
+
+    candidates are the checkpoints to resume from, best first, and identity what the config's paths stand for;
+    policy_config and reference_config are DeepSpeed's, filled; reference_config belongs to a live reference, cached to
+    one that was computed before. calibration_data is a reward model's own, if it has any.
+    """
+
+    tokenizer: object
+    hidden_size: int
+    policy_config: dict
+    reference_config: dict | None
+    data: object
+    evaluation_data: object | None
+    candidates: list[Checkpoint]
+    identity: dict[str, str]
+    cached: CachedRows | None
+    calibration_data: object | None = None
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Fits the chosen completions by maximum likelihood."""
+
+    run: SftConfig
+    merges_adapters = False  # into final/, which holds peft's two files otherwise
+
+    @property
+    def reference(self) -> ReferenceSection | None:
+        """The section of the frozen model that is compared with; None where there is none."""
+        return None
+
+    @property
+    def margin_column(self) -> str | None:
+        """A column of the rows that the objective needs."""
+        return None
+
+    @property
+    def calibration(self) -> object:
+        """Data that is read for the end of the run alone; None for none."""
+        return None
+
+    def check_model(self, model_config) -> None:
+        """Raises ModelError for a model that this task cannot train."""
+
+    def load(self, ds_config: dict):
+        """Returns the module that DeepSpeed's engine wraps, with adapters where the run has any. All ranks enter."""
+        from dpo_ds.models.causal_lm import LogProbModel
+        from dpo_ds.models.loading import load_causal_lm
+
+        return LogProbModel(self._adapted(load_causal_lm(self.run.model, ds_config), "CAUSAL_LM"))
+
+    def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
+        """Returns what is minimised. All ranks enter."""
+        from dpo_ds.training.supervised import SupervisedObjective
+
+        return SupervisedObjective()
+
+    def watch(self) -> ChosenFalls | None:
+        """Returns what looks at every step's metrics for something that the user should be told."""
+        return None
+
+    def finish(self, trainer: Trainer, prepared: Prepared) -> list[str]:
+        """Completes model and tokenizer after the last update; returns lines for the user. All ranks enter."""
+        return []
+
+    def _adapted(self, model, peft_task: str):
+        from dpo_ds.models import lora
+
+        if self.run.model.lora.r:
+            lora.add_adapters(model, self.run.model.lora, self.run.train.seed, peft_task)
+        if self.run.train.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+
+class Reward(Supervised):
+    """Fits a Bradley-Terry reward model to pairs."""
+
+    run: RewardConfig
+    merges_adapters = True  # adapters alone would lack the head
+
+    @property
+    def margin_column(self) -> str | None:
+        return self.run.reward.margin_column
+
+    @property
+    def calibration(self) -> object:
+        return self.run.reward.calibration
+
+    def check_model(self, model_config) -> None:
+        from dpo_ds.models.reward_model import check_reward_model
+
+        check_reward_model(self.run.model, model_config)
+
+    def load(self, ds_config: dict):
+        from dpo_ds.models.reward_model import RewardModel, load_classifier
+
+        return RewardModel(self._adapted(load_classifier(self.run.model, ds_config, self.run.train.seed), "SEQ_CLS"))
+
+    def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
+        from dpo_ds.training.reward import RewardObjective
+
+        return RewardObjective.of(self.run.reward, [prepared.data, prepared.evaluation_data], device)
+
+    def finish(self, trainer: Trainer, prepared: Prepared) -> list[str]:
+        from dpo_ds.training.reward import finish
+
+        data = prepared.data if prepared.calibration_data is None else prepared.calibration_data
+        return finish(trainer, self.run.reward, data, prepared.tokenizer)
+
+
+class Preference(Supervised):
+    """Optimises a policy on pairs, against a frozen reference where the loss has one."""
+
+    run: TrainConfig
+
+    @property
+    def reference(self) -> ReferenceSection | None:
+        return None if self.run.reference.kind == "none" else self.run.reference
+
+    def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
+        from dpo_ds.losses import make_loss
+        from dpo_ds.training.preference import PreferenceObjective
+        from dpo_ds.training.shaping import Shaping
+
+        reference = self._reference(policy, prepared, device)
+        return PreferenceObjective(make_loss(self.run.loss), reference, Shaping.of(self.run.loss))
+
+    def watch(self) -> ChosenFalls | None:
+        return ChosenFalls(self.run.loss.beta, self.reference is not None)
+
+    def _reference(self, policy: Policy, prepared: Prepared, device: Device) -> Reference | None:
+        """Returns the strategy that reference.kind names. All ranks enter."""
+        from dpo_ds.models.engine import load_frozen
+        from dpo_ds.reference.adapter import AdapterReference
+        from dpo_ds.reference.cached import CachedReference
+        from dpo_ds.reference.live import LiveReference
+
+        if self.reference is None:
+            return None
+        if self.reference.kind == "cached":
+            return CachedReference(prepared.cached, device)
+        if self.reference.kind == "adapter":
+            return AdapterReference(policy)
+        frozen = load_frozen(reference_section(self.run), prepared.reference_config, device)
+        return LiveReference(frozen, policy, self.reference)
+
+
+TASKS: dict[type[SftConfig], type[Supervised]] = {SftConfig: Supervised, RewardConfig: Reward, TrainConfig: Preference}
+
+
+def task_of(run: SftConfig) -> Supervised:
+    return TASKS[type(run)](run)
