@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
 
 from dpo_ds.cluster import shared_files
+from dpo_ds.cluster.records import Count, Damaged, FileName, Record, Sha256, read_object, record_of
 
 MANIFEST, LATEST = "MANIFEST.json", "latest"
 FORMAT = 1  # of a checkpoint's files: DeepSpeed's ZeRO-3 shards, one pair a rank
-FOLDERS = "step-????????"
+STEP_FOLDER = re.compile(r"step-(\d+)")
+SHARD_KINDS = ("model", "optim")
 OWN_DIGEST = "manifest_sha256"  # of the manifest without this key, as JSON with sorted keys
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
 
@@ -39,21 +45,70 @@ class Checkpoint:
         return [name for name, written in files if shared_files.sha256(self.path / name) != written["sha256"]]
 
 
+class FileRecord(Record):
+    """Says what a file on disk must be."""
+
+    size: Count
+    sha256: Sha256
+
+
+class CheckpointRecord(Record):
+    """Describes a complete checkpoint: MANIFEST.json without its own digest."""
+
+    step: int = Field(ge=1, lt=1 << 62, strict=True)
+    world_size: int = Field(ge=1, le=1 << 20, strict=True)
+    config: dict[str, Any]
+    versions: dict[str, str]
+    identity: dict[str, str]
+    files: dict[FileName, FileRecord]
+
+    @model_validator(mode="after")
+    def _every_rank_has_its_shards(self):
+        missing = [
+            f"rank {rank}'s {kind} shard"
+            for rank in range(self.world_size)
+            for kind in SHARD_KINDS
+            if sum(name.endswith(shard_suffix(kind, rank)) for name in self.files) != 1
+        ]
+        if missing:
+            raise ValueError(f"it names no {missing[0]}")
+        return self
+
+
+def shard_suffix(kind: str, rank: int) -> str:
+    """Returns how DeepSpeed's name of a rank's shard ends; bf16 runs put a word in front."""
+    return f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Returns the folders that hold, or should hold, a checkpoint, in the order of their steps; no copy that a user has
+    laid beside them counts.
+    """
+    found = [(match, path) for path in folder.glob("step-*") if (match := STEP_FOLDER.fullmatch(path.name))]
+    return [path for match, path in sorted(found, key=lambda item: int(item[0][1]))]
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def open_folder(path: Path) -> tuple[Checkpoint | None, str]:
     """The checkpoint, or why it is none: no whole manifest of a known format, a file missing or of another size."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        values = read_object(path / MANIFEST)
+        if values.pop(OWN_DIGEST, None) != _digest(values):
+            return None, f"{MANIFEST} is damaged"
+        if values.get("format") != FORMAT:
+            by = values.get("versions")
+            version = by.get("dpo_ds") if isinstance(by, dict) else None
+            return None, f"its layout {values.get('format')} (dpo_ds {version}) is not known here, only {FORMAT} is"
+        record_of(values, CheckpointRecord)
+    except FileNotFoundError:
         return None, f"no {MANIFEST}, so it is no complete checkpoint"
-    except ValueError:  # no UTF-8 or no JSON
-        return None, f"{MANIFEST} is damaged"
-    if not isinstance(manifest, dict) or manifest.pop(OWN_DIGEST, None) != _digest(manifest):
-        return None, f"{MANIFEST} is damaged"
-    if manifest["format"] != FORMAT:
-        version = manifest["versions"]["dpo_ds"]
-        return None, f"its layout {manifest['format']} (dpo_ds {version}) is not known here, only {FORMAT} is"
-    problem = first_wrong_size(path, manifest["files"])
-    return (Checkpoint(path, manifest), "") if problem is None else (None, problem)
+    except Damaged as problem:
+        return None, f"{MANIFEST} is damaged: {problem}"
+    problem = first_wrong_size(path, values["files"])
+    return (Checkpoint(path, values), "") if problem is None else (None, problem)
 
 
 def write(folder: Path, record: dict) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dpo_ds.checkpoint import manifest
-from dpo_ds.checkpoint.manifest import FOLDERS, LATEST, Checkpoint, open_folder, versions
+from dpo_ds.checkpoint.manifest import LATEST, Checkpoint, open_folder, step_folders, versions
 from dpo_ds.cluster import collectives, shared_files
 from dpo_ds.config import Section, flatten, keys, to_plain
 from dpo_ds.config.deepspeed import is_bf16
@@ -45,7 +45,9 @@ def find(output_dir: Path, resume: str) -> tuple[list[Checkpoint], list[str]]:
         return [checkpoint], []
     complete, notes = [], []
     folder = output_dir / "checkpoints"
-    for path in sorted(folder.glob(FOLDERS), reverse=True):
+    if (folder / LATEST).is_dir():
+        raise ConfigError(f"{folder / LATEST}: is a folder; the file that names the newest checkpoint belongs there")
+    for path in reversed(step_folders(folder)):
         checkpoint, problem = open_folder(path)
         if checkpoint is not None:
             complete.append(checkpoint)
@@ -124,12 +126,12 @@ def set_aside_newer(output_dir: Path, resumed: Checkpoint) -> list[str]:
     """Renames the checkpoints in output_dir that come after `resumed`; all, if it lies elsewhere. Rank 0 only."""
     folder = output_dir / "checkpoints"
     manifest.clear(folder)
-    own = resumed.path.resolve().parent == folder.resolve()
+    own = resumed.path.parent.resolve() == folder.resolve()  # of the link, where it is one
     notes = []
-    for path in sorted(folder.glob(FOLDERS)):
+    for path in step_folders(folder):
         if not own or int(path.name.removeprefix("step-")) > resumed.step:
-            aside = path.with_name(f"{path.name}.aside")
-            shutil.rmtree(aside, ignore_errors=True)
+            names = (f"{path.name}.aside{number}" for number in itertools.chain([""], itertools.count(2)))
+            aside = next(free for name in names if not (free := path.with_name(name)).exists())
             path.rename(aside)
             notes.append(f"{path} is now {aside.name}; delete it once you need it no more")
     if own:

@@ -8,7 +8,9 @@ parameters make up a sub-group depends on the number of ranks, so a parameter is
 from __future__ import annotations
 
 import math
+import pickle
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_ds.checkpoint.manifest import Checkpoint
+from dpo_ds.checkpoint.manifest import Checkpoint, shard_suffix
 from dpo_ds.cluster import collectives
 from dpo_ds.errors import ConfigError
 
@@ -107,8 +109,18 @@ class Shards:
         return self._optimizers[rank]
 
     def _open(self, kind: str, rank: int) -> dict:
-        (path,) = self.checkpoint.path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        suffix = shard_suffix(kind, rank)
+        path = self.checkpoint.path / next(name for name in self.checkpoint.manifest["files"] if name.endswith(suffix))
+        try:
+            with torch.serialization.safe_globals(_known_classes()):
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"names {named[1]}" if named else "is no file that torch saved"
+            raise ConfigError(
+                f"{path}: {what}, which no checkpoint of dpo_ds needs; loading it could run foreign code, so it is not "
+                "loaded"
+            ) from error
 
 
 def load(engine, checkpoint: Checkpoint) -> list[dict]:
@@ -122,7 +134,22 @@ def load(engine, checkpoint: Checkpoint) -> list[dict]:
     Raises:
         ConfigError: the parameters are not the checkpoint's.
     """
-    shards, optimizer, rank = Shards(checkpoint), engine.optimizer, collectives.rank()
+    shards, optimizer = Shards(checkpoint), engine.optimizer
+    with collectives.raising_together():  # a file that one rank refuses ends all of them
+        state = _own_state(engine, shards)
+        extra = [shards.extra(saved) for saved in range(shards.ranks)]
+        numbers = shards.random_state(collectives.rank()) if collectives.world_size() == shards.ranks else None
+    optimizer.checkpoint_event_prologue()
+    optimizer.load_state_dict({collectives.rank(): state})
+    optimizer.checkpoint_event_epilogue()
+    if numbers is not None:
+        set_random_state(numbers)
+    return extra
+
+
+def _own_state(engine, shards: Shards) -> dict:
+    """Fills a fresh optimizer's state with this rank's slices; DeepSpeed then loads it as if it had saved it itself."""
+    optimizer, rank = engine.optimizer, collectives.rank()
     groups = [[(engine.param_names[parameter], parameter) for parameter in group] for group in optimizer.fp16_groups]
     _check_names({name: parameter.ds_shape for group in groups for name, parameter in group}, shards)
     state = optimizer._rigid_state_dict()
@@ -145,23 +172,30 @@ def load(engine, checkpoint: Checkpoint) -> list[dict]:
         adam["state"][index] = {"step": step, **moments}
     for group, saved in zip(adam["param_groups"], shards.hyper_parameters, strict=True):
         group.update(saved)
-    optimizer.checkpoint_event_prologue()
-    optimizer.load_state_dict({rank: state})
-    optimizer.checkpoint_event_epilogue()
-    if collectives.world_size() == shards.ranks:
-        set_random_state(shards.random_state(rank))
-    return [shards.extra(saved) for saved in range(shards.ranks)]
+    return state
+
+
+def _known_classes() -> list:
+    """Returns the classes that shards hold beside tensors and plain values; nothing else of a file is unpickled."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    numpys = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), np.array(0).__reduce__()[0]]  # shards of before 0.2
+    return [LossScaler, ZeroStageEnum, *numpys]
 
 
 def random_state() -> dict:
-    """Of every generator that this rank may draw from."""
+    """Returns the state of every generator that this rank may draw from, as plain values and tensors."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    name, keys, *rest = np.random.get_state()
+    numpys = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
+    return {"python": random.getstate(), "numpy": numpys, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(state: dict) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -20,7 +20,7 @@ import torch
 from dpo_ds.checkpoint import faultpoints, manifest
 from dpo_ds.checkpoint.disk import HashingFile, Written
 from dpo_ds.checkpoint.host_copy import Content, HostCopy, capture, free_memory
-from dpo_ds.checkpoint.manifest import FOLDERS, LATEST, MANIFEST
+from dpo_ds.checkpoint.manifest import LATEST, MANIFEST, step_folder, step_folders
 from dpo_ds.cluster import collectives, launch, shared_files
 from dpo_ds.cluster.shared_files import in_background
 from dpo_ds.config import Section, to_plain
@@ -60,7 +60,7 @@ class CheckpointWriter:
         from dpo_ds.checkpoint.shards import random_state
 
         self.finish()
-        temporary = (self.folder / _name(step)).with_suffix(".tmp")
+        temporary = (self.folder / step_folder(step)).with_suffix(".tmp")
         needed = _state_bytes(engine) + collectives.world_size() * _tensor_bytes(extra)
         problem = self._prepare(temporary, needed) if collectives.rank() == 0 else None
         if _first(problem):
@@ -162,7 +162,7 @@ class CheckpointWriter:
 
     def _make_visible(self, temporary: Path, step: int) -> None:
         faultpoints.reach("manifest-written")
-        final = self.folder / _name(step)
+        final = self.folder / step_folder(step)
         if final.exists():
             _remove(final)  # of this step, older than the resumption that led here again
         os.replace(temporary, final)
@@ -173,7 +173,7 @@ class CheckpointWriter:
 
     def _prune(self) -> str | None:
         """Says what went wrong."""
-        complete = [path for path in sorted(self.folder.glob(FOLDERS)) if (path / MANIFEST).is_file()]
+        complete = [path for path in step_folders(self.folder) if (path / MANIFEST).is_file()]
         try:
             for old in complete[: -self.keep]:
                 _remove(old)
@@ -222,10 +222,6 @@ class _Writing:
             if file.error is not None and problem is None:
                 problem = f"rank {collectives.rank()}: {file.error.strerror}"
         return written, problem
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _remove(folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
@@ -38,7 +39,7 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
         raise ConfigError(f"--to {target}: exists already; choose a new folder")
     if damaged := checkpoint.damage():
         raise ConfigError(f"{checkpoint.path}: {', '.join(damaged)} differs from what was written (SHA-256)")
-    section = ModelSection.model_validate(checkpoint.manifest["config"]["model"])
+    section = _section(checkpoint, run)
     config = check_model(section, section.path, classifier=True)
     tokenizer = load_tokenizer(section, config, section.path)
     is_reward = "reward" in checkpoint.manifest["config"]
@@ -133,6 +134,19 @@ def _check_mergeable(checkpoint: Checkpoint, section: ModelSection, config) -> N
     now, then = model_id(section.path, config), checkpoint.manifest["identity"][MODEL]
     if now != then:
         raise ConfigError(f"--merge: {MODEL} is now {now}, in {checkpoint.path} it was {then}; put the same model back")
+
+
+def _section(checkpoint: Checkpoint, run: ExportConfig) -> ModelSection:
+    """Returns the run's model section, but for what the user of `export` must say: whether the model's code may run."""
+    try:
+        section = ModelSection.model_validate(checkpoint.manifest["config"].get("model"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(["model", *map(str, first["loc"])])
+        raise ConfigError(f"{checkpoint.path}/{MANIFEST}: config.{where}: {first['msg']}") from None
+    if section.trust_remote_code and not run.trust_remote_code:
+        print(f"dpo-ds: {section.path} was trained with its own code, which export runs with --trust_remote_code alone")
+    return section.model_copy(update={"trust_remote_code": run.trust_remote_code})
 
 
 def _find(path: Path) -> Checkpoint:

@@ -141,6 +141,7 @@ class ExportConfig(Section):
     to: str = Field(description="export: the folder to make")
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="export: of the weights; auto: as trained")
     merge: bool = Field(False, description="export: LoRA's adapters into the model's own weights")
+    trust_remote_code: bool = Field(False, description="export: run code that the model's folder brings")
 
 
 class VerifyConfig(Section):

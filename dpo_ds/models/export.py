@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
@@ -161,11 +162,10 @@ def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
     titles = {"sft": "Supervised fine-tuning", "reward": "Reward model"}
     title = titles.get(command, f"Preference optimisation ({loss['name']})")
     adapters_alone = run["model"]["lora"]["r"] and command != "reward"
+    names = loss["name"] if isinstance(loss["name"], list) else [loss["name"]]
+    front = {"library_name": "peft" if adapters_alone else "transformers", "base_model": run["model"]["path"]}
     return f"""---
-library_name: {"peft" if adapters_alone else "transformers"}
-base_model: {run["model"]["path"]}
-tags: [dpo_ds, {loss["name"]}]
----
+{yaml.safe_dump(front | {"tags": ["dpo_ds", *names]}, sort_keys=False, allow_unicode=True)}---
 # {title} of {run["model"]["path"]}
 
 Trained by dpo_ds {__version__} on {run["data"]["train"]}.

@@ -220,7 +220,7 @@ def _classifier_config(path: str, key: str):
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1 or ":" in path):
         raise ModelError(f"{given}: does not exist; {forms}")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{given}: no usable model config ({one_line(error)}); {forms}") from None
     if not any("SequenceClassification" in name for name in config.architectures or []):

@@ -15,9 +15,9 @@ import torch
 
 from dpo_ds.checkpoint import host_copy
 from dpo_ds.checkpoint import writer as writer_module
-from dpo_ds.checkpoint.disk import HashingFile
+from dpo_ds.checkpoint.disk import HashingFile, Written
 from dpo_ds.checkpoint.host_copy import HostCopy, free_memory
-from dpo_ds.checkpoint.manifest import Checkpoint, open_folder, versions
+from dpo_ds.checkpoint.manifest import Checkpoint, open_folder, shard_suffix, versions
 from dpo_ds.checkpoint.resume import check_config, check_identity, data_id, find, set_aside_newer
 from dpo_ds.checkpoint.writer import CheckpointWriter
 from dpo_ds.cluster.watchdog import Silent
@@ -32,13 +32,18 @@ RUN = TrainConfig.model_validate(
 )
 
 
-def make(folder: Path, step: int, **changes) -> Path:
-    """A checkpoint of one file, as the writer leaves it."""
+SHARD = shard_suffix("model", 0)
+
+
+def make(folder: Path, step: int, /, **changes) -> Path:
+    """A checkpoint of two ranks, as the writer leaves it."""
     path = folder / "checkpoints" / f"step-{step:08d}"
     path.mkdir(parents=True)
     content = f"shard of step {step}".encode()
-    (path / "shard.pt").write_bytes(content)
-    files = {"shard.pt": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    files = {}
+    for name in (shard_suffix(kind, rank) for rank in (0, 1) for kind in ("model", "optim")):
+        (path / name).write_bytes(content)
+        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = {
         "format": 1, "step": step, "world_size": 2, "config": to_plain(RUN), "versions": versions(),
         "identity": {"the model in model.path": "abc"}, "files": files,
@@ -62,10 +67,10 @@ def test_the_newest_complete_one_comes_first(tmp_path):
 
 DAMAGE = {
     "truncated": (
-        lambda path: (path / "shard.pt").write_bytes(b"shard"),
-        "shard.pt has 5 bytes, MANIFEST.json says 15",
+        lambda path: (path / SHARD).write_bytes(b"shard"),
+        f"{SHARD} has 5 bytes, MANIFEST.json says 15",
     ),
-    "deleted": (lambda path: (path / "shard.pt").unlink(), "shard.pt is missing"),
+    "deleted": (lambda path: (path / SHARD).unlink(), f"{SHARD} is missing"),
     "no manifest": (lambda path: (path / "MANIFEST.json").unlink(), "no MANIFEST.json"),
     "half a manifest": (lambda path: os.truncate(path / "MANIFEST.json", 40), "MANIFEST.json is damaged"),
     "a bit of the manifest": (lambda path: flip(path / "MANIFEST.json", 30), "MANIFEST.json is damaged"),
@@ -91,16 +96,16 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_taken(tmp_path, name):
     assert "latest names step-00000008" in notes[1] and "step-00000004" in notes[1]
     with pytest.raises(ConfigError, match="--checkpoint.resume .*step-00000008: "):
         find(tmp_path, str(newest))
-    (tmp_path / "checkpoints" / "step-00000004" / "shard.pt").unlink()
+    (tmp_path / "checkpoints" / "step-00000004" / SHARD).unlink()
     with pytest.raises(ConfigError, match="no complete checkpoint is left"):
         find(tmp_path, "auto")
 
 
 def test_a_flipped_bit_in_a_shard_is_found_by_its_hash(tmp_path):
     path = make(tmp_path, 4)
-    flip(path / "shard.pt", 3)
+    flip(path / SHARD, 3)
     found, _ = open_folder(path)
-    assert found.damage() == ["shard.pt"]
+    assert found.damage() == [SHARD]
     assert found.damage(1, 2) == [], "the second of two ranks has no file to look at"
 
 
@@ -219,12 +224,19 @@ def test_a_disk_that_refuses_a_rename_or_a_deletion_is_a_line(tmp_path, monkeypa
     writer = CheckpointWriter(tmp_path, RUN, {}, 8, Lock(), said.append, print)
     temporary = tmp_path / "checkpoints" / "step-00000012.tmp"
     temporary.mkdir()
+    files = {shard_suffix(kind, 0): Written(0, hashlib.sha256().hexdigest()) for kind in ("model", "optim")}
+
+    def commit() -> str | None:
+        for name in files:
+            (temporary / name).touch()
+        return writer._commit([(files, None)], temporary, 12)
+
     with monkeypatch.context() as broken:
         broken.setattr(writer_module.os, "replace", refuse)
-        assert writer._commit([({}, None)], temporary, 12).startswith("Device or resource busy (somewhere)")
+        assert commit().startswith("Device or resource busy (somewhere)")
     assert open_folder(older)[0] and open_folder(old)[0]
     temporary.mkdir(exist_ok=True)
-    assert writer._commit([({}, None)], temporary, 12) is None
+    assert commit() is None
     with monkeypatch.context() as broken:
         writer._pruning.result()
         make(tmp_path, 10), make(tmp_path, 11)
