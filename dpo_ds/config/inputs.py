@@ -40,24 +40,11 @@ class PromptDataSection(Section):
 
     format: str = Field("auto", description="auto, explicit, implicit, hh, sharegpt, alpaca; sft: completion, messages")
     columns: dict[str, str] = Field(default_factory=dict, description="renames: {chosen: better, rejected: worse}")
+    max_length: int = Field(2048, gt=1, description="tokens of prompt plus one completion")
     max_prompt_length: int = Field(
         1024, gt=0, description="tokens of the prompt; not given, at most half of a data.max_length up to 1024"
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts them and lists them in the census")
-
-
-class SampleDataSection(PromptDataSection):
-    limit: int | None = Field(None, gt=0, description="use the first n rows read, before dropping")
-
-
-class EvaluationDataSection(PromptDataSection):
-    eval: str | list[str | dict[str, Any]] | None = Field(None, description="pairs to evaluate on, given as data.train")
-    max_length: int = Field(2048, gt=1, description="tokens of prompt plus one completion")
-
-    @field_validator("train", "eval", check_fields=False)
-    @classmethod
-    def _weights(cls, source):
-        return checked_source(source)
 
     @model_validator(mode="before")
     @classmethod
@@ -67,6 +54,19 @@ class EvaluationDataSection(PromptDataSection):
         if length.isdigit() and 1 < int(length) <= cls.model_fields["max_prompt_length"].default:
             return {"max_prompt_length": int(length) // 2} | values
         return values
+
+
+class SampleDataSection(PromptDataSection):
+    limit: int | None = Field(None, gt=0, description="use the first n rows read, before dropping")
+
+
+class EvaluationDataSection(PromptDataSection):
+    eval: str | list[str | dict[str, Any]] | None = Field(None, description="pairs to evaluate on, given as data.train")
+
+    @field_validator("train", "eval", check_fields=False)
+    @classmethod
+    def _weights(cls, source):
+        return checked_source(source)
 
     @model_validator(mode="after")
     def _room_for_completions(self):
@@ -95,8 +95,6 @@ class ReferenceSection(Section):
     update_alpha: float = Field(0.6, gt=0, le=1, description="share of the policy in such an update")
 
 
-
-
 class InferenceSection(Section):
     config: str = Field(description="a DeepSpeed JSON file; absent and auto keys are filled from this config")
 
@@ -105,10 +103,6 @@ class DeepSpeedSection(InferenceSection):
     reference_config: str | None = Field(
         None, description="the reference's JSON file; derived from config if not given"
     )
-
-
-
-
 
 
 class CheckpointSection(Section):

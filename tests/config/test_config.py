@@ -124,6 +124,28 @@ def test_a_max_length_alone_leaves_half_of_it_to_the_prompt():
     assert limits("--data.max_length", "512", "--data.max_prompt_length", "500") == (512, 500)
 
 
+@pytest.mark.parametrize(
+    "given", ["max_length: 512", "max_length: 4096", "max_prompt_length: 90", "max_length: 300, max_prompt_length: 290"]
+)
+def test_every_command_cuts_prompts_at_one_length(tmp_path, given):
+    """One YAML file for train, sample and evaluate, as the pipeline is run."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{path: m}}\ndata: {{{given}, train: x, eval: x}}\ndeepspeed: {{config: d}}\noutput_dir: o\n"
+        "sample: {prompts: p, to: t}\nevaluate: {policy: m}\n"
+    )
+    runs = [cli.parse([command, "--config", str(path)])[1] for command in ("train", "sft", "sample", "evaluate")]
+    assert len({run.data.max_prompt_length for run in runs}) == 1
+
+
+def test_a_prompt_alone_needs_no_room_for_a_completion():
+    run = cli.parse(
+        ["sample", "--model.path", "m", "--sample.prompts", "p", "--sample.to", "t", "--deepspeed.config", "d",
+         "--data.max_prompt_length", "9000"]
+    )[1]  # fmt: skip
+    assert run.data.max_prompt_length == 9000
+
+
 def test_a_mistake_in_the_keys_does_not_leave_an_earlier_done(tmp_path):
     status = tmp_path / "STATUS.json"
     for argv in (["--output_dir", str(tmp_path), "--loss.nam", "x"], ["--loss.nam", "x", f"--output_dir={tmp_path}"]):
