@@ -65,13 +65,18 @@ def write_whole(path: Path, content) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """The names in a folder: files created, renamed or removed."""
+def sync_file(path: Path) -> None:
+    """Returns when the file's bytes are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Returns when the names in a folder are on the disk: files created, renamed or removed."""
+    sync_file(path)
 
 
 class FolderLock:

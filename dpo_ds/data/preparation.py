@@ -1,30 +1,20 @@
-"""A data source -> tokenised pairs on disk, once: later runs, ranks and nodes find them by a digest.
-
-The rank with `build` tokenises under a file lock. The others watch for the finished folder, which appears by one
-rename; they enter no collective, so nothing times out while millions of rows are read. They also try the lock: where
-nobody has held it for a while and there is no folder, the rank that tokenises has ended, most often for a mistake in
-the data.
-"""
+"""Turns a data source into tokenised pairs on disk, once: later runs, ranks and nodes find them by a digest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
-import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from dpo_ds.batch import PAIR
+from dpo_ds.cluster.derived import cache_root, derive
 from dpo_ds.data.census import Census
 from dpo_ds.data.dataset import CENSUS, PairDataset, PairWriter
 from dpo_ds.data.formats import FIELDS, Conversation, check_columns, check_name, detect, read
@@ -32,12 +22,9 @@ from dpo_ds.data.reading import BATCH, Intake
 from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
-from dpo_ds.errors import ConfigError, DataError
+from dpo_ds.errors import DataError
 
-FORMAT_VERSION = 2  # of the cache: raise it when the same rows would give other tokens or columns
-POLL_SECONDS = 0.2
-WAIT_SECONDS = 12 * 3600  # for the rank that tokenises
-ABANDONED_SECONDS = 120  # that nobody holds the lock: more than ranks differ in when they come to the data
+FORMAT_VERSION = 3  # of the cache: raise it when the same rows would give other tokens or columns
 EQUAL = "equal after the cut"
 NOTHING_LEFT = "no trained token left after the cut"
 
@@ -70,7 +57,7 @@ def prepare(
     split, "train" or "eval", picks among the splits of a folder or Hub data set. margin_column: the raw column that
     says how much better chosen is; null and absent are mistakes in a row. Raises ConfigError, ModelError or DataError
     for what the user can mend, DataError too where `build` is false and the rank that tokenises has ended
-    without a data set; TimeoutError where it does not finish within WAIT_SECONDS.
+    without a data set; TimeoutError where it does not finish.
     """
     check_name(options.format, sides)
     check_columns(options.columns)
@@ -79,33 +66,16 @@ def prepare(
     items = [{"path": item} if isinstance(item, str) else item for item in items]
     paths = [item["path"] for item in items]
     sources = [open_source(path, split) for path in paths]
-    folder = cache_root() / _digest(sources, options, sides, tokenizer, margin_column)
-    lock = f"{folder}.lock"
-    with _usable(folder.parent):
-        if build and not folder.exists():
-            with FileLock(lock):
-                if not folder.exists():
-                    _build(folder, _Reader(sources, paths, options, sides, margin_column), tokenize)
-        elif not build:
-            wait_for(folder, lock)
+    digest = _digest(sources, options, sides, tokenizer, margin_column)
+    folder = cache_root() / "tokenized" / digest
+
+    def fill(work: Path) -> None:
+        _build(work, _Reader(sources, paths, options, sides, margin_column), tokenize)
+        if _digest(sources, options, sides, tokenizer, margin_column) != digest:
+            raise DataError(f"{', '.join(paths)}: changed while it was read; start again when it is whole")
+
+    derive(folder, "the tokenised data", fill, build)
     return PairDataset(folder, [item.get("weight", 1.0) for item in items])
-
-
-def cache_root() -> Path:
-    return Path(os.environ.get("DPO_DS_CACHE") or "~/.cache/dpo_ds").expanduser() / "tokenized"
-
-
-@contextmanager
-def _usable(root: Path) -> Iterator[None]:
-    """Makes the cache's folder; what its disk refuses, then or later, is a ConfigError."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        yield
-    except TimeoutError:  # an OSError too
-        raise
-    except OSError as error:
-        problem = f"the data cache {root} cannot be made or written ({error.strerror or error})"
-        raise ConfigError(f"{problem}; set DPO_DS_CACHE to a folder on a disk with room") from error
 
 
 @dataclass
@@ -146,18 +116,10 @@ class _Reader:
             self.formats.append(name)
 
 
-def _build(folder: Path, reader: _Reader, tokenize: PairTokenizer) -> None:
-    """Writes beside `folder` and renames; what an earlier, killed build left there is cleared."""
-    work = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        census = _write(work, reader, tokenize)
-        (work / CENSUS).write_text(json.dumps(census))
-    except BaseException:
-        shutil.rmtree(work)
-        raise
-    work.rename(folder)
+def _build(work: Path, reader: _Reader, tokenize: PairTokenizer) -> None:
+    """Fills a folder with the pairs and the census."""
+    census = _write(work, reader, tokenize)
+    (work / CENSUS).write_text(json.dumps(census))
 
 
 def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, Any]:
@@ -216,30 +178,3 @@ def _digest(
     identities = [source.identity() for source in sources]
     text = json.dumps([FORMAT_VERSION, identities, wanted, fingerprint(tokenizer)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def wait_for(path: Path, lock: str | None = None) -> None:
-    """Returns once `path` is there.
-
-    lock: what the process that makes it holds meanwhile; DataError when nobody has held it for ABANDONED_SECONDS.
-    """
-    start = idle_since = time.monotonic()
-    while not path.exists():
-        now = time.monotonic()
-        if now - start > WAIT_SECONDS:
-            raise TimeoutError(f"{path} did not appear within {WAIT_SECONDS} s: is the rank that tokenises gone?")
-        if lock is not None and _is_held(lock):
-            idle_since = time.monotonic()
-        elif lock is not None and now - idle_since > ABANDONED_SECONDS:
-            raise DataError(f"{path}: the rank that tokenises ended without a data set; its own message says why")
-        else:
-            time.sleep(POLL_SECONDS)
-
-
-def _is_held(lock: str) -> bool:
-    """Is somebody at work under the lock? Tries for a moment: another waiter that looks holds it for an instant."""
-    try:
-        with FileLock(lock, timeout=POLL_SECONDS):
-            return False
-    except Timeout:
-        return True

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_ds.cluster.derived import content_digest
 from dpo_ds.data.json_stream import JsonArray
 from dpo_ds.data.rows import BadRow, Location, shorten, unreadable
 from dpo_ds.errors import DataError
@@ -47,8 +48,8 @@ class Files:
         return [str(path) for path in self.paths]
 
     def identity(self) -> list:
-        """What the cache takes for the content: resolved path, size, modification time."""
-        return [_identity(path) for path in self.paths]
+        """Returns what the cache knows the rows by: the files' resolved paths and the SHA-256 of their content."""
+        return [[str(path.resolve()), _digest(path)] for path in self.paths]
 
     def rows(self, wanted: Collection[str] | None = None) -> Rows:
         """wanted: the fields that will be used; others may come as None. All if not given."""
@@ -62,7 +63,7 @@ class HuggingFace:
 
     name: str
     data: Any = field(repr=False)
-    key: list = field(repr=False)
+    files: tuple[Path, ...] = ()  # of a folder; none: data of the Hub, known by the library's fingerprint
     left_out: tuple[str, ...] = ()
 
     @property
@@ -70,7 +71,7 @@ class HuggingFace:
         return [self.name]
 
     def identity(self) -> list:
-        return self.key
+        return [self.name, *(Files(self.files).identity() or [self.data._fingerprint])]
 
     def rows(self, wanted: Collection[str] | None = None) -> Rows:
         """As `Files.rows`."""
@@ -244,8 +245,8 @@ def _saved(folder: Path, split: str) -> HuggingFace:
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         problem = f"{folder}: cannot be opened as a datasets folder ({_first_line(error)})"
         raise DataError(f"{problem}; save it again with save_to_disk") from error
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return _of_split(str(folder), data, split, [_identity(path) for path in files])
+    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+    return _of_split(str(folder), data, split, files)
 
 
 def _hub(path: str, split: str) -> HuggingFace:
@@ -259,20 +260,22 @@ def _hub(path: str, split: str) -> HuggingFace:
             f"{path}: there is no such file or folder, and it cannot be loaded from the Hugging Face Hub "
             f"({_first_line(error)}); check the name, the network and access rights, or give a local path"
         ) from error
-    return _of_split(path, data, split, [])
+    return _of_split(path, data, split)
 
 
-def _of_split(name: str, data: Any, split: str, key: list) -> HuggingFace:
+def _of_split(name: str, data: Any, split: str, files: tuple[Path, ...] = ()) -> HuggingFace:
     if not isinstance(data, dict):
-        return HuggingFace(name, data, key or [name, data._fingerprint])
+        return HuggingFace(name, data, files)
     ours = _pick(name, list(data), split)
     left_out = tuple(f"{name}:{other}" for other in data if other != ours)
-    return HuggingFace(f"{name}:{ours}", data[ours], [ours, *(key or [name, data[ours]._fingerprint])], left_out)
+    return HuggingFace(f"{name}:{ours}", data[ours], files, left_out)
 
 
-def _identity(path: Path) -> list:
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+def _digest(path: Path) -> str:
+    try:
+        return content_digest(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _missing(path: str, local: Path) -> str:

@@ -5,19 +5,17 @@ Parquet is what lasts and travels; this copy is derived from it, once a node, an
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
+from dpo_ds.cluster.derived import cache_root, derive
 from dpo_ds.data import PairDataset
-from dpo_ds.data.preparation import cache_root, wait_for
 from dpo_ds.reference.cache import KeyIndex, Manifest, pair_keys, read_shards, sort_keys
 
 KEYS, PLACES, VALUES = "keys.npy", "places.npy", "values.f32"
+ARRAY = "array.npy"
 
 
 class Store:
@@ -39,35 +37,28 @@ class Store:
 
 
 def open_store(manifest: Manifest, build: bool) -> Store:
-    """The copy of this cache; the rank with `build` makes it where there is none, the others wait for it."""
+    """Returns the copy of this cache; the rank with `build` makes it where there is none, the others wait for it."""
     folder = _root() / manifest.id
-    if build:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                _build(folder, manifest)
-    else:
-        wait_for(folder)
+    derive(folder, "the copy of the reference cache", lambda work: _fill(work, manifest), build)
     return Store(folder)
 
 
 def data_keys(data: PairDataset, build: bool) -> np.ndarray:  # [rows, 2] uint64
-    """`pair_keys`, memory-mapped and computed once a data set and node."""
-    return _saved(_root() / f"keys-{data.digest}.npy", lambda: pair_keys(data), build)
+    """Returns `pair_keys`, memory-mapped and computed once a data set and node."""
+    return _array(f"keys-{data.digest}", lambda: pair_keys(data), build)
 
 
 def data_rows(store: Store, data: PairDataset, build: bool) -> np.ndarray:  # [rows] int64
-    """The store's row of every pair, -1 where it has none; memory-mapped, computed once a data set, cache and node."""
-    path = store.folder / f"rows-{data.digest}.npy"
-    return _saved(path, lambda: store.index.find(data_keys(data, build)), build)
+    """Returns the store's row of every pair, -1 where it has none; memory-mapped, computed once a data set, cache and
+    node.
+    """
+    keys = data_keys(data, build)
+    return _array(f"rows-{store.folder.name}-{data.digest}", lambda: store.index.find(keys), build)
 
 
-def _build(folder: Path, manifest: Manifest) -> None:
-    work = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)  # of a build that was killed
-    work.mkdir()
+def _fill(folder: Path, manifest: Manifest) -> None:
     keys, places, written = [], [], 0
-    with (work / VALUES).open("wb") as values:
+    with (folder / VALUES).open("wb") as values:
         for shard in read_shards(manifest):
             keys.append(np.array(shard.keys))
             columns = []
@@ -79,22 +70,15 @@ def _build(folder: Path, manifest: Manifest) -> None:
             places.append(np.stack(columns, axis=1))
     all_keys = np.concatenate(keys)
     order = sort_keys(all_keys)
-    np.save(work / KEYS, np.ascontiguousarray(all_keys[order].T))
-    np.save(work / PLACES, np.concatenate(places)[order])
-    work.rename(folder)
+    np.save(folder / KEYS, np.ascontiguousarray(all_keys[order].T))
+    np.save(folder / PLACES, np.concatenate(places)[order])
 
 
-def _saved(path: Path, compute, build: bool) -> np.ndarray:
-    if build and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # containers on two nodes may share a process id
-        with temporary.open("wb") as file:
-            np.save(file, compute())
-        os.replace(temporary, path)
-    elif not build:
-        wait_for(path)
-    return np.load(path, mmap_mode="r")
+def _array(name: str, compute: Callable[[], np.ndarray], build: bool) -> np.ndarray:
+    folder = _root() / name
+    derive(folder, "a table of the reference cache", lambda work: np.save(work / ARRAY, compute()), build)
+    return np.load(folder / ARRAY, mmap_mode="r")
 
 
 def _root() -> Path:
-    return cache_root().parent / "reference"
+    return cache_root() / "reference"

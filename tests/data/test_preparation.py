@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_ds.batch import CHOSEN_ONLY
+from dpo_ds.cluster import derived
 from dpo_ds.data import dataset, format_census, prepare, reading
 from dpo_ds.data import prepare as prepare_function
 from dpo_ds.data.census import Census
@@ -273,6 +274,107 @@ def test_a_second_run_reads_nothing(tmp_path, no_reading):
     assert second.digest == first.digest and second.census == first.census
 
 
+def prepared(path) -> dataset.PairDataset:
+    return prepare(str(path), options=options(), tokenizer=tokenizer())
+
+
+def remembered(monkeypatch, cache):
+    """From now on digests are remembered at once, as they are of files that have not changed for two seconds."""
+    monkeypatch.setattr(derived, "SETTLED_SECONDS", -9)
+
+
+def test_other_content_of_the_same_size_and_time_is_tokenised_anew(tmp_path, cache, monkeypatch):
+    """As rsync --times, or cp --preserve over the old file, leave it; also where the file is the same inode."""
+    remembered(monkeypatch, cache)
+    path = write_lines(tmp_path / "x.jsonl", pairs(2))
+    before, first = path.stat(), prepared(path)
+    other = write_lines(tmp_path / "y.jsonl", [*pairs(1), {"prompt": "q1:", "chosen": " gold 1", "rejected": " bad 1"}])
+    assert other.stat().st_size == before.st_size
+    other_bytes, tok = other.read_bytes(), tokenizer()
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)  # a new inode
+    second = prepared(path)
+    assert [tok.decode(data[1].chosen) for data in (first, second)] == [" good 1</s>", " gold 1</s>"]
+    path.write_bytes(other_bytes.replace(b"gold", b"god "))  # a new change time
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert tok.decode(prepared(path)[1].chosen) == " god  1</s>"
+
+
+def test_a_file_that_changed_just_now_is_read_again(tmp_path, cache):
+    """Its clock ticks some hundred times a second: two changes within a tick look alike."""
+    prepared(write_lines(tmp_path / "x.jsonl", pairs(2)))
+    assert not (cache.parent / "digests").exists()
+
+
+def test_digests_are_remembered(tmp_path, cache, monkeypatch):
+    remembered(monkeypatch, cache)
+    path = write_lines(tmp_path / "x.jsonl", pairs(2))
+    prepared(path)
+    prepared(path)  # the first to read what was written
+    monkeypatch.setattr(derived, "sha256", lambda path: pytest.fail(f"read {path} again"))
+    prepared(path)
+
+
+def test_a_file_that_changes_while_it_is_read_is_a_mistake(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "x.jsonl", pairs(2))
+    build = prepare_module._build
+    monkeypatch.setattr(prepare_module, "_build", lambda *args: (build(*args), write_lines(path, pairs(3))))
+    with pytest.raises(DataError, match="x.jsonl: changed while it was read; start again"):
+        prepared(path)
+    monkeypatch.setattr(prepare_module, "_build", build)
+    assert len(prepared(path)) == 3
+
+
+def damaged_copies(folder: Path):
+    """What was done, and the file that it leaves bad."""
+    arrow = (folder / dataset.ARROW).read_bytes()
+    middle = len(arrow) // 2
+    yield "flipped", dataset.ARROW, arrow[:middle] + bytes([arrow[middle] ^ 1]) + arrow[middle + 1 :]
+    yield "cut", dataset.ARROW, arrow[:-10]
+    yield "emptied", dataset.ARROW, b""
+    yield "census emptied", "census.json", b""
+    yield "census gone", "census.json", None
+    yield "sums gone", derived.SUMS, None
+    yield "sums emptied", derived.SUMS, b""
+    yield "sums that are not", derived.SUMS, b"\xff\x00 junk"
+
+
+def test_damaged_tokenised_data_is_made_again_with_one_line(tmp_path, monkeypatch, cache, capsys):
+    remembered(monkeypatch, cache)
+    path = write_lines(tmp_path / "x.jsonl", pairs(20))
+    first = prepared(path)
+    rows = [first[i].chosen.tolist() for i in range(20)]
+    folder = cache / first.digest
+    for done, name, content in damaged_copies(folder):
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        capsys.readouterr()
+        again = prepared(path)
+        assert [again[i].chosen.tolist() for i in range(20)] == rows, done
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"dpo-ds: the tokenised data in {folder}: ") and line.endswith("it is made again"), done
+        assert prepared(path).census == first.census and capsys.readouterr().out == ""
+
+
+def test_ranks_that_do_not_build_wait_for_the_mended_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(derived, "POLL_SECONDS", 0.01)
+    path = write_lines(tmp_path / "x.jsonl", pairs(20))
+    folder = tmp_path / "cache" / "tokenized" / prepared(path).digest
+    (folder / dataset.ARROW).write_bytes(b"no Arrow")
+    found = []
+
+    def wait():
+        found.append(len(prepare(str(path), options=options(), tokenizer=tokenizer(), build=False)))
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    waiter.join(0.3)
+    assert not found
+    prepared(path)
+    waiter.join(10)
+    assert found == [20]
+
+
 def test_what_changes_the_tokens_changes_the_digest(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", pairs(2))
     (tmp_path / "copy").mkdir()
@@ -298,7 +400,7 @@ def test_what_changes_the_tokens_changes_the_digest(tmp_path):
 
 def test_waiters_get_what_the_builder_makes(tmp_path, monkeypatch):
     """Three threads wait before anything is there; one builds; only it reads."""
-    monkeypatch.setattr(prepare_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(derived, "POLL_SECONDS", 0.01)
     path = write_lines(tmp_path / "x.jsonl", pairs(20))
     builds, results = [], []
     build = prepare_module._build
@@ -336,8 +438,8 @@ def test_two_builders_build_once(tmp_path, monkeypatch):
 
 def test_a_waiter_ends_when_nobody_builds(tmp_path, monkeypatch):
     """The builder fails on a bad row; two that wait see its lock free for ABANDONED_SECONDS in a row."""
-    monkeypatch.setattr(prepare_module, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(prepare_module, "ABANDONED_SECONDS", 0.1)
+    monkeypatch.setattr(derived, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(derived, "ABANDONED_SECONDS", 0.1)
     path = write_lines(tmp_path / "x.jsonl", [{"prompt": "p"}])
     problems = []
 
@@ -352,16 +454,16 @@ def test_a_waiter_ends_when_nobody_builds(tmp_path, monkeypatch):
     for thread in waiters:
         thread.join(10)
     run(True)
-    assert [("the rank that tokenises ended without a data set" in problem) for problem in problems] == [1, 1, 0]
+    assert [("the rank that makes it ended without it" in problem) for problem in problems] == [1, 1, 0]
 
 
 def test_a_waiter_stays_while_somebody_builds(tmp_path, monkeypatch):
     """The build goes on until the waiter has found its lock taken 20 times: far longer than ABANDONED_SECONDS."""
-    monkeypatch.setattr(prepare_module, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(prepare_module, "ABANDONED_SECONDS", 0.05)
+    monkeypatch.setattr(derived, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(derived, "ABANDONED_SECONDS", 0.05)
     path = write_lines(tmp_path / "x.jsonl", pairs(2))
     started, seen, looks = threading.Event(), threading.Event(), []
-    build, is_held = prepare_module._build, prepare_module._is_held
+    build, is_held = prepare_module._build, derived._is_held
 
     def slow_build(*args):
         started.set()
@@ -375,7 +477,7 @@ def test_a_waiter_stays_while_somebody_builds(tmp_path, monkeypatch):
         return looks[-1]
 
     monkeypatch.setattr(prepare_module, "_build", slow_build)
-    monkeypatch.setattr(prepare_module, "_is_held", counting)
+    monkeypatch.setattr(derived, "_is_held", counting)
     given = {"options": options(), "tokenizer": tokenizer()}
     builder = threading.Thread(target=prepare, args=(str(path),), kwargs=given)
     builder.start()
@@ -386,7 +488,7 @@ def test_a_waiter_stays_while_somebody_builds(tmp_path, monkeypatch):
 
 
 def test_a_waiter_gives_up_at_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(derived, "WAIT_SECONDS", 0)
     path = write_lines(tmp_path / "x.jsonl", pairs(1))
     with pytest.raises(TimeoutError, match="did not appear within 0 s"):
         prepare(str(path), options=options(), tokenizer=tokenizer(), build=False)

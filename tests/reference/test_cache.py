@@ -1,6 +1,8 @@
 """The cache's files: keys, shards, manifest, and the memory-mapped copy that rows are looked up in."""
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from dpo_ds.reference.cache import (
     write_manifest,
 )
 from dpo_ds.reference.cached import CachedRows
-from dpo_ds.reference.store import _saved, data_rows, open_store
+from dpo_ds.reference.store import VALUES, _array, data_rows, open_store
 from dpo_ds.reference.verify import verify
 from tests.tiny import random_pairs
 
@@ -260,8 +262,38 @@ def test_a_weights_digest_sees_every_byte_and_no_file_boundaries(tmp_path):
         digest(one)
 
 
-def test_two_nodes_with_one_process_id_make_the_same_file(tmp_path):
-    """As in containers on a shared file system: the other one is done while this one computes."""
-    path = tmp_path / "keys.npy"
-    made = _saved(path, lambda: np.array(_saved(path, lambda: np.arange(3), True)), True)
-    assert made.tolist() == [0, 1, 2] and [found.name for found in tmp_path.iterdir()] == ["keys.npy"]
+def test_two_ranks_make_a_table_once(tmp_path):
+    """The second comes while the first computes."""
+    made, computes = [], []
+
+    def compute():
+        computes.append(1)
+        time.sleep(0.3)
+        return np.arange(3)
+
+    ranks = [threading.Thread(target=lambda: made.append(_array("keys", compute, True).tolist())) for _ in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(20)
+    assert (made, computes) == ([[0, 1, 2]] * 2, [1])
+
+
+def test_a_damaged_copy_is_made_again_with_one_line(tmp_path, capsys):
+    """2 % of the numbers changed, a file cut, and a table emptied: the right log-probs come back each time."""
+    pairs = random_pairs(7)
+    data = dataset(tmp_path / "a", pairs)
+    manifest = filled(tmp_path / "cache", data, pairs)
+    store = open_store(manifest, build=True)
+    right, rows = np.array(store._values), data_rows(store, data, build=True).tolist()
+    values, (table,) = store.folder / VALUES, store.folder.parent.glob("rows-*/array.npy")
+    changed = right.copy()
+    changed[::50] -= 57
+    for path, content in ((values, changed.tobytes()), (values, right.tobytes()[:-4]), (table, b"")):
+        path.write_bytes(content)
+        capsys.readouterr()
+        store = open_store(manifest, build=True)
+        assert np.array_equal(store._values, right, equal_nan=True)
+        assert data_rows(store, data, build=True).tolist() == rows
+        (line,) = capsys.readouterr().out.splitlines()
+        assert f"{path.name} is not what was written; it is made again" in line
