@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 from dpo_ds.commands import cli  # noqa: E402
-from dpo_ds.data.sources import read_rows  # noqa: E402
+from dpo_ds.data.sources import open_source  # noqa: E402
 from dpo_ds.demo.corpus import preference_rows, write_jsonl  # noqa: E402
 from dpo_ds.demo.tiny import train_tokenizer  # noqa: E402
 from tests.benchmarks import jobs  # noqa: E402
@@ -82,7 +82,7 @@ def build(folder: Path, args: argparse.Namespace) -> Workload:
         micro_batch_tokens=args.micro_batch_tokens, peer_pairs=args.peer_pairs or args.pairs_per_rank, bf16=HAS_GPU,
         from_config=HAS_GPU, warm_up=args.warm_up, steps=args.steps, rounds=args.rounds,
     )  # fmt: skip
-    texts = (text for _, row in read_rows(work.pairs) for text in row.values())
+    texts = (text for _, row in open_source(work.pairs).rows() for text in row.values())
     work.make(train_tokenizer(texts, vocab_size=8192), ONE_BILLION if HAS_GPU else SMALL)
     return work
 
