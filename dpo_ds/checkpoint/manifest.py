@@ -19,6 +19,7 @@ from dpo_ds.cluster.records import Count, Damaged, FileName, Record, Sha256, rea
 MANIFEST, LATEST = "MANIFEST.json", "latest"
 FORMAT = 1  # of a checkpoint's files: DeepSpeed's ZeRO-3 shards, one pair a rank
 STEP_FOLDER = re.compile(r"step-(\d+)")
+HALF_DONE = re.compile(r"step-\d+(\.old)?\.tmp|latest\.[0-9a-f]{8}\.tmp")
 SHARD_KINDS = ("model", "optim")
 OWN_DIGEST = "manifest_sha256"  # of the manifest without this key, as JSON with sorted keys
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
@@ -130,7 +131,8 @@ def first_wrong_size(folder: Path, files: dict) -> str | None:
 def clear(folder: Path) -> None:
     """Removes what saves and deletions left behind that died halfway, as far as the file system lets it."""
     for left in folder.glob("*.tmp"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+        if HALF_DONE.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import socket
 import threading
@@ -56,7 +57,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_whole(path: Path, content) -> None:
     """The file appears with all of its bytes or not at all, also after a power cut; what was there is replaced."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # two ranks may write one manifest at once
+    temporary = temporary_beside(path)  # two ranks may write one manifest at once
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
@@ -103,8 +104,8 @@ class FolderLock:
                 return
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
-            folder = f"--{self._key} {self._path.parent}"
-            raise ConfigError(f"{folder}: {holder} is filling it; wait for its end, or give another folder") from None
+            remedy = "wait for its end, or give another folder"
+            raise ConfigError(f"--{self._key} {self._path.parent}: {holder} is at work there; {remedy}") from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
@@ -125,6 +126,48 @@ class FolderLock:
         with no_locks:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
         barrier()
+
+
+def is_at_work(folder: Path) -> bool:
+    """Tells whether another process holds the folder's lock; not to be asked by one that holds it itself."""
+    try:
+        with (folder / LOCK_FILE).open("a+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in LOCK_TAKEN
+    return False
+
+
+def temporary_beside(path: Path) -> Path:
+    """Returns a name beside `path` that nobody else has, which `leftovers` recognises."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def leftovers(folder: Path, names: str) -> list[Path]:
+    """Returns what killed processes of ours left in `folder` under names from `temporary_beside`.
+
+    names: a regular expression that what they were to become matches whole; nobody else's file is ever among them.
+    """
+    return [path for path in folder.iterdir() if re.fullmatch(rf"(?:{names})\.[0-9a-f]{{8}}\.tmp", path.name)]
+
+
+def refuse_foreign(folder: Path, key: str, is_ours: Callable[[Path], bool]) -> None:
+    """Looks at a folder before a command writes into it: it must be new, empty, or carry our mark.
+
+    is_ours: tells the mark. Hidden files do not count, nor does the folder `logs` of the launch scripts.
+
+    Raises:
+        ConfigError: it holds something and no mark of ours; nothing in it has been touched.
+    """
+    if not folder.is_dir() or is_ours(folder):
+        return
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != "logs")
+    if found:
+        shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise ConfigError(
+            f"--{key} {folder}: holds {shown}, which dpo-ds did not make; give a new or an empty folder, or one that "
+            "dpo-ds filled"
+        )
 
 
 def make_writable(folder: Path, key: str) -> None:

@@ -185,7 +185,8 @@ def _leave_status(argv: Sequence[str], mistake: str) -> None:
 
     Without an earlier run it is written for torchrun's sake, which returns 1 whatever the ranks do.
     """
-    from dpo_ds.training.output_dir import write_status
+    from dpo_ds.cluster.shared_files import is_at_work
+    from dpo_ds.training.output_dir import is_a_runs, write_status
 
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     given.add_argument("--output_dir")
@@ -200,12 +201,13 @@ def _leave_status(argv: Sequence[str], mistake: str) -> None:
     if not isinstance(output_dir, str):
         return
     folder = Path(output_dir).expanduser()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if not is_a_runs(folder):
+        if "TORCHELASTIC_RUN_ID" not in os.environ or any(folder.glob("*")):
+            return
         with contextlib.suppress(OSError):  # write_status says so
             folder.mkdir(parents=True, exist_ok=True)
-    elif not (folder / "STATUS.json").is_file():
-        return
-    write_status(folder, "failed", mistake, exit_code=EXIT_USER)
+    if not is_at_work(folder):
+        write_status(folder, "failed", mistake, exit_code=EXIT_USER)
 
 
 def _print_overview() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dpo_ds.checkpoint.manifest import MANIFEST, Checkpoint, open_folder
 from dpo_ds.checkpoint.resume import find
 from dpo_ds.checkpoint.shards import ENGINE_PREFIX, Shards
+from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.config import ExportConfig, ModelSection
 from dpo_ds.errors import ConfigError
 from dpo_ds.models import lora
@@ -24,6 +25,7 @@ from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, wr
 from dpo_ds.models.fingerprint import MODEL, model_id
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
+from dpo_ds.training.output_dir import read_metrics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,8 +61,9 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
         _check_mergeable(checkpoint, section, config)
     shards = Shards(checkpoint)
     precision = checkpoint.manifest["identity"]["the precision"] if run.dtype == "auto" else run.dtype
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in leftovers(target.parent, re.escape(target.name)) if target.parent.is_dir() else ():
+        shutil.rmtree(left)
+    temporary = temporary_beside(target)
     temporary.mkdir(parents=True)
     if merge:
         write_merged(temporary, shards, causal_lm, section, DTYPES[precision], shard_bytes)
@@ -166,8 +169,7 @@ def _find(path: Path) -> Checkpoint:
 def _card(checkpoint: Checkpoint) -> str:
     run = checkpoint.manifest["config"]
     log = checkpoint.path.parent.parent / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    line = next((metrics for metrics in map(json.loads, lines) if metrics["step"] == checkpoint.step), {})
+    line = next((metrics for metrics in read_metrics(log) if metrics["step"] == checkpoint.step), {})
     shown = {name: value for name, value in line.items() if name == "loss" or "/" in name}
     command = next((name for section, name in (("loss", "train"), ("reward", "reward")) if section in run), "sft")
     return model_card(command, run, shown, checkpoint.manifest["versions"])

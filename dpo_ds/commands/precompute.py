@@ -7,6 +7,7 @@ micro-batches depend on nothing but its pairs, so that its bytes are the same wh
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,21 +20,23 @@ from dpo_ds.checkpoint.manifest import versions
 from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
-from dpo_ds.cluster.shared_files import FolderLock, make_writable
+from dpo_ds.cluster.shared_files import FolderLock, leftovers, make_writable, refuse_foreign
 from dpo_ds.commands.preflight import check_fit, check_reference_model, prepare_data
 from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout
-from dpo_ds.data.shard import head_of, shard_files, shard_name
+from dpo_ds.data.shard import SHARD_NAME, head_of, shard_files, shard_name
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.reference.cache import (
     FORMAT,
+    MANIFEST,
     SHARDS,
     KeyIndex,
     Manifest,
     Shard,
     check_shards,
+    is_a_cache,
     is_finished,
     read_manifest,
     read_shards,
@@ -109,6 +112,8 @@ def prepare(run: PrecomputeConfig, place: Launch) -> Work:
     refuse_random_weights(run)
     torch.set_num_threads(place.threads)
     folder = Path(run.reference.cache)
+    if place.is_first:
+        refuse_foreign(folder, "reference.cache", is_a_cache)
     make_writable(folder, "reference.cache")
     lock = FolderLock(folder, place.rank, "reference.cache")
     if place.is_first:
@@ -222,9 +227,9 @@ def _unfinished(work: Work, folder: Path, head: dict) -> list[int]:
             path.unlink(missing_ok=True)
             todo.append(shard)
     last = work.path(folder, len(work.shards) - 1).name
-    for path in folder.iterdir():
-        if path.suffix == ".tmp" or (path.match("shard-*.parquet") and path.name > last):
-            path.unlink()
+    beyond = [path for path in shard_files(folder) if path.name > last]
+    for path in [*beyond, *leftovers(folder, SHARD_NAME), *leftovers(folder, re.escape(MANIFEST))]:
+        path.unlink()
     return todo
 
 

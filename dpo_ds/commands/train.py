@@ -35,10 +35,11 @@ def start(command: str, run: Section) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     started = time.time()
     try:
-        with keeping_status(output_dir, launch), contextlib.ExitStack() as stack:
+        with keeping_status(output_dir, launch) as lock, contextlib.ExitStack() as stack:
             with stopping.at_once():
                 prepared = preflight.prepare(task, launch, output_dir)
                 device = stack.enter_context(process_group(launch))
+            lock.share(collectives.barrier)
             stop = StopFlag(stopping.deadline(run.checkpoint, started))
             with watched(output_dir, launch, stop) as peers:
                 train(command, task, prepared, launch, output_dir, device, stop, peers)

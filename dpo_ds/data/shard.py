@@ -7,6 +7,7 @@ returns, under its name by one rename, and no time, rank or host name is in it: 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from dpo_ds.cluster.shared_files import write_whole
 from dpo_ds.errors import DataError
 
 HEAD = b"dpo_ds"
+SHARD_NAME = r"shard-\d{6,}\.parquet"  # a regular expression of `shard_name`
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError)  # from a Parquet file with bytes changed
 T = TypeVar("T")
 
@@ -33,7 +35,7 @@ def shard_name(number: int) -> str:
 
 def shard_files(folder: Path) -> list[Path]:
     """Returns the shards in `folder`, in order."""
-    return sorted(folder.glob("shard-*.parquet"))
+    return sorted(path for path in folder.glob("shard-*") if re.fullmatch(SHARD_NAME, path.name))
 
 
 def head_of(path: Path) -> dict | None:

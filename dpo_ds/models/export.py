@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from dpo_ds import __version__
 from dpo_ds.cluster import collectives
+from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.models import lora
 
 SHARD_BYTES = 5 * 10**9
@@ -66,9 +68,10 @@ def export(
         with deepspeed.zero.GatheredParameters([held[name]] if hasattr(held[name], "ds_id") else []):
             return held[name].detach().cpu().clone() if is_first else None
 
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = temporary_beside(folder)
     if is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in leftovers(folder.parent, re.escape(folder.name)):
+            shutil.rmtree(left)
         temporary.mkdir(parents=True)
     adapters_alone = lora.is_adapted(causal_lm) and not merge
     if adapters_alone:

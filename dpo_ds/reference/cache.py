@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from dpo_ds.batch import PAIR
+from dpo_ds.cluster.records import Count, Damaged, FileName, Record, Sha256, read_object, record_of
 from dpo_ds.cluster.shared_files import write_whole
 from dpo_ds.data import PairDataset
-from dpo_ds.data.shard import DamagedShard, ShardKind
+from dpo_ds.data.shard import SHARD_NAME, DamagedShard, ShardKind, head_of, shard_files
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import file_digest
 
@@ -32,6 +35,42 @@ KEY_BYTES = 16
 MEND = "delete it and run dpo-ds precompute again: whole shards are kept"
 SIDES = [(side, pa.list_(pa.float32())) for side in PAIR]
 SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), *SIDES])
+
+
+class ShardRecord(Record):
+    """Says what a shard of a finished cache must be."""
+
+    file: FileName
+    rows: Count
+    tokens: Count
+    bytes: Count
+    sha256: Sha256
+
+
+class BuildRecord(Record):
+    """Describes the shards that one `dpo-ds precompute` added, and what computed them."""
+
+    id: str
+    dtype: str
+    layout: str
+    attention: str
+    logprobs: str
+    device: str
+    threads: Count
+    versions: dict[str, str]
+    shards: list[ShardRecord]
+
+
+class CacheRecord(Record):
+    """Describes a finished cache: its MANIFEST.json."""
+
+    id: str
+    reference: str
+    weights: str
+    tokenizer: str
+    rows: Count
+    tokens: Count
+    builds: list[BuildRecord] = Field(min_length=1)
 
 
 class Shard(NamedTuple):
@@ -103,6 +142,19 @@ def sort_keys(keys: np.ndarray) -> np.ndarray:  # [rows] int64
     return np.lexsort((keys[:, 1], keys[:, 0]))
 
 
+def is_a_cache(folder: Path) -> bool:
+    """Tells whether `dpo-ds precompute` has begun or filled this folder: all in it has the names that it gives, and the
+    manifest or a shard is of its form.
+    """
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if not all(re.fullmatch(rf"({SHARD_NAME}|{re.escape(MANIFEST)})(\.[0-9a-f]{{8}}\.tmp)?", name) for name in names):
+        return False
+    try:
+        return "builds" in read_object(folder / MANIFEST)
+    except (FileNotFoundError, Damaged):
+        return any("weights" in (head_of(path) or {}) for path in shard_files(folder))
+
+
 def is_finished(path: Path, keys: np.ndarray, head: dict) -> bool:
     """Whether `path` is the whole shard of these pairs under this head, so that nobody need compute it again."""
     try:
@@ -120,13 +172,14 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
+        if values.get("format") != FORMAT:
+            raise ConfigError(f"{path}: format {values.get('format')}, this version reads {FORMAT}; use another folder")
+        record_of(values, CacheRecord)
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise ConfigError(f"{path}: damaged, not JSON; {MEND}") from None
-    if values.get("format") != FORMAT:
-        raise ConfigError(f"{path}: format {values.get('format')}, this version reads {FORMAT}; use another folder")
+    except Damaged as problem:
+        raise ConfigError(f"{path}: damaged, {problem}; {MEND}") from None
     if values != _with_ids(values):
         raise ConfigError(f"{path}: damaged, its id is not that of its content; {MEND}")
     return Manifest(folder, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,52 +13,100 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from dpo_ds.cluster import collectives, stopping
 from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster.process_group import speaker
+from dpo_ds.cluster.records import Count, Damaged, Record, read_record
+from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign, write_text
 from dpo_ds.cluster.stopping import StopFlag, Stopped
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import RECORDED, Section, to_plain
-from dpo_ds.errors import ConfigError, TrainingError, UserError
+from dpo_ds.errors import TrainingError, UserError
 
+METRICS = "metrics.jsonl"
 PIDS = "pids"  # folder in output_dir: a file HOST-RANK for every running rank, for scripts that signal them
 
 
 def write_status(output_dir: Path, state: str, reason: str = "", step: int = 0, exit_code: int | None = None) -> None:
     """STATUS.json, replaced in one move: scripts read it where a launcher swallows exit codes."""
     status = {"state": state, "reason": reason, "step": step, "exit_code": exit_code}
-    temporary = output_dir / "STATUS.json.tmp"
     try:
-        temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
-        os.replace(temporary, output_dir / "STATUS.json")
+        write_text(output_dir / "STATUS.json", json.dumps(status) + "\n")
     except OSError as error:  # the exit code must still say how the run ended
         print(f"dpo-ds: STATUS.json could not be written ({error.strerror}): {status}", file=sys.stderr, flush=True)
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """Returns the lines of a metrics.jsonl that are ours: objects with a step. None where there is no such file.
+
+    A process may have died while writing a line, and others may have written into the file: such lines do not count.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was not written whole
+    except OSError:
+        return []
+    return [line for line in map(_metrics_of, lines) if line is not None]
+
+
+def _metrics_of(line: bytes) -> dict | None:
+    try:
+        metrics = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return metrics if isinstance(metrics, dict) and type(metrics.get("step")) is int else None
+
+
 def keep_metrics_until(path: Path, step: int) -> None:
     """Cuts what was logged beyond `step`, a half-written last line included."""
-    kept = []
-    if step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break  # the process died while writing this line
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    kept = [line for line in read_metrics(path) if step and line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+class StatusRecord(Record):
+    """Describes STATUS.json, by which a folder is known as a run's."""
+
+    state: Literal["running", "done", "stopped", "failed"]
+    reason: str
+    step: Count
+    exit_code: int | None
+
+
+def is_a_runs(folder: Path) -> bool:
+    """Tells whether a run of ours has begun in this folder."""
+    try:
+        read_record(folder / "STATUS.json", StatusRecord)
+    except (FileNotFoundError, Damaged):
+        return False
+    return True
 
 
 @contextlib.contextmanager
-def keeping_status(output_dir: Path, launch: Launch):
-    """STATUS.json from running to done or failed, on rank 0."""
-    if not launch.is_first:
-        yield
-        return
-    _make_writable(output_dir)
+def keeping_status(output_dir: Path, launch: Launch) -> Iterator[FolderLock]:
+    """Holds the folder, which must be new, empty or a run's, and keeps STATUS.json from running to done or failed.
+
+    Gives the lock, to be shared once all ranks are in the process group.
+
+    Raises:
+        ConfigError: another job is at work there, or it holds what no run of ours made.
+    """
+    if launch.is_first:
+        refuse_foreign(output_dir, "output_dir", is_a_runs)
+    make_writable(output_dir, "output_dir")
+    with contextlib.closing(FolderLock(output_dir, launch.rank, "output_dir")) as lock:
+        if not launch.is_first:
+            yield lock
+            return
+        lock.take(speaker(launch))
+        with _keeping_status(output_dir):
+            yield lock
+
+
+@contextlib.contextmanager
+def _keeping_status(output_dir: Path) -> Iterator[None]:
     write_status(output_dir, "running")
     try:
         yield
@@ -87,8 +136,10 @@ def watched(output_dir: Path, launch: Launch, stop: StopFlag) -> Iterator[PeerWa
 
     peers = PeerWatch(failed) if launch.world_size > 1 else Silent()
     if launch.is_first:
-        shutil.rmtree(output_dir / PIDS, ignore_errors=True)
-        (output_dir / PIDS).mkdir()
+        (output_dir / PIDS).mkdir(exist_ok=True)
+        for left in (output_dir / PIDS).iterdir():
+            if re.fullmatch(r".+-\d+", left.name) and left.is_file():  # HOST-RANK of a job that was killed
+                left.unlink()
     collectives.barrier()
     pid = output_dir / PIDS / f"{socket.gethostname()}-{launch.rank}"
     pid.write_text(f"{os.getpid()}\n", encoding="utf-8")
@@ -103,18 +154,6 @@ def watched(output_dir: Path, launch: Launch, stop: StopFlag) -> Iterator[PeerWa
         finally:
             peers.close()
             pid.unlink(missing_ok=True)
-
-
-def _make_writable(output_dir: Path) -> None:
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"--output_dir {output_dir}: not writable ({error.strerror}); choose another folder"
-        ) from None
 
 
 def set_aside(output_dir: Path) -> None:
@@ -142,18 +181,11 @@ def write_config(output_dir: Path, run: Section, used: dict, launch: Launch) -> 
 
 def last_step(output_dir: Path) -> int:
     """The last step that metrics.jsonl holds."""
-    lines = _last_lines(output_dir)
+    lines = read_metrics(output_dir / METRICS)
     return lines[-1]["step"] if lines else 0
 
 
 def last_metrics_of(output_dir: Path, names: Sequence[str]) -> dict:
     """What metrics.jsonl says of the last step and its evaluation: the run may have had no step left to take."""
-    lines = _last_lines(output_dir)
+    lines = read_metrics(output_dir / METRICS)[-2:]
     return {name: line[name] for line in lines for name in line if name.removeprefix("eval_") in names}
-
-
-def _last_lines(output_dir: Path) -> list[dict]:
-    """The last two of metrics.jsonl."""
-    path = output_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines[-2:] if line.endswith("\n")]  # a process may have died while writing

@@ -45,6 +45,6 @@ def test_a_status_that_cannot_be_written_is_told_and_no_fault(tmp_path, capsys, 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
+    monkeypatch.setattr("os.replace", full)
     write_status(tmp_path, "stopped", "USR1 received", 4, 75)
     assert "STATUS.json could not be written (No space left on device): {'state': 'stopped'" in capsys.readouterr().err

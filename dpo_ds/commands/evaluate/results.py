@@ -20,6 +20,7 @@ from dpo_ds.commands.evaluate.statistics import distribution, mean_of, mean_of_p
 from dpo_ds.config import ROWS, EvaluateConfig, to_plain
 from dpo_ds.data.prompts import Prompt
 from dpo_ds.models.generation import Completion
+from dpo_ds.training.output_dir import METRICS, read_metrics
 
 REFERENCE, BASELINE = ROWS
 MOST = 0.9  # of the completions should end by themselves
@@ -261,6 +262,4 @@ def pair_measures(model: Measured, prompts: np.ndarray) -> dict:
 
 def training_metrics(path: Path) -> list[dict]:
     """The lines of metrics.jsonl of the run whose final/ `path` is; none if there is no such file."""
-    log = path.parent / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_dir() and log.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a run may be writing its last one
+    return read_metrics(path.parent / METRICS) if path.is_dir() else []

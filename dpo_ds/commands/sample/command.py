@@ -20,10 +20,10 @@ import torch
 from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
-from dpo_ds.cluster.shared_files import FolderLock, make_writable
+from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign
 from dpo_ds.commands.precompute import NO_DEEPSPEED
 from dpo_ds.commands.preflight import check_room
-from dpo_ds.commands.sample.folder import Folder, completion_rows
+from dpo_ds.commands.sample.folder import Folder, completion_rows, is_a_sample
 from dpo_ds.config import SampleConfig
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.prompts import Prompt, read_prompts
@@ -73,6 +73,8 @@ def prepare(run: SampleConfig, place: Launch) -> Work:
     """
     sample, say = run.sample, speaker(place)
     torch.set_num_threads(place.threads)
+    if place.is_first:
+        refuse_foreign(Path(sample.to), "sample.to", is_a_sample)
     make_writable(Path(sample.to), "sample.to")
     lock = FolderLock(Path(sample.to), place.rank, "sample.to")
     if place.is_first:

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
-from dpo_ds.cluster.shared_files import sha256, write_text, write_whole
+from dpo_ds.cluster.records import Count, Damaged, Record, Sha256, read_object, record_of
+from dpo_ds.cluster.shared_files import leftovers, sha256, write_text, write_whole
 from dpo_ds.commands.sample.ranking import Ranker
 from dpo_ds.config import SampleSection
 from dpo_ds.data.prompts import Prompt
-from dpo_ds.data.shard import DamagedShard, ShardKind, encode, head_of, shard_files, shard_name
+from dpo_ds.data.shard import SHARD_NAME, DamagedShard, ShardKind, encode, head_of, shard_files, shard_name
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.generation import Completion
 
@@ -54,6 +58,33 @@ PAIRS = pa.schema(
         ("row", pa.int64()),
     ]
 )
+
+
+def is_a_sample(folder: Path) -> bool:
+    """Tells whether `dpo-ds sample` has begun or filled this folder: all that it holds is what that command makes."""
+    inside = [path for part in ("completions", "pairs") for path in (folder / part).glob("*")]
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    only_ours = all(re.fullmatch(rf"{SHARD_NAME}(\.[0-9a-f]{{8}}\.tmp)?", path.name) for path in inside)
+    return "completions" in names and names <= {"completions", "pairs", MANIFEST} and only_ours
+
+
+class ScoreRecord(Record):
+    mean: float
+    std: float
+
+
+class SampleRecord(Record):
+    """Describes a complete folder: its MANIFEST.json."""
+
+    settings: dict[str, Any]
+    prompts: Count
+    completions: Count
+    finished: Count
+    tokens: Count
+    pairs: Count
+    dropped: dict[str, Count]
+    score: ScoreRecord | None
+    files: dict[Annotated[str, Field(pattern=rf"^(completions|pairs)/{SHARD_NAME}$")], Sha256]
 
 
 @dataclass(frozen=True)
@@ -89,7 +120,7 @@ class Folder:
         """Shards that are not there whole yet; leftovers of a killed run are removed."""
         for folder in (self.completions, self.pairs):
             folder.mkdir(exist_ok=True)
-            for path in folder.glob("*.tmp"):
+            for path in leftovers(folder, SHARD_NAME):
                 path.unlink()
         return [shard for shard in range(self.shards) if self.read(shard) is None]
 
@@ -102,13 +133,16 @@ class Folder:
         """Whether every file is what the manifest says."""
         try:
             manifest = self.manifest()
-        except FileNotFoundError:
+        except (FileNotFoundError, Damaged):  # the shards are there: the manifest is made anew of them
             return False
         paths = {name: self.path / name for name in manifest["files"]}
         return all(path.is_file() and sha256(path) == manifest["files"][name] for name, path in paths.items())
 
     def manifest(self) -> dict:
-        return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        """Returns the manifest; raises FileNotFoundError, or Damaged where it is not what was written."""
+        values = read_object(self.path / MANIFEST)
+        record_of(values, SampleRecord)
+        return values
 
     def write(self, shard: int, rows: Sequence[dict]) -> None:
         SHARDS.write(self.completions / shard_name(shard), rows, {"settings": self.settings})
