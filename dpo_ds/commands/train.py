@@ -56,7 +56,7 @@ def train(
     from dpo_ds.checkpoint import shards
     from dpo_ds.data.batching import Layout
     from dpo_ds.models import export
-    from dpo_ds.models.engine import Policy, settle_layout
+    from dpo_ds.models.engine import Policy, layout_notes, settle_layout
     from dpo_ds.reference.cached import spot_check
     from dpo_ds.training.trainer import EVALUATION_DUE, Trainer, total_steps
 
@@ -67,7 +67,7 @@ def train(
     policy = Policy(task.load(prepared.policy_config), prepared.policy_config, device)
     objective = task.objective(policy, prepared, device)
     layout_name, refusal = settle_layout(run.train.layout, [policy, *objective.frozen_models()])
-    say([f"train.layout padded, not packed: {refusal}"] if refusal else [])
+    say(layout_notes("train.layout", refusal))
     layout = Layout(layout_name, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
     if prepared.cached is not None:
         say(spot_check(run, policy, prepared.cached, layout))

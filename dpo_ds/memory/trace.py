@@ -30,8 +30,9 @@ from dpo_ds.batch import Segment
 from dpo_ds.config import LoraSection
 from dpo_ds.logprobs.chunked import TILES, TRITON_TILES
 from dpo_ds.models import lora
-from dpo_ds.models.attention import PACKED_ATTENTION, segment_table
+from dpo_ds.models.attention import PACKED_ATTENTION
 from dpo_ds.models.loading import switch_dropout_off
+from dpo_ds.models.packed.segments import forget_tables, is_merged, segment_table
 
 FLASH = "dpo_ds_shapes_only"  # transformers looks for a kernel where a name says flash
 
@@ -95,8 +96,9 @@ def _traced(config, run: Pass) -> dict[str, int]:
         ids = torch.zeros(1, run.tokens, dtype=torch.int64)
         rows = torch.zeros(run.targets, dtype=torch.int64)
         with meter, torch.set_grad_enabled(run.training):
+            table = segment_table(run.segments)
             hidden = model.base_model(
-                input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False, segments=run.segments
+                input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False, segments=table
             ).last_hidden_state
             if run.training:
                 hidden.register_hook(lambda _: meter.begin("layers"))
@@ -220,31 +222,52 @@ class _Head(torch.autograd.Function):
 
 
 class _FlashAttention(torch.autograd.Function):
-    """The memory of a varlen flash kernel: query [T, H, D], key and value [K, G, D] -> [T, H, D]."""
+    """The memory of models/packed/varlen.py: query [T, H, D], key and value [T, G, D] -> [T, H, D]."""
 
     @staticmethod
-    def forward(ctx, query, key, value):
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    def forward(ctx, query, key, value, segments):
+        copies = [_rows(x, _copied_keys(segments)) for x in (key, value)]
+        output = _rows(query, len(query))
         log_sums = torch.empty(query.shape[1], len(query))
+        del copies
+        merged = [segment for segment in segments if segment.rejected and is_merged(segment)]
+        if merged:
+            part = [_rows(query, sum(segment.rejected for segment in merged)) for _ in range(2)]  # queries, results
+            part += [_rows(x, sum(segment.prompt for segment in merged)) for x in (key, value)]
+            whole = [part[0].new_empty(part[0].shape, dtype=torch.float32) for _ in range(2)]
+            del part, whole
         ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.segments = segments
         return output
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value, *_ = ctx.saved_tensors
-        like_query = [torch.empty_like(query), torch.empty(query.shape)]  # and its float32 sums
-        repeated = [torch.empty(len(key), *query.shape[1:], dtype=key.dtype) for _ in range(2)]  # one a query head
-        gradients = torch.empty_like(key), torch.empty_like(value)
-        del repeated
-        return like_query[0], *gradients
+        keys = _copied_keys(ctx.segments)
+        copies = [_rows(x, keys) for x in (key, value)]
+        by_query = [_rows(query, len(query)), torch.empty(query.shape)]  # and its float32 sums
+        repeated = [_rows(query, keys or len(key)) for _ in range(2)]  # by key and value, one a query head
+        by_key, by_value = (_rows(x, keys or len(x)) for x in (key, value))
+        del repeated, copies, by_query[1]
+        if keys:  # of the pack's rows, from those of copied keys
+            by_key, by_value = (_rows(x, len(x)) for x in (key, value))
+        return by_query[0], by_key, by_value, None
+
+
+def _rows(x: Tensor, rows: int) -> Tensor:
+    return x.new_empty(rows, *x.shape[1:])
+
+
+def _copied_keys(segments: tuple[Segment, ...]) -> int:
+    """Keys of the pack where some prompts are copied, else 0: then none is moved."""
+    copied = sum(segment.prompt for segment in segments if segment.rejected and not is_merged(segment))
+    return segments[-1].end + copied if copied else 0
 
 
 def _flash_forward(module, query, key, value, attention_mask, segments=None, **kwargs) -> tuple[Tensor, None]:
-    """As attention._torch_varlen: the keys and values of a prompt are laid out once for each of its completions."""
-    keys = segments[-1].end + sum(segment.prompt for segment in segments if segment.rejected)
-    rows = torch.zeros(keys, dtype=torch.int64)
-    key, value = (x[0].transpose(0, 1).index_select(0, rows) for x in (key, value))
-    return _FlashAttention.apply(query[0].transpose(0, 1), key, value)[None], None
+    """As packed.varlen.varlen_attention. Windows and soft-caps, which always copy, are taken as if they did not."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _FlashAttention.apply(query, key, value, segments.segments)[None], None
 
 
 AttentionInterface.register(FLASH, _flash_forward)
@@ -254,11 +277,11 @@ AttentionMaskInterface.register(FLASH, lambda *args, **kwargs: None)
 @contextmanager
 def _shapes_only() -> Iterator[None]:
     """Attention's masks are kept for the next layers; none without data may be left for others."""
-    segment_table.cache_clear()
+    forget_tables()
     try:
         yield
     finally:
-        segment_table.cache_clear()
+        forget_tables()
 
 
 def _build(config, run: Pass) -> PreTrainedModel:

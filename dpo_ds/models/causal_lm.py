@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from dpo_ds.batch import Batch
 from dpo_ds.logprobs.head import install_head
+from dpo_ds.models.packed.segments import segment_table
 
 
 class LogProbModel(nn.Module):
@@ -39,7 +40,7 @@ class LogProbModel(nn.Module):
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:  # [rows * length, D]
     """What the model without its head makes of a batch in either layout."""
-    layout = {} if batch.segments is None else {"segments": batch.segments}
+    layout = {} if batch.segments is None else {"segments": segment_table(batch.segments)}
     hidden = model.base_model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,

@@ -24,6 +24,7 @@ from dpo_ds.logprobs import TokenStatistics
 from dpo_ds.models.attention import canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.loading import load_causal_lm
+from dpo_ds.models.packed.backends import refused_backends
 
 
 class LoadedModel(Protocol):
@@ -197,6 +198,12 @@ def settle_layout(wanted: str, models: Sequence[LoadedModel]) -> tuple[str, str]
                 switched.causal_lm.set_attn_implementation(switched.padded_attention)
             return "padded", f"{type(model.causal_lm).__name__}: {refusal}"
     return "packed", ""
+
+
+def layout_notes(key: str, refusal: str) -> list[str]:
+    """Returns the lines for the user of what `settle_layout` found: why the layout `key` asks for is not taken, or else
+    which attention kernels are installed and do not serve it."""
+    return [f"{key} padded, not packed: {refusal}"] if refusal else refused_backends()
 
 
 @torch.no_grad()

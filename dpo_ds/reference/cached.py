@@ -21,8 +21,8 @@ from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
-from dpo_ds.models.attention import backend_for
 from dpo_ds.models.fingerprint import weights_digest
+from dpo_ds.models.packed.backends import backend_for
 from dpo_ds.reference import Reference
 from dpo_ds.reference.cache import Manifest, check_shards, read_manifest
 from dpo_ds.reference.store import Store, data_rows, open_store

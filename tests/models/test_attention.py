@@ -8,13 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_ds.batch import Batch, PreferencePair, packed_batch, padded_batch
 from dpo_ds.logprobs.head import install_head
-from dpo_ds.models.attention import (
-    PACKED_ATTENTION,
-    UnsupportedAttention,
-    packed_refusal,
-    probe_attention,
-    use_packed_attention,
-)
+from dpo_ds.models.attention import PACKED_ATTENTION, packed_refusal, use_packed_attention
+from dpo_ds.models.causal_lm import hidden_states
+from dpo_ds.models.packed.probe import UnsupportedAttention, probe_attention
 
 VOCABULARY = 200
 LAYERS = 2
@@ -92,15 +88,7 @@ class LogProbModel(nn.Module):
         self.head = install_head(causal_lm)
 
     def forward(self, batch: Batch) -> Tensor:
-        layout = {} if batch.segments is None else {"segments": batch.segments}
-        hidden = self.causal_lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **layout,
-        ).last_hidden_state
-        return self.head(hidden.flatten(0, 1)[batch.target_rows], batch.targets)
+        return self.head(hidden_states(self.causal_lm, batch)[batch.target_rows], batch.targets)
 
 
 def tiny(family: str, settings: dict) -> LogProbModel:

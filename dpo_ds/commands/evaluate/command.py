@@ -176,7 +176,7 @@ def _ask(
 
     Returns its log-probs [prompts, n] of the completions of each of `of`. All ranks enter.
     """
-    from dpo_ds.models.engine import let_go, load_frozen, settle_layout
+    from dpo_ds.models.engine import layout_notes, let_go, load_frozen, settle_layout
 
     run, started = work.run, time.monotonic()
     loaded = load_frozen(_section(run, model.path), work.engine, device)
@@ -188,7 +188,7 @@ def _ask(
         model.completions = draw(loaded, tokenizer, prompts, settings, together=work.engine is not None)
     if other is None and (work.pairs is not None or of):
         name, refusal = settle_layout(run.evaluate.layout, [loaded])
-        notes = [f"{model.name}: evaluate.layout padded, not packed: {refusal}"] if refusal else []
+        notes = [f"{model.name}: {note}" for note in layout_notes("evaluate.layout", refusal)]
         layout = partial(Layout, name, budget=run.evaluate.micro_batch_tokens, hidden_size=work.hidden_size)
         if work.pairs is not None:
             model.pair_logps = sums_of_logps(loaded, work.pairs, layout(sides=PAIR))

@@ -1,0 +1,99 @@
+"""Packed attention by torch's scaled_dot_product_attention, two blocks a pair: for the CPU, for float32, for GPUs
+before Ampere, and for soft-caps where no kernel takes them.
+
+Letters: T tokens of the pack, H query heads, G key heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dpo_ds.models.packed.segments import SegmentTable
+
+
+class ScoreRule(NamedTuple):
+    """A query's score for a key: scale * query·key, if softcap is given softcap * tanh(score / softcap), for keys 0 to
+    window - 1 positions back (None: for all that precede)."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule) -> Tensor:
+    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; two blocks a pair, whatever else is in the pack.
+
+    `split` and not slices: a slice's backward is as large as the whole pack, a split's is one concatenation.
+    """
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    queries = query.split([n for s in table.segments for n in (s.prompt + s.chosen, s.rejected)], dim=2)
+    parts = [n for s in table.segments for n in (s.prompt, s.chosen, s.rejected)]
+    keys, values = key.split(parts, dim=2), value.split(parts, dim=2)
+    outputs = []
+    for i, block_query in enumerate(queries):
+        if block_query.shape[2]:
+            prompt, own = i // 2 * 3, i // 2 * 3 + 1 + i % 2  # own: chosen in even blocks, rejected in odd ones
+            block_key = torch.cat([keys[prompt], keys[own]], dim=2)
+            block_value = torch.cat([values[prompt], values[own]], dim=2)
+            outputs.append(_attend(block_query, block_key, block_value, table, rule))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule) -> Tensor:
+    """One block of bottom-right causal attention: [1, H, queries, D] against [1, H, keys, D]."""
+    queries, keys = query.shape[2], key.shape[2]
+    window = rule.window if rule.window and rule.window < keys else None
+    if rule.softcap:
+        scores = rule.softcap * torch.tanh(query @ key.mT * (rule.scale / rule.softcap))
+        scores = scores + table.mask(queries, keys, window, query)
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    causal = queries == keys and window is None
+    mask = None if causal else table.mask(queries, keys, window, query)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=rule.scale)
+
+
+def sdpa_backward(
+    grad_THD: Tensor, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, table: SegmentTable, rule: ScoreRule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by query, key and value of `sdpa`, written out, in float32 at least: for compiled layers, where the
+    attention is one opaque operator whose inside autograd does not see. One key head at a time, scores recomputed.
+    """
+    exact = torch.promote_types(query_THD.dtype, torch.float32)
+    inputs = query_THD, key_TGD, value_TGD
+    grads = [x.new_zeros(x.shape, dtype=exact) for x in inputs]
+    group = query_THD.shape[1] // key_TGD.shape[1]
+    for queries, keys in _blocks(table):
+        mask = table.mask(len(queries), len(keys), rule.window, grads[0])
+        for head in range(key_TGD.shape[1]):
+            heads = slice(head * group, (head + 1) * group)
+            q, g = (x[queries, heads].transpose(0, 1).to(exact) for x in (query_THD, grad_THD))
+            k, v = (x[keys, head].to(exact) for x in (key_TGD, value_TGD))
+            scores = q @ k.mT * rule.scale
+            if rule.softcap:
+                bend = torch.tanh(scores / rule.softcap)
+                scores = rule.softcap * bend
+            weights = torch.softmax(scores + mask, dim=-1)
+            by_score = g @ v.mT
+            by_score = weights * (by_score - (weights * by_score).sum(-1, keepdim=True))
+            if rule.softcap:
+                by_score = by_score * (1 - bend * bend)
+            grads[0][queries, heads] += (by_score @ k * rule.scale).transpose(0, 1)
+            grads[1][keys, head] += (by_score.mT @ q).sum(0) * rule.scale
+            grads[2][keys, head] += (weights.mT @ g).sum(0)
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+
+
+def _blocks(table: SegmentTable) -> Iterator[tuple[list[int], list[int]]]:
+    """(rows of queries, rows of keys) of every block; no row twice in either."""
+    for segment in table.segments:
+        chosen_end = segment.end - segment.rejected
+        first, rejected = [*range(segment.start, chosen_end)], [*range(chosen_end, segment.end)]
+        if first:
+            yield first, first
+        if rejected:
+            yield rejected, first[: segment.prompt] + rejected
