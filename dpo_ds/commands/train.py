@@ -80,13 +80,16 @@ def train(
         del saved  # it maps files that will be deleted
     first_step = 1 if resume is None else resume.step + 1
 
-    used = versions()
+    used, last_step = versions(), total_steps(prepared.data.sources, run.train)
+    if first_step > last_step:
+        more = "raise train.max_steps or train.epochs to go on from there, or start over with --checkpoint.resume never"
+        say([f"nothing left to do: step {first_step - 1} of {last_step} is saved; {more}"])
     tracker = None
     if launch.is_first:
         if run.checkpoint.resume == "never":
             set_aside(output_dir)
         write_config(output_dir, run, used, launch)
-        tracker = Tracker(output_dir, first_step - 1, total_steps(prepared.data.sources, run.train), task.watch())
+        tracker = Tracker(output_dir, first_step - 1, last_step, task.watch())
         if resume is not None:
             say(set_aside_newer(output_dir, resume))
             tracker.say(f"resumed from {resume.path}")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -18,6 +17,7 @@ from dpo_ds import __version__
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.models import lora
+from dpo_ds.models.loading import save_tensors
 
 SHARD_BYTES = 5 * 10**9
 SCORING = """
@@ -136,7 +136,7 @@ def _write_shard(path: Path, names: list[str], read: Callable[[str], torch.Tenso
             # Experts are fused when a model is loaded; on disk each has a name of its own.
             shard |= revert_weight_conversion(causal_lm, {name: tensor})
     if shard:
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, path, {"format": "pt"})
+        save_tensors(shard, path)
     return list(shard)
 
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+import socket
 from collections.abc import Collection
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import cached_file
 
+from dpo_ds.cluster.records import Damaged, read_object
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
 
+HUB_SECONDS = 5  # for a connection to the Hub
 CLASSIFIER = "ForSequenceClassification"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -31,6 +43,8 @@ def check_model(section: ModelSection, path: str, key: str = "model.path", class
     elif folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         what = "is a file" if folder.exists() else "does not exist"
         raise ModelError(f"--{key} {path}: {what}; expected a Hugging Face folder with config.json, or a Hub id")
+    else:
+        _check_hub(path, key)
     try:
         config = AutoConfig.from_pretrained(
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
@@ -44,6 +58,29 @@ def check_model(section: ModelSection, path: str, key: str = "model.path", class
     if named.endswith(CLASSIFIER) and not classifier:
         raise ModelError(f"--{key} {path}: is a {named}, as dpo-ds reward makes them, and no language model")
     return config
+
+
+def _check_hub(path: str, key: str) -> None:
+    """Raises ModelError for a mistyped folder, at once: transformers would ask the Hub for it, half a minute long where
+    there is no network.
+    """
+    if cached_file(path, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False):
+        return
+    parent = Path(path).parent
+    if parent != Path(".") and parent.is_dir():
+        raise ModelError(f"--{key} {path}: does not exist, though the folder {parent} does; a Hub id is OWNER/NAME")
+    url = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    elif getproxies().get(url.scheme):
+        return  # a proxy asks in our place
+    else:
+        try:
+            socket.create_connection((url.hostname, url.port or 443), timeout=HUB_SECONDS).close()
+            return
+        except OSError as error:
+            why = f"{url.hostname} cannot be reached: {error.strerror or error}"
+    raise ModelError(f"--{key} {path}: no such folder, and the Hugging Face Hub cannot be asked ({why})")
 
 
 def load_tokenizer(section: ModelSection, config, path: str, key: str = "model.path"):
@@ -106,6 +143,7 @@ def load_model(
         raise ModelError(f"{path}: weights of other shapes than its config.json says ({one_line(error)})") from None
     if not section.from_config:
         check_complete(path, set(loading["missing_keys"]) - set(new))
+        check_no_more(path, causal_lm, loading["unexpected_keys"])
     del zero_init
     causal_lm.dropouts = dropouts
     return causal_lm
@@ -132,6 +170,11 @@ def check_folder(folder: Path, path: str, key: str, needs_weights: bool = True) 
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"--{key} {path}/config.json: not JSON ({error})") from None
+    if (folder / "generation_config.json").exists():
+        try:  # transformers passes over one that it cannot read, and with it the tokens that end an answer
+            read_object(folder / "generation_config.json")
+        except Damaged as problem:
+            raise ModelError(f"--{key} {path}/generation_config.json: {problem}; mend it or delete it") from None
     if needs_weights and not any((folder / name).is_file() for name in WEIGHTS):
         remedy = "; --model.from_config true starts at random" if key == "model.path" else ""
         raise ModelError(f"--{key} {path}: no weights ({WEIGHTS[0]} or its index){remedy}")
@@ -172,5 +215,26 @@ def check_complete(path: str, missing: set[str]) -> None:
         raise ModelError(f"{path}: lacks the weights {first}, so it is no whole model of its config.json")
 
 
+def check_no_more(path: str, model: nn.Module, unexpected: Collection[str]) -> None:
+    """Raises ModelError for weights of layers beyond the config's number: half of the model would be trained."""
+    lists = {f".{name}": len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    for name in sorted(unexpected):
+        for found in re.finditer(r"\.(\d+)\.", name):
+            layers = f".{name[: found.start()]}"  # a base model's file may leave out the outermost names
+            count = next((length for own, length in lists.items() if own.endswith(layers)), math.inf)
+            if int(found[1]) >= count:
+                raise ModelError(
+                    f"{path}: holds {name}, but config.json says {count} {layers[1:]}; they do not belong together"
+                )
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file that whoever the umask lets may read; safetensors itself makes it the owner's alone."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

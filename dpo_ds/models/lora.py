@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dpo_ds.config import LoraSection
 from dpo_ds.errors import ConfigError
+from dpo_ds.models.loading import save_tensors
 
 ADAPTER = "default"  # peft's name for the only one
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -103,18 +104,18 @@ def scale_of(section: LoraSection) -> float:
     return (2 * section.r if section.alpha is None else section.alpha) / section.r
 
 
+
+
 def write_adapters(folder: Path, causal_lm: PreTrainedModel, read: Callable[[str], Tensor | None]) -> None:
     """peft's two files: transformers and peft open `folder` as the model that was trained, with its adapters.
 
     `read` gives a trained parameter by its name, or None to a rank that only helps to gather. All ranks enter.
     """
-    from safetensors.torch import save_file
-
     tensors = {name: read(name) for name in trained(causal_lm)}
     if any(tensor is None for tensor in tensors.values()):
         return
-    renamed = {PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(renamed, folder / WEIGHTS_FILE, {"format": "pt"})
+    renamed = {PREFIX + name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in tensors.items()}
+    save_tensors(renamed, folder / WEIGHTS_FILE)
     config = causal_lm.peft_config[ADAPTER]
     base = Path(causal_lm.name_or_path)
     config.base_model_name_or_path = str(base.resolve()) if base.is_dir() else causal_lm.name_or_path
