@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dpo_ds", "dpo_ds.*"]),
     package_data={"dpo_ds.commands.evaluate": ["*.jinja"]},
-    entry_points={"console_scripts": ["dpo-ds = dpo_ds.commands.cli:main"]},
+    entry_points={"console_scripts": ["dpo-ds = dpo_ds.__main__:program"]},
     install_requires=[
         "torch",
         "deepspeed>=0.19.8",  # earlier ones lose all-gather handles under gloo

@@ -18,8 +18,10 @@ import torch.distributed as dist
 from dpo_ds.cluster import rendezvous
 from dpo_ds.cluster.launch import Launch, complete_environment
 from dpo_ds.config.deepspeed import Machine
+from dpo_ds.errors import TrainingError, UserError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# The watchdog ends what hangs, and tells a job that hangs from one that was suspended for a night; no clock here does.
+COLLECTIVE_TIMEOUT = timedelta(days=7)
 Say = Callable[[Iterable[str]], None]
 
 
@@ -43,13 +45,17 @@ def this_machine(launch: Launch) -> Machine:
 
 @contextlib.contextmanager
 def process_group(launch: Launch) -> Iterator[torch.device]:
-    """Gives this rank's device, in the group of all ranks, who enter together."""
+    """Gives this rank's device, in the group of all ranks, who enter together; who fails alone ends all of them."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
     quiet_libraries()
-    device = enter(launch)
     try:
-        yield device
+        yield enter(launch)
+    except (UserError, TrainingError):  # every rank has it, and rank 0 says so
+        raise
+    except Exception as fault:
+        rendezvous.peers().fault(fault)
+        raise
     finally:
         leave()
 

@@ -16,38 +16,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dpo_ds.cluster import collectives
+from dpo_ds.cluster import collectives, signals
+from dpo_ds.cluster.signals import EXIT_INTERRUPTED, SIGNALS, TWICE_SECONDS
 from dpo_ds.config import CheckpointSection
 from dpo_ds.errors import ConfigError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TIME_LIMIT = 1  # beside signal numbers; no signal that we take has this one
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
-TWICE_SECONDS = 2.0  # launchers turn one Ctrl-C into several signals within milliseconds
-EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130
-
-
-class Stopped(BaseException):  # not an Exception: a user's scoring function may be running, whose own are caught
-    """All ranks agreed to end before the last step; str() is the reason, `step` the one that the checkpoint holds."""
-
-    def __init__(self, reason: str, step: int):
-        super().__init__(reason)
-        self.step = step
-
-
-@contextlib.contextmanager
-def at_once() -> Iterator[None]:
-    """Before the first step there is nothing to save: a signal ends the run where it is. Main thread only."""
-
-    def stop(signum, frame):
-        raise Stopped(f"{signal.Signals(signum).name} before the first step", 0)
-
-    previous = {signum: signal.signal(signum, stop) for signum in SIGNALS}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 class StopFlag:
@@ -67,7 +42,9 @@ class StopFlag:
         wake, waker = socket.socketpair()
         waker.setblocking(False)
         previous_fd = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        previous = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}  # the thread acts
+        signals.check()
+        signals.leave_to_others()
+        previous = {signum: signal.signal(signum, lambda *_: None) for signum in signals.heard()}  # the thread acts
         threading.Thread(target=self._listen, args=(wake, on_interrupt), daemon=True).start()
         try:
             yield

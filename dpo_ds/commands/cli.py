@@ -17,11 +17,14 @@ from typing import NamedTuple
 import yaml
 
 from dpo_ds import __version__, config
-from dpo_ds.cluster import launch
+from dpo_ds.cluster import signals
+from dpo_ds.cluster.launch import ALONE, Launch, from_environment
+from dpo_ds.cluster.launch import notes as launch_notes
+from dpo_ds.cluster.signals import EXIT_STOPPED
 from dpo_ds.config import yaml_file
 from dpo_ds.errors import ConfigError, CutOff, UserError
 
-EXIT_DONE, EXIT_USER = 0, 2
+EXIT_DONE, EXIT_FAULT, EXIT_USER = 0, 1, 2
 
 
 class Command(NamedTuple):
@@ -122,55 +125,80 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the script and of `python -m dpo_ds`; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    talks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    """Runs a command on this rank; returns its exit code. Signals are heard where this is the main thread."""
+    with signals.taken():
+        return _run(sys.argv[1:] if argv is None else argv)
 
-    def report(mistake: UserError, speaks: bool = talks) -> int:
+
+def _run(argv: Sequence[str]) -> int:
+    launch, meeting, has_started, code = ALONE, None, False, EXIT_FAULT
+    try:
+        launch, wrong_launch = _launch()
+        command, run, notes, print_config = parse(argv)
+        if launch.is_first:
+            for note in notes:
+                print(f"dpo-ds: {note}", file=sys.stderr)
+        if print_config:
+            if launch.is_first:
+                print(yaml.safe_dump(config.to_plain(run), sort_keys=False), end="")
+            code = EXIT_DONE
+            return code
+        if wrong_launch is not None:
+            raise wrong_launch
+        for note in launch_notes():
+            print(f"dpo-ds: {note}", file=sys.stderr, flush=True)
+        if launch.world_size > 1:
+            meeting = _meet(launch)
+            meeting.compare(config.flatten(config.to_plain(run)))
+        has_started = True
+        code = _start(command, run)
+        signals.leave_to_others()
+        if code and meeting:
+            meeting.let_rank_0_go_first()
+    except signals.Stopped as stopped:
+        signals.leave_to_others()
+        code = EXIT_STOPPED
+        if launch.is_first:
+            print(f"dpo-ds: {stopped.line()}", flush=True)
+        if meeting:
+            meeting.stop(str(stopped))
+    except UserError as mistake:
+        signals.leave_to_others()
+        code = EXIT_USER
+        if isinstance(mistake, CutOff):
+            speaks = launch.is_first_on_node
+        else:
+            speaks = meeting.speaks(str(mistake)) if meeting else launch.is_first
+        if launch.is_first and not has_started:
+            _leave_status(argv, str(mistake))
         if speaks:
             print(f"dpo-ds: error: {mistake}", file=sys.stderr, flush=True)
-        return EXIT_USER
-
-    try:
-        command, run, notes, print_config = parse(argv)
-    except UserError as mistake:
-        if talks:
-            _leave_status(argv, str(mistake))
-        return report(mistake)
-    if talks:
-        for note in notes:
-            print(f"dpo-ds: {note}", file=sys.stderr)
-    if print_config:
-        if talks:
-            print(yaml.safe_dump(config.to_plain(run), sort_keys=False), end="")
-        return EXIT_DONE
-    try:
-        place = launch.from_environment()
-        meeting = _meet(place)
-    except CutOff as mistake:
-        return report(mistake, place.is_first_on_node)
-    except UserError as mistake:
-        if talks:
-            _leave_status(argv, str(mistake))
-        return report(mistake)
-    try:
-        code = _start(command, run)
-    except UserError as mistake:
-        return report(mistake, meeting.speaks(str(mistake)) if meeting else True)
-    if code and meeting:
-        meeting.let_rank_0_go_first()
+    except Exception as fault:
+        signals.leave_to_others()
+        if meeting:
+            meeting.watch.fault(fault)
+        raise
+    finally:
+        if meeting:
+            meeting.close(code)
     return code
 
 
-def _meet(place: launch.Launch):
-    """The meeting of all ranks; None, and no torch, where there is one rank."""
-    if place.world_size == 1:
-        return None
+def _launch() -> tuple[Launch, ConfigError | None]:
+    """Returns which rank this is; where the environment is wrong, a process alone that says so once it has to."""
+    try:
+        return from_environment(), None
+    except ConfigError as mistake:
+        return ALONE, mistake
+
+
+def _meet(launch: Launch):
+    """Returns the meeting of all ranks. Brings torch in."""
     if not os.environ.get("DPO_DS_VERBOSE"):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of every socket, with C++ frames
     from dpo_ds.cluster import rendezvous
 
-    return rendezvous.meet(place)
+    return rendezvous.meet(launch)
 
 
 def _start(command: str, run: config.Section) -> int:

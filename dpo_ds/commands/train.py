@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from functools import partial
@@ -14,7 +13,7 @@ from dpo_ds.checkpoint.writer import CheckpointWriter
 from dpo_ds.cluster import collectives, stopping
 from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker
-from dpo_ds.cluster.stopping import StopFlag, Stopped
+from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.commands import preflight
 from dpo_ds.config import Section, to_plain
@@ -34,17 +33,13 @@ def start(command: str, run: Section) -> int:
     output_dir, task = Path(run.output_dir), task_of(run)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     started = time.time()
-    try:
-        with keeping_status(output_dir, launch) as lock, contextlib.ExitStack() as stack:
-            with stopping.at_once():
-                prepared = preflight.prepare(task, launch, output_dir)
-                device = stack.enter_context(process_group(launch))
+    with keeping_status(output_dir, launch) as lock:
+        prepared = preflight.prepare(task, launch, output_dir)
+        stop = StopFlag(stopping.deadline(run.checkpoint, started))
+        with process_group(launch) as device:
             lock.share(collectives.barrier)
-            stop = StopFlag(stopping.deadline(run.checkpoint, started))
             with watched(output_dir, launch, stop) as peers:
                 train(command, task, prepared, launch, output_dir, device, stop, peers)
-    except Stopped:
-        return stopping.EXIT_STOPPED
     return 0
 
 

@@ -12,20 +12,22 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from dpo_ds.cluster import collectives, stopping
+from dpo_ds.cluster import collectives, rendezvous
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.process_group import speaker
 from dpo_ds.cluster.records import Count, Damaged, Record, read_record
 from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign, write_text
-from dpo_ds.cluster.stopping import StopFlag, Stopped
+from dpo_ds.cluster.signals import EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
+from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import RECORDED, Section, to_plain
-from dpo_ds.errors import TrainingError, UserError
+from dpo_ds.errors import UserError
 
 METRICS = "metrics.jsonl"
 PIDS = "pids"  # folder in output_dir: a file HOST-RANK for every running rank, for scripts that signal them
@@ -97,10 +99,12 @@ def keeping_status(output_dir: Path, launch: Launch) -> Iterator[FolderLock]:
         refuse_foreign(output_dir, "output_dir", is_a_runs)
     make_writable(output_dir, "output_dir")
     with contextlib.closing(FolderLock(output_dir, launch.rank, "output_dir")) as lock:
+        if launch.is_first:
+            lock.take(speaker(launch))
+        rendezvous.peers().on_end = partial(_failed, output_dir, launch)
         if not launch.is_first:
             yield lock
             return
-        lock.take(speaker(launch))
         with _keeping_status(output_dir):
             yield lock
 
@@ -111,8 +115,9 @@ def _keeping_status(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        write_status(output_dir, "stopped", str(stopped), stopped.step, stopping.EXIT_STOPPED)
-        print(f"dpo-ds: stopped after step {stopped.step}: {stopped}", flush=True)
+        write_status(output_dir, "stopped", str(stopped), stopped.step, EXIT_STOPPED)
+        if stopped.step:
+            stopped.remedy = f"the same command goes on from {output_dir / 'checkpoints'}"
         raise
     except UserError as mistake:
         write_status(output_dir, "failed", str(mistake), last_step(output_dir), exit_code=2)
@@ -125,16 +130,10 @@ def _keeping_status(output_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched(output_dir: Path, launch: Launch, stop: StopFlag) -> Iterator[PeerWatch | Silent]:
-    """Lets the ranks watch each other while signals set `stop`; a rank that fails alone ends all of them by name.
+    """Lets signals set `stop` from here on, instead of ending the command; gives the watch over the other ranks.
 
     Meanwhile pids/ has a file for every rank. All ranks enter.
     """
-
-    def failed(reason: str) -> None:
-        if launch.is_first or (launch.rank == 1 and reason.startswith("rank 0 ")):  # then nobody else can write it
-            write_status(output_dir, "failed", reason, last_step(output_dir), exit_code=1)
-
-    peers = PeerWatch(failed) if launch.world_size > 1 else Silent()
     if launch.is_first:
         (output_dir / PIDS).mkdir(exist_ok=True)
         for left in (output_dir / PIDS).iterdir():
@@ -143,17 +142,18 @@ def watched(output_dir: Path, launch: Launch, stop: StopFlag) -> Iterator[PeerWa
     collectives.barrier()
     pid = output_dir / PIDS / f"{socket.gethostname()}-{launch.rank}"
     pid.write_text(f"{os.getpid()}\n", encoding="utf-8")
-    with stop.taking_signals(lambda: failed("interrupted twice, without a checkpoint of the last steps")):
+    twice = "interrupted twice, without a checkpoint of the last steps"
+    with stop.taking_signals(lambda: _failed(output_dir, launch, twice, EXIT_INTERRUPTED)):
         try:
-            yield peers
-        except (UserError, TrainingError, Stopped):  # all ranks alike
-            raise
-        except Exception as fault:
-            peers.fault(fault)
-            raise
+            yield rendezvous.peers()
         finally:
-            peers.close()
             pid.unlink(missing_ok=True)
+
+
+def _failed(output_dir: Path, launch: Launch, reason: str, code: int) -> None:
+    """The watch over the ranks ends this process."""
+    if launch.is_first or (launch.rank == 1 and reason.startswith("rank 0 ")):  # then nobody else can write it
+        write_status(output_dir, "failed", reason, last_step(output_dir), exit_code=code)
 
 
 def set_aside(output_dir: Path) -> None:

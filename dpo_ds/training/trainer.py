@@ -16,7 +16,8 @@ from torch import Tensor
 from dpo_ds.batch import Batch
 from dpo_ds.checkpoint.writer import CheckpointWriter
 from dpo_ds.cluster import collectives
-from dpo_ds.cluster.stopping import StopFlag, Stopped
+from dpo_ds.cluster.signals import Stopped
+from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import TrainSection
 from dpo_ds.data.batching import Layout, Lengths, global_batches, plan, steps_per_epoch

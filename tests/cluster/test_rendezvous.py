@@ -1,6 +1,9 @@
 """The ranks' meeting: the same code everywhere, and nobody in a collective before everybody is ready."""
 
+import os
+import signal
 import socket
+import threading
 
 import pytest
 
@@ -32,9 +35,47 @@ def test_rank_0_tells_of_a_mistake_that_only_another_node_could_find(forks, tmp_
 def test_a_rank_that_dies_while_it_prepares_is_named(forks, tmp_path):
     codes, lines = meet(forks, tmp_path, "dies")
     assert codes == [2, 9]
-    assert lines == [
-        f"rank 0: RuntimeError: rank 1 on {HOST} gave no sign of life for 2 s while it prepared its data"
-    ]  # fmt: skip
+    assert lines == [f"rank 0: RuntimeError: rank 1 on {HOST} died while it prepared its data"]
+
+
+def test_a_rank_that_freezes_while_it_prepares_is_named(forks, tmp_path):
+    env = {"DPO_DS_PEER_SECONDS": "2"}
+    ranks = forks.start(["freezes"], 2, tmp_path, module="tests.workers.meeting", timeout=60, **env)
+    threading.Timer(20, os.kill, (ranks.pids[1], signal.SIGKILL)).start()
+    assert ranks.codes() == [2, -signal.SIGKILL]
+    said = f"rank 1 on {HOST} gave no sign of life for 2 s while it prepared its data"
+    assert ranks.output() == f"rank 0: RuntimeError: {said}\n"
+
+
+def test_ranks_that_were_started_with_other_keys_do_not_begin(forks, tmp_path):
+    codes, lines = meet(forks, tmp_path, "different seed")
+    assert codes == [2, 2]
+    said = f"train.seed is 3 on {HOST} (rank 0), 5 on {HOST} (rank 1); all ranks must be started with the same keys"
+    assert lines == [f"rank {rank}: ConfigError: {said}" for rank in (0, 1)]
+
+
+def test_nodes_that_prepared_other_content_do_not_begin(forks, tmp_path):
+    codes, lines = meet(forks, tmp_path, "different weights")
+    assert codes == [2, 2]
+    said = f"the weights in /m is abc on {HOST} (rank 0), def on {HOST} (rank 1); all nodes must have the same content"
+    assert lines == [f"rank {rank}: ConfigError: {said}" for rank in (0, 1)]
+
+
+def test_a_rank_that_found_less_agrees():
+    """Only the first rank of a node reads every byte: rank 1 of 2 nodes with 2 ranks has nothing to say."""
+    ready = {0: {"data": "a", "weights": "b"}, 1: {}, 2: {"data": "a", "weights": "c"}, 3: {}}
+    hosts = dict(enumerate(["alpha", "alpha", "beta", "beta"]))
+    said = "weights is b on alpha (rank 0), c on beta (rank 2); all nodes must have the same content"
+    assert rendezvous.different_content(ready, hosts) == said
+    assert rendezvous.different_content(ready | {2: ready[0]}, hosts) == ""
+
+
+def test_two_processes_that_call_themselves_rank_1(forks, tmp_path):
+    codes, output = forks.run(
+        ["long"], 3, tmp_path, module="tests.workers.meeting", timeout=60, only={2: {"RANK": 1}}
+    )
+    assert codes[0] == 2, output
+    assert "two processes say that they are rank 1; each needs a RANK of its own" in output
 
 
 def test_different_code_names_both_sides(forks, tmp_path):

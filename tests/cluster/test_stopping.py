@@ -4,13 +4,11 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,8 +16,7 @@ import pytest
 from dpo_ds.checkpoint.manifest import open_folder
 from dpo_ds.cluster import stopping
 from dpo_ds.cluster.launch import free_port
-from dpo_ds.cluster.stopping import StopFlag, Stopped, at_once, check_end, deadline
-from dpo_ds.cluster.watchdog import PeerWatch, _Connection, _listen, _Peer
+from dpo_ds.cluster.stopping import StopFlag, check_end, deadline
 from dpo_ds.config import CheckpointSection
 from dpo_ds.errors import ConfigError
 from tests.ranks import ROOT
@@ -133,28 +130,6 @@ def test_a_rank_that_hangs_or_fails_alone_is_named(forks, tmp_path):
     assert codes == [0, 0, 0] and output == "", output
 
 
-def test_who_is_no_rank_is_sent_away():
-    """A scanner of ports says what it likes, and no rank is thought dead for it."""
-    for said in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n", b"hello 9\nat 1 1 0\n", b""):
-        stream, stranger = socket.socketpair()
-        stranger.sendall(said)
-        stranger.close()
-        assert not PeerWatch._hear(SimpleNamespace(_peers={1: _Peer()}), stream, _Connection())
-    rank, connection = SimpleNamespace(_peers={1: _Peer()}), _Connection()
-    stream, other = socket.socketpair()
-    other.sendall(b"hello 1\nat 5 3 1\n")
-    assert PeerWatch._hear(rank, stream, connection) and connection.rank == 1
-    assert rank._peers[1].step == "3" and rank._peers[1].waits
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_rank_0_listens_on_all_addresses(address):
-    if ":" in address and not socket.has_dualstack_ipv6():
-        pytest.skip("no IPv6 here")
-    with _listen(1) as listener:
-        socket.create_connection((address, listener.getsockname()[1]), timeout=5).close()
-
-
 def interrupt_all(launcher: subprocess.Popen) -> None:
     """Ctrl-C: SIGINT to the launcher, its helper and the ranks; the launcher signals the ranks a second time."""
     os.killpg(launcher.pid, signal.SIGINT)
@@ -215,14 +190,6 @@ def test_a_second_ctrl_c_ends_at_once_but_not_inside_a_commit(monkeypatch, capfd
         assert calls == [] and late.is_alive(), "it waits for the commit"
     late.join(10)
     assert calls == ["i"]
-
-
-def test_before_the_first_step_a_signal_ends_the_run_where_it_is():
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="SIGTERM before the first step"), at_once():
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
-    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_the_deadline_is_before_the_earlier_end(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from dpo_ds.cluster.stopping import Stopped, at_once
+from dpo_ds.cluster.signals import Stopped, taken
 from dpo_ds.demo.tiny import save_tiny_model, tiny_config, train_tokenizer
 from dpo_ds.errors import UserError
 from dpo_ds.models.scoring import load_scorer
@@ -126,7 +126,7 @@ def test_a_function_that_fails_is_one_line(name, parts):
 
 
 def test_a_signal_that_comes_within_a_function_is_not_the_functions_mistake():
-    with pytest.raises(Stopped, match="SIGTERM"), at_once():
+    with pytest.raises(Stopped, match="SIGTERM"), taken():
         load_scorer("scoring_functions:signalled", "sample.score")(PROMPTS, COMPLETIONS)
 
 

@@ -8,14 +8,28 @@ import time
 
 import torch.distributed as dist
 
-from dpo_ds.cluster.watchdog import PeerWatch
+from dpo_ds.cluster import rendezvous
+from dpo_ds.cluster.launch import from_environment
 
 
 def main(what: str) -> None:
+    meeting = rendezvous.meet(from_environment())
+    meeting.compare({})
+    rendezvous.wait_for_all()
     dist.init_process_group("gloo")
-    peers = PeerWatch(lambda reason: None)
+    peers = rendezvous.peers()
     if what == "end":
         time.sleep(3)
+    if what == "load" and dist.get_rank() == 1:
+        threading.Event().wait()
+    if what == "load":
+        dist.barrier()
+    if what == "steps":
+        print("began", flush=True)
+        for step in range(60):
+            time.sleep(0.05)
+            peers.progress(step)
+            dist.barrier()
     peers.progress(7)
     try:
         if what == "hang" and dist.get_rank() == 1:
@@ -26,5 +40,5 @@ def main(what: str) -> None:
     except Exception as error:
         peers.fault(error)
         raise
-    peers.close()
     dist.destroy_process_group()
+    meeting.close(0)

@@ -20,7 +20,7 @@ import torch
 
 from dpo_ds import data
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.cluster import collectives, launch, stopping
+from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.commands.evaluate.judging import Judge, give_preferences, give_scores, load_judge, read_baseline
@@ -78,16 +78,13 @@ def start(run: EvaluateConfig) -> int:
     place = launch.from_environment()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     output_dir = Path(run.output_dir)
-    try:
-        _refuse_training_folder(output_dir)
-        with keeping_status(output_dir, place) as lock, stopping.at_once():
-            work = prepare(run, place)
-            with process_group(place) as device:
-                lock.share(collectives.barrier)
-                torch.set_num_threads(run.evaluate.threads)
-                evaluate(work, place, device)
-    except stopping.Stopped:
-        return stopping.EXIT_STOPPED
+    _refuse_training_folder(output_dir)
+    with keeping_status(output_dir, place) as lock:
+        work = prepare(run, place)
+        with process_group(place) as device:
+            lock.share(collectives.barrier)
+            torch.set_num_threads(run.evaluate.threads)
+            evaluate(work, place, device)
     return 0
 
 
