@@ -14,36 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_ds.config import TrainSection, did_you_mean
+from dpo_ds.config.deepspeed_keys import MATHEMATICS, SECTIONS, TOP_KEYS, ZERO_KEYS, with_defaults
 from dpo_ds.errors import ConfigError
 
 AUTO = "auto"
-# DeepSpeedZeroConfig's fields that stage 3 knows; kept equal by a test, because reading them there would import
-# deepspeed.
-ZERO_KEYS = frozenset(
-    """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients
-    cpu_offload cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks
-    ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights log_trace_cache_warnings
-    max_live_parameters max_reuse_distance memory_efficient_linear module_granularity_threshold offload_optimizer
-    offload_param override_module_apply overlap_comm param_persistence_threshold parameter_alignment
-    pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients stage
-    stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save stage3_gather_16bit_weights_on_model_save
-    stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold
-    stage3_param_persistence_threshold stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params
-    sub_group_size use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size
-    zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights model_persistence_threshold
-    stage3_model_persistence_threshold save_muon_momentum_buffer_in_memory gather_16bit_weights_on_model_save""".split()
-)
 LEAST_BUCKET = 2**24  # elements: width 4096 squared; smaller messages cost more time than they save memory
-SECTIONS = ("zero_optimization", "bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler", "data_types")
-# What people misspell; DeepSpeed itself ignores a top-level key that it does not know.
-TOP_KEYS = frozenset(
-    """activation_checkpointing aio amp bf16 checkpoint comms_logger communication_data_type compile csv_monitor
-    data_types dump_state flops_profiler fp16 gradient_accumulation_steps gradient_clipping
-    gradient_predivide_factor memory_breakdown optimizer prescale_gradients scheduler
-    seq_parallel_communication_data_type steps_per_print tensorboard timers torch_autocast train_batch_size
-    train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization""".split()
-)
 SCHEDULE_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -100,7 +75,7 @@ def fill_policy(
     """
     config = copy.deepcopy(given)
     notes = _check_common(config, path, machine)
-    _check_batch(config, path, run, machine)
+    notes += _check_batch(config, path, run, machine)
     _take_literal(config, path, "gradient_clipping", "train.max_grad_norm", run.max_grad_norm)
     optimizer = _optimizer(config, path, run, machine)
     notes += _check_scheduler(config, path, run)
@@ -108,12 +83,11 @@ def fill_policy(
     _check_hpz(zero, path, machine)
     _check_optimizer_offload(zero, path)
     filled = config | _batch_of_one(machine) | {"zero_optimization": zero, "optimizer": optimizer}
-    if run.max_grad_norm > 0:
-        filled["gradient_clipping"] = run.max_grad_norm
+    filled["gradient_clipping"] = run.max_grad_norm  # 0 switches it off, where absent means 1
     if zero.get("offload_optimizer") and machine.device == "cpu":
         filled["zero_force_ds_cpu_optimizer"] = False  # DeepSpeedCPUAdam would need a compiler
     _fill_precision(filled, machine)
-    return _without_auto(filled), notes
+    return with_defaults(_without_auto(filled), MATHEMATICS), notes
 
 
 def fill_reference(given: dict, path: str, machine: Machine, hidden_size: int) -> tuple[dict, list[str]]:
@@ -133,7 +107,7 @@ def fill_reference(given: dict, path: str, machine: Machine, hidden_size: int) -
     filled = config | _batch_of_one(machine) | {"zero_optimization": zero}
     _fill_precision(filled, machine)
     filled.pop("data_types", None)
-    return _without_auto(filled), notes
+    return with_defaults(_without_auto(filled), MATHEMATICS), notes
 
 
 def _check_optimizer_offload(zero: dict, path: str) -> None:
@@ -190,7 +164,8 @@ def _check_common(config: dict, path: str, machine: Machine) -> list[str]:
     return [f"{path}: bf16 on a {machine.device} without bf16 arithmetic is about ten times slower than fp32"] * slow
 
 
-def _check_batch(config: dict, path: str, run: TrainSection, machine: Machine) -> None:
+def _check_batch(config: dict, path: str, run: TrainSection, machine: Machine) -> list[str]:
+    """Returns what becomes of sizes that the file gives: they may agree, and decide nothing."""
     total, micro, accumulation = (
         config.get(key, AUTO)
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -208,6 +183,14 @@ def _check_batch(config: dict, path: str, run: TrainSection, machine: Machine) -
             f"{path}: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x "
             f'{machine.ranks} ranks contradicts train.global_batch_size {run.global_batch_size}; write "auto"'
         )
+    sizes = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
+    given = " and ".join(f"{key} {size}" for key, size in sizes.items() if size != AUTO)
+    if not given:
+        return []
+    return [
+        f"{path}: {given} not used: a micro-batch holds train.micro_batch_tokens {run.micro_batch_tokens} tokens, "
+        f"and as many of them as train.global_batch_size {run.global_batch_size} takes make an update"
+    ]
 
 
 def _take_literal(node: dict, path: str, key: str, run_key: str, value: Any) -> None:
