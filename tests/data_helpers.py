@@ -18,6 +18,7 @@ OPTIONS = {
     "max_prompt_length": 32,
     "limit": None,
     "on_bad_row": "error",
+    "ignore_columns": [],
 }
 
 CHATML = (

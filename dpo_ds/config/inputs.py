@@ -38,13 +38,18 @@ class ModelSection(SampleModelSection):
 class PromptDataSection(Section):
     """What of the data section prompts need."""
 
-    format: str = Field("auto", description="auto, explicit, implicit, hh, sharegpt, alpaca; sft: completion, messages")
+    format: str = Field(
+        "auto", description="auto, explicit, implicit, hh, sharegpt, alpaca, orca; sft: completion, messages, text"
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="renames: {chosen: better, rejected: worse}")
     max_length: int = Field(2048, gt=1, description="tokens of prompt plus one completion")
     max_prompt_length: int = Field(
         1024, gt=0, description="tokens of the prompt; not given, at most half of a data.max_length up to 1024"
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts them and lists them in the census")
+    ignore_columns: list[str] = Field(
+        default_factory=list, description="columns to leave out, though they carry meaning, such as system or images"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from dpo_ds.data.rows import Location
 from dpo_ds.data.tokenize import Tokenized
 
 LISTED_BAD_ROWS = 300
+MOST_COLUMNS = 1000
+SHOWN = 12  # names in a line for the terminal
 
 
 @dataclass
@@ -31,6 +33,18 @@ class Census:
     longest: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     bad_rows: list[dict[str, str]] = field(default_factory=list)
+    columns: set[str] = field(default_factory=set)
+    columns_used: set[str] = field(default_factory=set)
+
+    def see(self, columns: Iterable[str], used: Iterable[str]) -> None:
+        """Counts the columns of a row; no more than MOST_COLUMNS, of JSON rows that each have names of their own."""
+        if len(self.columns) < MOST_COLUMNS:
+            self.columns.update(columns)
+            self.columns_used.update(used)
+
+    @property
+    def columns_not_used(self) -> list[str]:
+        return sorted(self.columns - self.columns_used)
 
     def drop(self, location: Location, reason: str, problem: str) -> None:
         self.dropped[reason] += 1
@@ -60,6 +74,7 @@ class Census:
             "dropped": dict(self.dropped.most_common()),
             "bad_rows": self.bad_rows,
             "bad_rows_not_listed": dropped - len(self.bad_rows),
+            "columns_not_used": self.columns_not_used,
             "prompts_differ": self.prompts_differ,
             "largest_token": self.largest_token,
             "longest": self.longest,
@@ -85,11 +100,20 @@ def format_census(census: Mapping[str, Any]) -> str:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in census["dropped"].items())
         first = census["bad_rows"][0]["location"]
         lines.append(f"{census['rows_dropped']:>9,} dropped: {reasons} (first: {first})")
+    for what, key in (("columns not used", "columns_not_used"), ("not read", "files_left_out")):
+        if census.get(key):
+            lines.append(f"{'':>9} {what}: {listed(census[key])}")
     columns = ("p50", "p90", "p99", "max", "mean")
     lines.append(f"{'tokens':>9}  " + "".join(f"{column:>8}" for column in columns))
     for part, numbers in census["tokens"].items():
         lines.append(f"{part:>9}  " + "".join(f"{numbers[column]:>8,.0f}" for column in columns))
     return "\n".join(lines)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns names for the terminal: the first few, on one line whatever is in them."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _files(files: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-from dpo_ds.data.rows import BadRow, Messages, shorten
+from dpo_ds.data.rows import BadRow, Messages, as_text, shorten
 from dpo_ds.errors import ModelError
 
 # For a tokenizer without a template. Role lines as in Tulu 2 (arXiv 2311.10702), EOS after each assistant turn:
@@ -27,6 +27,7 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
+RENDERED = "the chat template's text"
 SENTINEL = "@@the answer@@"  # stands for an assistant's text, to learn what the template puts around it
 
 
@@ -64,6 +65,7 @@ def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list |
     messages = prompt + completion
     with _blamed(tokenizer):
         text = chat.text(messages)
+    as_text(RENDERED, text)  # names and tool calls may hold what is no Unicode
     trained, end = [], 0
     for i in range(len(prompt), len(messages)):
         if messages[i]["role"] == "assistant":
@@ -85,7 +87,8 @@ def render_prompt(tokenizer: Any, prompt: Messages, tools: list | None) -> str:
     if not prompt:  # templates give no generation prompt to a conversation without messages
         return chat.around([])[0] or ""
     with _blamed(tokenizer):
-        return chat.text(prompt, generation_prompt=True)
+        text = chat.text(prompt, generation_prompt=True)
+    return as_text(RENDERED, text)
 
 
 @contextlib.contextmanager

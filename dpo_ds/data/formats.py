@@ -7,7 +7,7 @@ entry in `FORMATS`. Rows of a supervised data set (`sides` without "rejected") n
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -43,24 +43,29 @@ class Format:
 
 
 def explicit(row: Row, pair: bool) -> Conversation:
-    """prompt, chosen, rejected: three strings, or three message lists (and tools)."""
+    """prompt, chosen, rejected: three strings, or message lists (and tools, system); beside a list as prompt, a string
+    is the assistant's turn.
+    """
     if row.is_text("prompt"):
         return Conversation(row.text("prompt"), row.text("chosen"), row.text("rejected") if pair else None)
-    prompt, chosen = row.messages("prompt"), row.messages("chosen")
-    return Conversation(prompt, chosen, row.messages("rejected") if pair else None, row.tools())
+    prompt, tools = with_system(row, "prompt", row.messages("prompt")), row.tools()
+    turns = _answer if isinstance(row.get("chosen"), str) else Row.messages
+    sides = [_going_on(prompt, side, turns(row, side)) for side in (PAIR_FIELDS if pair else ("chosen",))]
+    return Conversation(prompt, *sides, tools=tools)
 
 
 def implicit(row: Row, pair: bool) -> Conversation:
     """Whole conversations in chosen and rejected: the messages they begin with together are the prompt.
 
-    Without a rejected side the prompt ends before chosen's last assistant turn.
+    Without a rejected side the prompt ends before chosen's last assistant turn. A column `prompt`, text or messages,
+    comes first in a side that has only the answer; otherwise the side must say the same.
     """
-    chosen = row.messages("chosen")
+    chosen = _whole(row, "chosen")
     if not pair and row.get("rejected") is None:
         _require_answer("chosen", chosen)
         split = max(i for i, message in enumerate(chosen) if message["role"] == "assistant")
         return Conversation(chosen[:split], chosen[split:], tools=row.tools())
-    rejected = row.messages("rejected")
+    rejected = _whole(row, "rejected")
     split = 0
     while split < min(len(chosen), len(rejected)) - 1 and chosen[split] == rejected[split]:
         split += 1
@@ -95,12 +100,7 @@ def sharegpt(row: Row, pair: bool) -> Conversation:
 
     Supervised rows may lack chosen: then every assistant turn is trained on.
     """
-    turns = row.messages("conversations")
-    system = row.optional_text("system")
-    if system:
-        if turns and turns[0]["role"] == "system":
-            raise BadRow("two system turns", "'system' is given and 'conversations' begins with another system turn")
-        turns.insert(0, {"role": "system", "content": system})
+    turns = with_system(row, "conversations", row.messages("conversations"))
     if not pair and row.get("chosen") is None:
         prompt, chosen = _split_at_first_answer("conversations", turns)
         return Conversation(prompt, chosen, tools=row.tools())
@@ -109,37 +109,57 @@ def sharegpt(row: Row, pair: bool) -> Conversation:
 
 
 def alpaca(row: Row, pair: bool) -> Conversation:
-    """instruction, chosen, rejected; input, system, history [[user, assistant], ...] on some.
+    """instruction, chosen, rejected; input or context, system, history [[user, assistant], ...] on some.
 
-    The user says instruction, newline, input.
+    The user says instruction, newline, input. Supervised rows may have their answer as output or response.
     """
-    prompt = [{"role": "system", "content": row.text("system")}] if row.optional_text("system") else []
+    prompt = []
     history = row.get("history") or []
     for i, turn in enumerate(history if isinstance(history, list) else [history]):
         if not isinstance(turn, list) or len(turn) != 2:
             raise wrong_type(f"history[{i}]", turn, "a list [user, assistant]")
         user, assistant = (as_text(f"history[{i}][{j}]", text) for j, text in enumerate(turn))
         prompt += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    extra = row.optional_text("input")
+    extra = row.optional_text(row.first_of("input", "context"))
     prompt.append({"role": "user", "content": row.text("instruction") + ("\n" + extra if extra else "")})
-    return Conversation(prompt, _answer(row, "chosen"), _answer(row, "rejected") if pair else None, row.tools())
+    return _answered(row, pair, with_system(row, "history", prompt))
+
+
+def orca(row: Row, pair: bool) -> Conversation:
+    """question or input, chosen, rejected; system or system_prompt on some (Intel/orca_dpo_pairs and its relatives).
+
+    Supervised rows may have their answer as response or output.
+    """
+    prompt = [{"role": "user", "content": row.text(row.first_of("question", "input"))}]
+    return _answered(row, pair, with_system(row, "question", prompt))
 
 
 def completion(row: Row, pair: bool) -> Conversation:
-    """Supervised: prompt and completion, two strings or two message lists."""
+    """Supervised: prompt and completion (or response, output): two strings, or message lists; beside a list as prompt,
+    a string is the assistant's turn.
+    """
+    name = row.first_of(*ANSWERS)
     if row.is_text("prompt"):
-        return Conversation(row.text("prompt"), row.text("completion"))
-    return Conversation(row.messages("prompt"), row.messages("completion"), tools=row.tools())
+        return Conversation(row.text("prompt"), row.text(name))
+    prompt = with_system(row, "prompt", row.messages("prompt"))
+    answer = _answer(row, name) if isinstance(row.get(name), str) else row.messages(name)
+    return Conversation(prompt, _going_on(prompt, name, answer), tools=row.tools())
+
+
+def text(row: Row, pair: bool) -> Conversation:
+    """Supervised: one text, all of it trained on."""
+    return Conversation("", row.text("text"))
 
 
 def messages(row: Row, pair: bool) -> Conversation:
     """Supervised: one conversation; every assistant turn is trained on, what precedes the first is the prompt."""
-    prompt, chosen = _split_at_first_answer("messages", row.messages("messages"))
+    turns = with_system(row, "messages", row.messages("messages"))
+    prompt, chosen = _split_at_first_answer("messages", turns)
     return Conversation(prompt, chosen, tools=row.tools())
 
 
 def _is_explicit(row: Row) -> bool:
-    if "prompt" not in row or "completion" in row:
+    if "prompt" not in row or "completion" in row or ("chosen" not in row and _is_answered(row)):
         return False
     return not (isinstance(row.get("chosen"), list) and not _has_prompt_messages(row))
 
@@ -154,24 +174,50 @@ def _is_hh(row: Row) -> bool:
     return isinstance(row.get("chosen"), str) and HH_ANSWER in row.get("chosen")
 
 
+def _is_answered(row: Row) -> bool:
+    return any(name in row for name in ANSWERS)
+
+
+def _is_orca(row: Row) -> bool:
+    asked = ("question" in row or "input" in row) and "prompt" not in row
+    return asked and (isinstance(row.get("chosen"), str) or ("chosen" not in row and _is_answered(row)))
+
+
 PAIR_FIELDS = ("chosen", "rejected")
+ANSWERS = ("completion", "response", "output")
+SYSTEM = ("system", "system_prompt")
 # In the order of detection: the first that fits a row's fields reads it.
 FORMATS: dict[str, Format] = {
-    "sharegpt": Format(
-        ("conversations", "system", "tools", *PAIR_FIELDS), lambda row: "conversations" in row, sharegpt
-    ),
+    "sharegpt": Format(("conversations", *SYSTEM, "tools", *PAIR_FIELDS), lambda row: "conversations" in row, sharegpt),
     "alpaca": Format(
-        ("instruction", "input", "system", "history", "tools", *PAIR_FIELDS), lambda row: "instruction" in row, alpaca
+        ("instruction", "input", "context", *SYSTEM, "history", "tools", *ANSWERS, *PAIR_FIELDS),
+        lambda row: "instruction" in row,
+        alpaca,
     ),
-    "explicit": Format(("prompt", "tools", *PAIR_FIELDS), _is_explicit, explicit),
-    "implicit": Format(("tools", *PAIR_FIELDS), lambda row: isinstance(row.get("chosen"), list), implicit),
+    "explicit": Format(("prompt", *SYSTEM, "tools", *PAIR_FIELDS), _is_explicit, explicit),
+    "implicit": Format(
+        ("prompt", *SYSTEM, "tools", *PAIR_FIELDS), lambda row: isinstance(row.get("chosen"), list), implicit
+    ),
     "hh": Format(PAIR_FIELDS, _is_hh, hh),
+    "orca": Format(("question", "input", *SYSTEM, "tools", *ANSWERS, *PAIR_FIELDS), _is_orca, orca),
 }
 SUPERVISED = {
     "completion": Format(
-        ("prompt", "completion", "tools"), lambda row: "prompt" in row and "completion" in row, completion
+        ("prompt", *ANSWERS, *SYSTEM, "tools"), lambda row: "prompt" in row and _is_answered(row), completion
     ),
-    "messages": Format(("messages", "tools"), lambda row: "messages" in row, messages),
+    "messages": Format(("messages", *SYSTEM, "tools"), lambda row: "messages" in row, messages),
+    "text": Format(("text",), lambda row: "text" in row, text),
+}
+# Public sets whose rows are no pairs: the fields that tell them, and what makes pairs of them.
+NO_PAIRS = {
+    "HelpSteer": (
+        ("prompt", "response", "helpfulness"),
+        "make pairs of the best and the worst response to each prompt, or train on 'response' with dpo-ds sft",
+    ),
+    "SHP": (
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        "write rows of prompt (history), chosen (human_ref_A where labels is 1, else human_ref_B) and rejected",
+    ),
 }
 FIELDS = frozenset(field for known in (FORMATS | SUPERVISED).values() for field in known.fields)
 
@@ -197,11 +243,22 @@ def check_columns(columns: Mapping[str, str]) -> None:
             )
 
 
+def check_renamed(columns: Mapping[str, str], there: Collection[str]) -> None:
+    """Raises ConfigError where data.columns takes a field from a column that no row has, while rows have the field."""
+    for name, theirs in columns.items():
+        if theirs not in there and name in there:
+            problem = f"data.columns takes {name!r} from {theirs!r}, a column that no row has, though {name!r} is there"
+            raise ConfigError(f"{problem}: {_nearest(theirs, sorted(there))}")
+
+
 def detect(row: Row, sides: tuple[str, ...]) -> str:
     """The name of the format that a row's fields show, or a BadRow that lists what is there."""
     for name, candidate in formats(sides).items():
         if candidate.fits(row):
             return name
+    for name, (fields, remedy) in NO_PAIRS.items():
+        if all(field in row for field in fields):
+            raise BadRow("no pair", f"a row of {name} ({', '.join(fields)}) holds no pair; {remedy}")
     if "chosen" in row or "rejected" in row:
         row.text("chosen")  # absent, null or a number is the clearer mistake
     there, known = ", ".join(map(repr, row.values)) or "(none)", ", ".join(formats(sides))
@@ -261,3 +318,65 @@ def _split_at_first_answer(name: str, turns: Messages) -> tuple[Messages, Messag
 
 def _answer(row: Row, side: str) -> Messages:
     return [{"role": "assistant", "content": row.text(side)}]
+
+
+def _answered(row: Row, pair: bool, prompt: Messages) -> Conversation:
+    """The prompt with answers that are text: of a pair both, else the one that there is."""
+    sides = PAIR_FIELDS if pair else (row.first_of("chosen", *ANSWERS),)
+    return Conversation(prompt, *(_answer(row, side) for side in sides), tools=row.tools())
+
+
+def with_system(row: Row, name: str, turns: Messages) -> Messages:
+    """The turns of the field `name` behind the system turn that a column of its own gives."""
+    system = row.optional_text(row.first_of(*SYSTEM))
+    if not system or (turns and _is_system(turns[0]) and turns[0]["content"] == system):
+        return turns
+    if turns and _is_system(turns[0]):
+        raise BadRow("two system turns", f"'system' is given and {name!r} begins with another system turn")
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _is_system(message: dict) -> bool:
+    return message["role"] in ("system", "developer")
+
+
+def _whole(row: Row, side: str) -> Messages:
+    """A side's conversation, with the row's prompt and system turn."""
+    turns, prompt = row.messages(side), row.get("prompt")
+    if isinstance(prompt, str) and prompt.strip():
+        asked = [message["content"] for message in _before_the_answer(turns) if message["role"] == "user"]
+        if not asked:
+            first = next((i for i, message in enumerate(turns) if not _is_system(message)), len(turns))
+            turns = [*turns[:first], {"role": "user", "content": row.text("prompt")}, *turns[first:]]
+        elif prompt.strip() not in (text.strip() for text in asked):
+            raise _contradiction(prompt, side, asked[0])
+    elif prompt and not isinstance(prompt, str):
+        prompt = row.messages("prompt")
+        begins = turns[: len(prompt)] == prompt or _without_system(turns)[: len(prompt)] == prompt
+        if not begins and any(message["role"] != "assistant" for message in _before_the_answer(turns)):
+            raise _contradiction(prompt[0]["content"], side, turns[0]["content"])
+        turns = turns if begins else prompt + turns
+    return with_system(row, side, turns)
+
+
+def _before_the_answer(turns: Messages) -> Messages:
+    """All up to the last assistant turn."""
+    last = max((i for i, message in enumerate(turns) if message["role"] == "assistant"), default=len(turns))
+    return turns[:last]
+
+
+def _without_system(turns: Messages) -> Messages:
+    return turns[1:] if turns and _is_system(turns[0]) else turns
+
+
+def _going_on(prompt: Messages, side: str, turns: Messages) -> Messages:
+    """The turns of a side, which must answer and must not ask anew what `prompt` ends in."""
+    _require_answer(side, turns)
+    if prompt and turns and prompt[-1]["role"] == "user" and (turns[0]["role"] == "user" or _is_system(turns[0])):
+        raise _contradiction(prompt[-1]["content"], side, turns[0]["content"])
+    return turns
+
+
+def _contradiction(prompt: str, side: str, beginning: str) -> BadRow:
+    problem = f"'prompt' is {shorten(prompt)}, but {side!r} begins with {shorten(beginning)}"
+    return BadRow("prompt contradicts", f"{problem}; mend one, or leave one out with --data.ignore_columns '[prompt]'")

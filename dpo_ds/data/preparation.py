@@ -17,7 +17,7 @@ from dpo_ds.batch import PAIR
 from dpo_ds.cluster.derived import cache_root, derive
 from dpo_ds.data.census import Census
 from dpo_ds.data.dataset import CENSUS, PairDataset, PairWriter
-from dpo_ds.data.formats import FIELDS, Conversation, check_columns, check_name, detect, read
+from dpo_ds.data.formats import Conversation, check_columns, check_name, check_renamed, detect, read
 from dpo_ds.data.reading import BATCH, Intake
 from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.data.sources import Files, HuggingFace, open_source
@@ -40,6 +40,7 @@ class Options(Protocol):
     max_prompt_length: int
     limit: int | None
     on_bad_row: str
+    ignore_columns: Sequence[str]
 
 
 def prepare(
@@ -75,7 +76,9 @@ def prepare(
             raise DataError(f"{', '.join(paths)}: changed while it was read; start again when it is whole")
 
     derive(folder, "the tokenised data", fill, build)
-    return PairDataset(folder, [item.get("weight", 1.0) for item in items])
+    data = PairDataset(folder, [item.get("weight", 1.0) for item in items])
+    data.census["files_left_out"] = [str(name) for source in sources for name in source.left_out]  # as of now
+    return data
 
 
 @dataclass
@@ -90,7 +93,7 @@ class _Reader:
     formats: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        self.intake = Intake(self.options.columns, self.options.on_bad_row)
+        self.intake = Intake(self.options.columns, self.options.on_bad_row, self.options.ignore_columns)
 
     @property
     def census(self) -> Census:
@@ -99,7 +102,7 @@ class _Reader:
     def batches(self, i: int) -> Iterator[list[tuple[Location, Conversation]]]:
         """Yields the conversations of source `i`; its format is decided once, on the first row that shows one."""
         limit = None if self.options.limit is None else self.options.limit - self.census.rows_read
-        wanted = FIELDS | set(self.options.columns.values()) | ({self.margin_column} - {None})
+        wanted = self.intake.wanted(*filter(None, [self.margin_column]))
         before, name = self.census.rows_read, self.options.format
 
         def parse(row: Row) -> Conversation:
@@ -148,13 +151,13 @@ def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, An
                 if census.rows_read % (50 * BATCH) == 0:
                     logger.info("tokenised %d rows", census.rows_read)
             ends.append(writer.rows)
+    check_renamed(reader.options.columns, census.columns)
     if not writer.rows:
         raise DataError(_none_kept(reader))
     return {
         **census.summary({part: np.concatenate(counts) for part, counts in lengths.items()}),
         "format": ", ".join(reader.formats),
         "files": [name for source in reader.sources for name in source.names],
-        "files_left_out": [str(name) for source in reader.sources for name in source.left_out],
         "location_files": writer.files,
         "source_ends": ends,
     }
@@ -174,7 +177,7 @@ def _digest(
     margin_column: str | None,
 ) -> str:  # fmt: skip
     wanted = [options.format, dict(options.columns), options.max_length, options.max_prompt_length]
-    wanted += [options.limit, options.on_bad_row, sides, *filter(None, [margin_column])]
+    wanted += [options.limit, options.on_bad_row, sorted(options.ignore_columns), sides, *filter(None, [margin_column])]
     identities = [source.identity() for source in sources]
     text = json.dumps([FORMAT_VERSION, identities, wanted, fingerprint(tokenizer)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.data.census import Census
+from dpo_ds.data.census import Census, listed
 from dpo_ds.data.chat import render_prompt
-from dpo_ds.data.formats import FIELDS, check_columns, check_name, detect, read
+from dpo_ds.data.formats import ANSWERS, check_columns, check_name, detect, read, with_system
 from dpo_ds.data.reading import Intake
 from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.data.sources import open_source
@@ -21,7 +21,7 @@ from dpo_ds.data.tokenize import PairTokenizer
 from dpo_ds.errors import DataError
 
 TEXT = ".txt"
-COMPLETED = ("chosen", "rejected", "completion", "conversations", "instruction", "messages")  # more than a prompt
+COMPLETED = ("chosen", "rejected", *ANSWERS, "conversations", "instruction", "question", "messages")  # beyond a prompt
 UNLIMITED = 1 << 40  # tokens: the prompt's own limit decides
 
 
@@ -32,6 +32,7 @@ class Options(Protocol):
     columns: Mapping[str, str]
     max_prompt_length: int
     on_bad_row: str
+    ignore_columns: Sequence[str]
 
 
 class Prompt(NamedTuple):
@@ -57,7 +58,8 @@ class Prompts:
         for reason, count in self.census.dropped.most_common():
             counts.append(f"{count:,} dropped: {reason}")
         first = f" (first: {self.census.bad_rows[0]['location']})" if self.census.bad_rows else ""
-        return f"{', '.join(counts)}{first}"
+        unused = f"; columns not used: {listed(self.census.columns_not_used)}" if self.census.columns_not_used else ""
+        return f"{', '.join(counts)}{first}{unused}"
 
 
 def read_prompts(
@@ -82,7 +84,7 @@ def read_prompts(
     tokenize = PairTokenizer(tokenizer, UNLIMITED, options.max_prompt_length, CHOSEN_ONLY)
     items = [source] if isinstance(source, str) else source
     items = [{"path": item} if isinstance(item, str) else item for item in items]
-    intake = Intake(options.columns, options.on_bad_row)
+    intake = Intake(options.columns, options.on_bad_row, options.ignore_columns)
     prompts = Prompts(census=intake.census)
     for item in items:
         found = list(_prompts_of(item["path"], intake, options, tokenize, split, limit))
@@ -100,7 +102,7 @@ def _prompts_of(
     path: str, intake: Intake, options: Options, tokenize: PairTokenizer, split: str, limit: int | None
 ) -> Iterator[Prompt]:
     census, name = intake.census, options.format
-    rows = islice(_rows(path, options, split), None if limit is None else limit - census.rows_read)
+    rows = islice(_rows(path, intake, split), None if limit is None else limit - census.rows_read)
 
     def text_of(row: Row) -> str:
         nonlocal name
@@ -121,11 +123,11 @@ def _prompts_of(
                 intake.bad(location, BadRow("empty prompt", problem))
 
 
-def _rows(path: str, options: Options, split: str) -> Iterable:
+def _rows(path: str, intake: Intake, split: str) -> Iterable:
     local = Path(path).expanduser()
     if local.suffix == TEXT and local.is_file():
         return _lines(local)
-    return open_source(path, split).rows(FIELDS | set(options.columns.values()))
+    return open_source(path, split).rows(intake.wanted())
 
 
 def _lines(path: Path) -> Iterator[tuple[Location, dict[str, str] | BadRow]]:
@@ -154,7 +156,7 @@ def _bare_field(row: Row) -> str | None:
 def _bare_prompt(row: Row, field: str, tokenize: PairTokenizer) -> str:
     if row.is_text(field):
         return row.text(field)
-    return render_prompt(tokenize.tokenizer, row.messages(field), row.tools())
+    return render_prompt(tokenize.tokenizer, with_system(row, field, row.messages(field)), row.tools())
 
 
 def _prompt(row: Row, name: str, tokenize: PairTokenizer) -> str:

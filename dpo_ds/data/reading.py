@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
 
 from dpo_ds.data.census import Census
-from dpo_ds.data.rows import BadRow, Location, Row, unreadable
+from dpo_ds.data.formats import FIELDS
+from dpo_ds.data.rows import BadRow, Location, Row, shorten, unreadable
 from dpo_ds.data.sources import Rows
 
 BATCH = 1000  # rows that are read, then tokenised together
+# Columns of public data sets that change what is said, to whom, or what of it is better: never dropped in silence.
+MEANINGFUL = frozenset(
+    "system system_prompt history context input tools functions images image videos video audios audio "
+    "chosen_score rejected_score".split()
+)
 T = TypeVar("T")
 
 
@@ -37,16 +43,30 @@ def usable(
 
 @dataclass
 class Intake:
-    """Takes rows in as data.columns and data.on_bad_row say, and counts them in the census."""
+    """Takes rows in as data.columns, data.on_bad_row and data.ignore_columns say, and counts them in the census."""
 
     columns: Mapping[str, str]
     on_bad_row: str
+    ignored: Collection[str] = ()
     census: Census = field(default_factory=Census)
 
     def batches(self, rows: Rows, parse: Callable[[Row], T]) -> Iterator[list[tuple[Location, T]]]:
-        """Yields what `parse` makes of BATCH rows at a time, less those that are bad."""
+        """Yields what `parse` makes of BATCH rows at a time, less those that are bad.
+
+        A row is bad too where `parse` has not read a column of MEANINGFUL that holds something.
+        """
+
+        def checked(row: Row) -> T:
+            parsed = parse(row)
+            unused = row.values.keys() - row.used
+            if lost := sorted(name for name in unused & MEANINGFUL if row.values[name] and name not in self.ignored):
+                problem = f"{lost[0]!r} is {shorten(row.values[lost[0]])}, which nothing here can use"
+                raise BadRow("meaning not used", f"{problem}; leave it out with --data.ignore_columns {_listed(lost)}")
+            self.census.see(row.values, row.used)
+            return parsed
+
         while raw := list(islice(rows, BATCH)):
-            yield list(usable(self._counted(raw), self.columns, parse, self.bad))
+            yield list(usable(self._without_ignored(raw), self.columns, checked, self.bad))
 
     def bad(self, location: Location, error: BadRow) -> None:
         """Counts a bad row where they are skipped; else raises DataError with its place."""
@@ -54,7 +74,18 @@ class Intake:
             raise error.at(location) from None
         self.census.drop(location, error.reason, str(error))
 
-    def _counted(self, raw: list) -> Rows:
-        for row in raw:
+    def wanted(self, *more: str) -> set[str]:
+        """Returns the columns that must be read from a file that can leave columns unread."""
+        return (FIELDS | MEANINGFUL | {*self.columns.values(), *more}) - {*self.ignored}
+
+    def _without_ignored(self, raw: list) -> Rows:
+        """Counts the rows; what is ignored holds nothing."""
+        for location, values in raw:
             self.census.rows_read += 1
-            yield row
+            if self.ignored and not isinstance(values, BadRow):
+                values = {name: None if name in self.ignored else value for name, value in values.items()}
+            yield location, values
+
+
+def _listed(names: list[str]) -> str:
+    return f"'[{', '.join(names)}]'"

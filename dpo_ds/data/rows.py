@@ -39,11 +39,15 @@ class BadRow(DataError):
 
 
 class Row:
-    """A raw row under our names: `columns` maps ours to theirs. Reading a field checks its presence and type."""
+    """A raw row under our names: `columns` maps ours to theirs. Reading a field checks its presence and type.
+
+    used: their names of the fields that were read.
+    """
 
     def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str]):
         self.values = values
         self.columns = columns
+        self.used: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self.values or self.columns.get(name) in self.values
@@ -51,7 +55,9 @@ class Row:
     def get(self, name: str) -> Any:
         """The value, or None where it is absent or null."""
         theirs = self.columns.get(name, name)
-        return self.values.get(theirs if theirs in self.values else name)
+        key = theirs if theirs in self.values else name
+        self.used.add(key)
+        return self.values.get(key)
 
     def __getitem__(self, name: str) -> Any:
         value = self.get(name)
@@ -77,6 +83,10 @@ class Row:
         if not 0 <= value <= MAX_MARGIN:  # also when it is not a number
             raise BadRow("margin out of range", f"{name!r} is {value}; a margin must be between 0 and {MAX_MARGIN:g}")
         return float(value)
+
+    def first_of(self, *names: str) -> str:
+        """Returns the first of these fields that is there and not null, else the first."""
+        return next((name for name in names if self.get(name) is not None), names[0])
 
     def is_text(self, name: str) -> bool:
         """Of a field that holds text or messages."""
@@ -131,7 +141,7 @@ def as_message(name: str, value: Any) -> dict[str, Any]:
         raise BadRow("unknown role", f"{name} has the unknown role {shorten(their_role)}; known: {known}")
     if content is None and not message.get("tool_calls"):
         raise BadRow("message without content", f"{name} has no content, or null ({shorten(value)})")
-    content = "" if content is None else as_text(f"{name}.{keys[1]}", content)
+    content = "" if content is None else _content(f"{name}.{keys[1]}", content)
     if their_role == "function_call":
         calls = _json(name, content)
         calls = calls if isinstance(calls, list) else [calls]
@@ -139,6 +149,17 @@ def as_message(name: str, value: Any) -> dict[str, Any]:
             raise wrong_type(name, content, "JSON of a call {name, arguments}, or a list of them")
         message["tool_calls"], content = [{"type": "function", "function": call} for call in calls], ""
     return {"role": role, "content": content, **message}
+
+
+def _content(name: str, content: Any) -> str:
+    """Text, or the text of parts [{"type": "text", "text": ...}], as models that also see have it."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return as_text(name, content)
+    for i, part in enumerate(content):
+        if part.get("type", "text") != "text" or "text" not in part:
+            problem = f"{name}[{i}] is {shorten(part)}; only parts {{type: text, text: ...}} can be trained on"
+            raise BadRow("a part that is no text", problem)
+    return "".join(as_text(f"{name}[{i}].text", part["text"]) for i, part in enumerate(content))
 
 
 def as_text(name: str, value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.data.formats import Conversation, check_columns, check_name, detect, read
+from dpo_ds.data.formats import FORMATS, Conversation, check_columns, check_name, detect, read
 from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.errors import ConfigError
 
@@ -79,6 +79,61 @@ EXAMPLES = {
         {"chosen": [user("x"), assistant("a")], "rejected": [user("y"), assistant("a")]},
         Conversation([], [user("x"), assistant("a")], [user("y"), assistant("a")], prompts_differ=True),
     ),
+    "a prompt string beside answers alone": (
+        "implicit",
+        {"prompt": "hi", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "a prompt string and a system column beside answers alone": (
+        "implicit",
+        {"prompt": "hi", "system": "be brief", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "a prompt string behind a system turn": (
+        "implicit",
+        {"prompt": "hi", "chosen": [SYSTEM, assistant("a")], "rejected": [SYSTEM, user("hi"), assistant("b")]},
+        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "the prompt is the last question": (
+        "implicit",
+        {
+            "prompt": "and?",
+            "chosen": [user("hi"), assistant("ho"), user("and?"), assistant("a")],
+            "rejected": [user("hi"), assistant("ho"), user("and?"), assistant("b")],
+        },
+        Conversation([user("hi"), assistant("ho"), user("and?")], [assistant("a")], [assistant("b")]),
+    ),
+    "the prompt's messages in one side alone": (
+        "implicit",
+        {"prompt": [user("hi")], "chosen": [user("hi"), assistant("a")], "rejected": [assistant("b")]},
+        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "prompt messages and string completions": (
+        "explicit",
+        {"prompt": [user("hi")], "chosen": "a", "rejected": "b"},
+        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "content as parts, out of Arrow": (
+        "implicit",
+        {
+            "chosen": [
+                user([{"type": "text", "text": "h", "image": None}, {"type": "text", "text": "i"}]),
+                assistant([{"type": "text", "text": "a"}]),
+            ],
+            "rejected": [user([{"type": "text", "text": "hi"}]), assistant("b")],
+        },
+        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "orca": (
+        "orca",
+        {"system": "be brief", "question": "hi", "chosen": "a", "rejected": "b"},
+        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
+    ),
+    "orca, Argilla's of Intel's": (
+        "orca",
+        {"system": "", "input": "hi", "chosen": "a", "rejected": "b", "rating": [9, 8]},
+        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+    ),
     "hh": (
         "hh",
         {"chosen": HELLO + " Hi there", "rejected": HELLO + " Hi you"},
@@ -147,6 +202,14 @@ def test_formats(name, row, expected):
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), EXAMPLES.values(), ids=EXAMPLES)
+def test_a_format_reads_what_it_says(name, row, expected):
+    """Sources leave out columns that no format names."""
+    row = Row(row, {})
+    read(row, name, PAIR)
+    assert {field for field in row.used if field in row.values} <= {*FORMATS[name].fields}
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), EXAMPLES.values(), ids=EXAMPLES)
 def test_supervised_uses_chosen_of_a_pair(name, row, expected):
     row = Row(row, {})
     assert detect(row, CHOSEN_ONLY) == name
@@ -160,6 +223,18 @@ def test_supervised_uses_chosen_of_a_pair(name, row, expected):
     [
         ("completion", {"prompt": "2+2=", "completion": "4"}, "2+2=", "4"),
         ("completion", {"prompt": [user("x")], "completion": [assistant("y")]}, [user("x")], [assistant("y")]),
+        ("completion", {"prompt": "2+2=", "response": "4", "helpfulness": 3}, "2+2=", "4"),
+        ("completion", {"prompt": "2+2=", "output": "4"}, "2+2=", "4"),
+        ("completion", {"prompt": [user("x")], "completion": "y"}, [user("x")], [assistant("y")]),
+        ("text", {"text": "Once upon a time"}, "", "Once upon a time"),
+        ("alpaca", {"instruction": "i", "input": "j", "output": "y"}, [user("i\nj")], [assistant("y")]),
+        ("alpaca", {"instruction": "i", "context": "j", "response": "y"}, [user("i\nj")], [assistant("y")]),
+        (
+            "orca",
+            {"system_prompt": "be brief", "question": "x", "response": "y"},
+            [SYSTEM, user("x")],
+            [assistant("y")],
+        ),
         (
             "messages",
             {"messages": [SYSTEM, user("x"), assistant("y"), user("z"), assistant("w")]},
@@ -273,6 +348,41 @@ MISTAKES = [
         r"'history\[0\]' is list \['only user'\]; it must be a list \[user, assistant\]",
     ),
     ({"instruction": "i", "chosen": "a"}, "no rejected", r"lacks 'rejected'"),
+    (
+        {"prompt": "Write a poem", "chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]},
+        "prompt contradicts",
+        r"'prompt' is 'Write a poem', but 'chosen' begins with 'hi'; mend one, or .*ignore_columns '\[prompt\]'",
+    ),
+    (
+        {"prompt": "hi", "chosen": [user("hi"), assistant("a")], "rejected": [user("ho"), assistant("b")]},
+        "prompt contradicts",
+        r"'prompt' is 'hi', but 'rejected' begins with 'ho'",
+    ),
+    (
+        {"prompt": [user("q")], "chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]},
+        "prompt contradicts",
+        r"'prompt' is 'q', but 'chosen' begins with 'hi'",
+    ),
+    (
+        {**CHAT, "system": "t", "prompt": [{"role": "system", "content": "s"}, user("x")]},
+        "two system turns",
+        r"'prompt' begins with another system turn",
+    ),
+    (
+        {**CHAT, "prompt": [user([{"type": "text", "text": "what is"}, {"type": "image", "image": "a.png"}])]},
+        "a part that is no text",
+        r"prompt\[0\].content\[1\] is \{'type': 'image'.*only parts \{type: text, text: ...\}",
+    ),
+    (
+        {"prompt": "p", "response": "r", "helpfulness": 4, "correctness": 3},
+        "no pair",
+        r"a row of HelpSteer .* holds no pair; make pairs of the best and the worst response",
+    ),
+    (
+        {"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 3},
+        "no pair",
+        r"a row of SHP .* write rows of prompt \(history\), chosen \(human_ref_A where labels is 1",
+    ),
 ]
 
 

@@ -206,6 +206,63 @@ def test_odd_columns_beside_the_pair(tmp_path):
         prepare(str(path), options=options(columns=columns), tokenizer=tokenizer())
 
 
+def census_of(tmp_path, row, **changes):
+    path = write_lines(tmp_path / "x.jsonl", [row])
+    return prepare(str(path), options=options(**changes), tokenizer=tokenizer()).census
+
+
+PAIR_ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("system", "be brief"), ("images", ["a.png"]), ("history", [["q", "a"]]), ("tools", "[{}]"),
+     ("rejected_score", 7.5)],
+)  # fmt: skip
+def test_a_column_that_carries_meaning_is_a_mistake_unless_ignored(tmp_path, name, value):
+    row = PAIR_ROW | {name: value}
+    with pytest.raises(
+        DataError, match=rf"x.jsonl:1: '{name}' is .*leave it out with --data.ignore_columns '\[{name}\]'"
+    ):
+        census_of(tmp_path, row)
+    with pytest.raises(DataError, match=r"none of 1 rows can be used \(meaning not used 1\)"):
+        census_of(tmp_path, row, on_bad_row="skip")
+    census = census_of(tmp_path, row, ignore_columns=[name])
+    assert (census["rows_kept"], census["columns_not_used"]) == (1, [name])
+    assert census_of(tmp_path, PAIR_ROW | {name: type(value)()})["columns_not_used"] == [name]  # says nothing
+
+
+def test_columns_that_are_not_used_are_named(tmp_path):
+    census = census_of(tmp_path, PAIR_ROW | {"id": 7, "score_chosen": 2.0, "a\nb": 1})
+    assert census["columns_not_used"] == ["a\nb", "id", "score_chosen"]
+    assert "          columns not used: 'a\\nb', id, score_chosen" in format_census(census).splitlines()
+    assert "columns not used" not in format_census(census_of(tmp_path, PAIR_ROW))
+
+
+def test_columns_in_parquet_carry_meaning_too(tmp_path):
+    """Only what is wanted is read from such a file."""
+    table = {"prompt": ["p", "q"], "chosen": ["a", "c"], "rejected": ["b", "d"], "system": [None, "be brief"]}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="x.parquet:2: 'system' is 'be brief', which nothing here can use"):
+        prepared(tmp_path / "x.parquet")
+
+
+def test_a_prompt_that_contradicts_can_be_left_out(tmp_path):
+    def chat(answer):
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+
+    row = {"prompt": "its id is 12", "chosen": chat("a"), "rejected": chat("b")}
+    with pytest.raises(DataError, match="'prompt' is 'its id is 12', but 'chosen' begins with 'q'"):
+        census_of(tmp_path, row)
+    assert census_of(tmp_path, row, ignore_columns=["prompt"])["format"] == "implicit"
+
+
+def test_a_renamed_column_that_no_row_has(tmp_path):
+    with pytest.raises(ConfigError, match="takes 'chosen' from 'beter', a column that no row has, though 'chosen'"):
+        census_of(tmp_path, PAIR_ROW | {"better": "c"}, columns={"chosen": "beter"})
+    assert census_of(tmp_path, PAIR_ROW, columns={"system": "rules"})["rows_kept"] == 1
+
+
 def test_empty_data(tmp_path):
     path = tmp_path / "x.jsonl"
     for content in ["", "\n\n"]:

@@ -151,7 +151,7 @@ def test_rounds_give_every_rank_as_many_turns():
 
 
 class TestPrompts:
-    OPTIONS = SimpleNamespace(format="auto", columns={}, max_prompt_length=1000, on_bad_row="error")
+    OPTIONS = SimpleNamespace(format="auto", columns={}, max_prompt_length=1000, on_bad_row="error", ignore_columns=[])
 
     def read(self, source, tok=None, limit=None, **changes):
         options = SimpleNamespace(**{**vars(self.OPTIONS), **changes})
