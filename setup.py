@@ -22,7 +22,7 @@ setup(
     package_data={"dpo_ds.commands.evaluate": ["*.jinja"]},
     entry_points={"console_scripts": ["dpo-ds = dpo_ds.__main__:program"]},
     install_requires=[
-        "torch",
+        "torch>=2.11",  # the lowest that is tested
         "deepspeed>=0.19.8",  # earlier ones lose all-gather handles under gloo
         "transformers>=5",
         "accelerate",  # transformers' HfDeepSpeedConfig is behind it
@@ -41,7 +41,7 @@ setup(
     ],
     extras_require={
         "lora": ["peft"],
-        "flash": ["flash-attn"],  # CUDA only, compiled on the spot
+        "flash": ["flash-attn-4>=4.0.0b36"],  # CUDA only; a wheel, no compiler is needed
         "bench": ["trl"],  # the peer that tests/benchmarks measures against
         "dev": [
             "hypothesis",

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from dpo_ds import __version__
 from dpo_ds.cluster import shared_files
 from dpo_ds.cluster.records import Count, Damaged, FileName, Record, Sha256, read_object, record_of
 
@@ -136,8 +137,8 @@ def clear(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of dpo_ds and of what decides its numbers."""
-    return {"dpo_ds": version("dpo-ds")} | {package: version(package) for package in PACKAGES}
+    """Returns dpo_ds' version, also where it is not installed but a checkout, and those of what decides its numbers."""
+    return {"dpo_ds": __version__} | {package: version(package) for package in PACKAGES}
 
 
 def _digest(manifest: dict) -> str:

@@ -99,3 +99,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for caller in ("torch", "transformers", "deepspeed"):  # they call what each other will rename
         warnings.filterwarnings("ignore", category=FutureWarning, module=caller)
+    # DeepSpeed binds several ranks to their devices, which spares them this warning, but not a single rank, for which
+    # NCCL can then fail (https://github.com/deepspeedai/DeepSpeed/issues/8248). The device it means is `enter`'s.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")

@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     launch, meeting, has_started, code = ALONE, None, False, EXIT_FAULT
+    _quiet_torch()
     try:
         launch, wrong_launch = _launch()
         command, run, notes, print_config = parse(argv)
@@ -192,10 +193,14 @@ def _launch() -> tuple[Launch, ConfigError | None]:
         return ALONE, mistake
 
 
+def _quiet_torch() -> None:
+    """Before torch is imported: else its C++ half tells of every socket, and of the GPU it guesses for one rank."""
+    if not os.environ.get("DPO_DS_VERBOSE"):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def _meet(launch: Launch):
     """Returns the meeting of all ranks. Brings torch in."""
-    if not os.environ.get("DPO_DS_VERBOSE"):
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of every socket, with C++ frames
     from dpo_ds.cluster import rendezvous
 
     return rendezvous.meet(launch)

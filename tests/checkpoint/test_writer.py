@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_ds.checkpoint import host_copy
+import dpo_ds
+from dpo_ds.checkpoint import host_copy, manifest
 from dpo_ds.checkpoint import writer as writer_module
 from dpo_ds.checkpoint.disk import HashingFile, Written
 from dpo_ds.checkpoint.host_copy import HostCopy, free_memory
@@ -314,3 +315,12 @@ def test_a_full_disk_raises_nothing_and_is_remembered(tmp_path):
     assert file.write(b"123") == 3 and file.write(b"4") == 1
     file.close()
     assert file.error.strerror == "No space left on device"
+
+
+def test_versions_are_known_where_dpo_ds_is_a_checkout_that_is_not_installed(monkeypatch):
+    def of_installed(package: str) -> str:
+        assert package != "dpo-ds"
+        return "1.0"
+
+    monkeypatch.setattr(manifest, "version", of_installed)
+    assert versions() == {"dpo_ds": dpo_ds.__version__} | dict.fromkeys(manifest.PACKAGES, "1.0")

@@ -1,0 +1,69 @@
+"""What a user's terminal is spared when ranks meet on GPUs, shown without one."""
+
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpo_ds.cluster import process_group
+from tests.ranks import ROOT
+
+TOLD = "barrier(): using the device under current context. You can specify `device_id` in `init_process_group`"
+
+
+def test_torchs_warning_of_a_single_ranks_barrier_is_not_shown(monkeypatch):
+    monkeypatch.delenv("DPO_DS_VERBOSE", raising=False)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        process_group.quiet_libraries()
+        warnings.warn(TOLD, stacklevel=1)
+        warnings.warn("barrier(): something else", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["barrier(): something else"]
+
+
+AT_TORCH = """
+import os, sys
+class Told:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("at torch:", os.environ.get("TORCH_CPP_LOG_LEVEL"), flush=True)
+sys.meta_path.insert(0, Told())
+from dpo_ds.commands import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("verbose,level", [("", "ERROR"), ("1", "None")])
+def test_the_level_of_torchs_logs_is_set_before_it_is_imported(verbose, level):
+    """Its C++ half reads it then, and never again."""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_CPP_LOG_LEVEL"} | {"DPO_DS_VERBOSE": verbose}
+    wanted = ["--model.path", "m", "--data.train", "d", "--deepspeed.config", "c", "--output_dir", "o"]
+    command = [sys.executable, "-c", AT_TORCH, "train", *wanted, "--print_config"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"at torch: {level}\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("ranks,device", [(2, torch.device("cuda", 1)), (1, None)])
+def test_deepspeed_binds_several_ranks_to_their_devices(monkeypatch, ranks, device):
+    """Else NCCL guesses; a single rank has nobody to reach, and binding it can fail (DeepSpeed#8248)."""
+    backend = importlib.import_module("deepspeed.comm.torch")  # the package has torch itself under that name
+
+    given = {}
+
+    def init_process_group(name, device_id=None, **_):
+        given["device"] = device_id
+
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    accelerator = SimpleNamespace(device_name=lambda: "cuda", device=lambda index: torch.device("cuda", index))
+    monkeypatch.setattr(backend, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    backend.TorchBackend.init_process_group(SimpleNamespace(), None, process_group.COLLECTIVE_TIMEOUT, None, -1, -1)
+    assert given == {"device": device}
