@@ -24,6 +24,7 @@ FAMILIES: dict[str, dict] = {  # what each family's config needs beside the size
     "qwen3": _SIZES | {"head_dim": 16},
     "mistral": _SIZES | {"sliding_window": 64},
     "gemma2": _SIZES | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64},
+    "qwen3_moe": _SIZES | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     "gpt2": {"n_head": 4, "n_positions": 512},
 }
 

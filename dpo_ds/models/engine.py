@@ -23,6 +23,7 @@ from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.logprobs import TokenStatistics
 from dpo_ds.models.attention import canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.layers import make_units
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.models.packed.backends import refused_backends
 
@@ -256,6 +257,9 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def _initialize(model: LogProbModel, ds_config: dict, **kwargs):
+    refusal = make_units(model.causal_lm, ds_config["zero_optimization"])
+    if refusal and collectives.rank() == 0:
+        print(f"dpo-ds: {type(model.causal_lm).__name__}: each module fetched alone, slower: {refusal}", flush=True)
     try:
         return deepspeed.initialize(model=model, config=ds_config, **kwargs)[0]
     except (deepspeed.DeepSpeedConfigError, ValidationError) as error:

@@ -1,0 +1,70 @@
+"""Finds a model's decoder layers and makes each one unit under ZeRO-3: fetched, hooked and released once.
+
+DeepSpeed hooks every module that holds a parameter, nine in a Llama's layer, and each hook runs some dozen Python calls
+in forward and in backward: of a small model's step that is most. As a "leaf" a layer is one module to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.utils import set_z3_leaf_module
+from torch import Tensor, nn
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the blocks that the model repeats: the elements of its longest list of modules, lists within lists (a
+    layer's experts) not counted. Empty where there is no list.
+    """
+    return list(max(_outermost_lists(model), key=len, default=[]))
+
+
+def make_units(model: nn.Module, zero: dict) -> str:
+    """Makes every decoder layer a leaf to ZeRO-3, unless its configuration `zero` names leaf modules itself; to be
+    called before the engine takes the model. Returns why this model cannot have it, "" where it can.
+    """
+    if "leaf_module" in zero:
+        return ""
+    layers = decoder_layers(model)
+    owners = [*(set(layer.parameters()) for layer in layers), set(_parameters_beside(layers, model))]
+    if len(set().union(*owners)) < sum(map(len, owners)):  # DeepSpeed knows one leaf of a parameter
+        return "its decoder layers share weights, with each other or with what surrounds them"
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            layer.register_forward_pre_hook(_with_gradients_at_the_input, with_kwargs=True)
+    return "" if layers else "it has no list of decoder layers"
+
+
+def _with_gradients_at_the_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    """Lets the backward hook of a leaf fire when all of its parameters have their gradients.
+
+    torch runs it at the gradient of the inputs that come by position, and before everything else where none of them
+    needs one (frozen embeddings under LoRA): DeepSpeed 0.19.8 would then take every gradient of the layer for zero.
+    """
+    if not torch.is_grad_enabled():
+        return None
+    if not args:
+        name = next(name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point())
+        args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+    hidden = args[0]
+    return (args if hidden.requires_grad else (hidden.requires_grad_(), *args[1:])), kwargs
+
+
+def _parameters_beside(layers: list[nn.Module], module: nn.Module) -> Iterator[nn.Parameter]:
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if child not in layers:
+            yield from _parameters_beside(layers, child)
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
