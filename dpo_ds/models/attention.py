@@ -115,7 +115,8 @@ def packed_refusal(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], 
     """
     padded = causal_lm.config._attn_implementation
     assert padded != PACKED_ATTENTION, "the model comes with the attention of its padded layout"
-    refusal = use_packed_attention(causal_lm) or _canary(causal_lm, forward_logps)
+    with torch.compiler.set_stance("force_eager"):  # a compiled layer would hide what it calls, and compile for this
+        refusal = use_packed_attention(causal_lm) or _canary(causal_lm, forward_logps)
     causal_lm.set_attn_implementation(padded if refusal else PACKED_ATTENTION)
     return refusal
 
