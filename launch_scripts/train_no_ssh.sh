@@ -15,8 +15,10 @@ fail() {
 hostfile=$1
 shift
 [ -r "$hostfile" ] || fail "$hostfile: no such hostfile; it has a line 'HOST slots=RANKS' for each node"
+wrong=$(grep -nvE '^[[:space:]]*(#.*)?$|^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$' "$hostfile" | head -n 1 || true)
+[ -z "$wrong" ] || fail "$hostfile:$wrong: not of the form 'HOST slots=RANKS'"
 mapfile -t hosts < <(sed -nE 's/^([^#[:space:]]+)[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$/\1/p' "$hostfile")
-[ "${#hosts[@]}" -gt 0 ] || fail "$hostfile: no line of the form 'HOST slots=RANKS'"
+[ "${#hosts[@]}" -gt 0 ] || fail "$hostfile: names no host"
 for i in "${!hosts[@]}"; do
     [ "${hosts[$i]%%.*}" != "$(hostname -s)" ] || NODE_RANK=${NODE_RANK:-$i}
 done

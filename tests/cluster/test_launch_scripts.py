@@ -123,6 +123,17 @@ def test_a_folder_that_the_launcher_cannot_name_is_refused(far_end, tmp_path):
     assert done.returncode == 2 and f"'{folder}': the launcher can start nothing there" in done.stderr
 
 
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "HOSTFILE" in script.read_text()])
+@pytest.mark.parametrize("text, mistake", [
+    ("# nodes\nnode1 slots=8\nnode2\n", "hostfile:3:node2: not of the form 'HOST slots=RANKS'"),
+    ("# none\n", "hostfile: names no host"),
+])  # fmt: skip
+def test_a_malformed_hostfile_is_one_line(script, text, mistake, tmp_path):
+    (tmp_path / "hostfile").write_text(text)
+    done = subprocess.run(["bash", str(script), "hostfile", "train"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"{script.name}: error: {mistake}\n")
+
+
 # Stands in for srun: notes its arguments, leaves a checkpoint and STATUS.json as a run does that was told to stop.
 SRUN = """#!/bin/sh
 echo "$@" >>"$CALLS"
