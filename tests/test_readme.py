@@ -95,6 +95,12 @@ def _takes(key: str, value: str) -> None:
     TypeAdapter(Annotated[KEYS[key].annotation, KEYS[key]]).validate_python(given)
 
 
+def test_variables_that_guides_name_are_read():
+    named = {name for path in GUIDES for name in re.findall(r"DPO_DS_[A-Z_]+", read(path).text)}
+    code = "".join(path.read_text(encoding="utf-8") for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    assert [name for name in named if f'"{name}"' not in code] == []
+
+
 @EVERY
 def test_blocks_are_what_they_say(guide: Guide):
     assert {block.language for block in guide.all_blocks()} <= {"", "sh", "yaml", "json", "python", "mermaid"}
