@@ -24,19 +24,11 @@ from dpo_ds.cluster import launch, process_group
 from dpo_ds.commands import train
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
-from dpo_ds.models import attention
+from dpo_ds.models import attention, engine
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.reference import cached
 from tests.benchmarks import precompute_pass
 from tests.benchmarks.workload import BETA, Stopwatch, Workload
-
-
-class Unsaved:
-    """In the place of the checkpoints' writer."""
-
-    def __init__(self, *_): ...
-
-    def look(self) -> None: ...
 
 
 class DrawnRows:
@@ -47,16 +39,25 @@ class DrawnRows:
 
 
 def ours(work: Workload, results: Connection, layout: str, reference: str) -> None:
-    """`dpo-ds train` itself; the stopwatch stands in for its tracker, and nothing is saved."""
+    """`dpo-ds train` itself; the stopwatch stands in for its tracker. It is ended before it saves anything."""
     watch = Stopwatch(work, results)
-    replaced = [mock.patch.multiple(train, Tracker=lambda *_: watch, CheckpointWriter=Unsaved)]
+    replaced = {
+        (train, "Tracker"): lambda *_: watch,
+        (engine, "layout_notes"): partial(no_other_layout, engine.layout_notes),
+    }
     if reference == "cached" and work.from_config:
-        manifest = SimpleNamespace(id="drawn", ids=["drawn"])
-        found = {"check_cache": lambda *_: manifest, "find_rows": lambda *_: DrawnRows(), "spot_check": lambda *_: []}
-        replaced.append(mock.patch.multiple(cached, **found))
-    for each in replaced:
-        each.start()
+        replaced[cached, "check_cache"] = lambda *_: SimpleNamespace(id="drawn", ids=["drawn"])
+        replaced[cached, "find_rows"] = lambda *_: DrawnRows()
+        replaced[cached, "spot_check"] = lambda *_: []
+    for (module, name), stand_in in replaced.items():
+        mock.patch.object(module, name, stand_in).start()
     train.start("train", work.config(layout, reference))
+
+
+def no_other_layout(layout_notes: Callable, key: str, refusal: str) -> list[str]:
+    """Goes before what tells the user that the model gets another layout than was asked for."""
+    assert not refusal, refusal
+    return layout_notes(key, refusal)
 
 
 def trl(work: Workload, results: Connection, precompute: bool) -> None:
