@@ -63,7 +63,7 @@ class PairLogps:
 
 
 class Segment(NamedTuple):
-    """Where one pair lies in a packed row: prompt, chosen and rejected follow each other from `start`."""
+    """Places one pair in a packed row: prompt, chosen and rejected follow each other from `start`."""
 
     start: int
     prompt: int

@@ -24,7 +24,7 @@ from dpo_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class Loss:
-    """What all share.
+    """Gives what all losses share.
 
     needs_reference: false for losses of log π alone, whose `reference` is None. across_pairs: a pair's value depends on
     the other pairs, so it is to be called with the whole global batch. of_differences: it depends on c and r through
@@ -41,7 +41,7 @@ class Loss:
         return self
 
     def state(self) -> dict[str, float]:
-        """What `after_step` has changed, for checkpoints; `with_state` takes it back."""
+        """Returns what `after_step` has changed, for checkpoints; `with_state` takes it back."""
         return {}
 
     def with_state(self, state: dict[str, float]) -> Loss:

@@ -15,7 +15,7 @@ WORTH_A_THREAD = 1 << 20  # bytes that take longer to hash than a thread takes t
 
 @dataclass(frozen=True)
 class Written:
-    """What a file on disk must be."""
+    """Says what a file on disk must be."""
 
     size: int
     sha256: str
@@ -74,7 +74,9 @@ class HashingFile:
             self._let_go(end)
 
     def _let_go(self, end: int) -> None:
-        """Of the page cache: Linux starts writing such pages at once, so that little is left to wait for in close."""
+        """Lets go of the page cache: Linux starts writing such pages at once, so that little is left to wait for in
+        close.
+        """
         os.posix_fadvise(self._file.fileno(), 0, end, os.POSIX_FADV_DONTNEED)
         self._sent = end
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed would save, kept back: to be written while training stands still, or from a copy while it goes on."""
+"""Keeps back what DeepSpeed would save, to be written while training stands still, or from a copy while it goes on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUP_FILES = {  # of a group's limit, of what it uses, and the line of memory.s
 
 
 class Sink(Protocol):
-    """What a file's content is written into."""
+    """Takes a file's content, piece by piece."""
 
     def write(self, data) -> int: ...
     def flush(self) -> None: ...
@@ -44,7 +44,7 @@ class HostCopy:
         return len(self._blocks) * BLOCK
 
     def clear(self) -> None:
-        """What was taken until now is no longer needed."""
+        """Frees the blocks for the next save."""
         self._used = 0
 
     def take(self, state: dict) -> Content:
@@ -125,7 +125,7 @@ def free_memory() -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Of every control group around this process that has a limit; a container shows its own as the outermost."""
+    """Yields what every control group with a limit around this process leaves; a container's own is the outermost."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controller, name = line.split(":", 2)
         root = CGROUPS / controller

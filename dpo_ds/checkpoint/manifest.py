@@ -1,4 +1,4 @@
-"""What makes a folder a complete checkpoint: MANIFEST.json, written last, with the size and SHA-256 of every file."""
+"""Makes a folder a complete checkpoint by MANIFEST.json, written last, with the size and SHA-256 of every file."""
 
 from __future__ import annotations
 

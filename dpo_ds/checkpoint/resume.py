@@ -144,7 +144,9 @@ def _none_left(folder: Path, problem: str) -> str:
 
 
 def data_id(dataset) -> str:
-    """Of prepared pairs: every length and margin, in order, and the tokens of pairs spread evenly over the data."""
+    """Identifies prepared pairs by every length and margin, in order, and the tokens of pairs spread evenly over the
+    data.
+    """
     digest = hashlib.sha256(b"" if dataset.margins is None else dataset.margins)
     for lengths in (dataset.prompt_lengths, dataset.chosen_lengths, dataset.rejected_lengths):
         digest.update(np.ascontiguousarray(lengths, dtype=np.int64))
@@ -156,7 +158,7 @@ def data_id(dataset) -> str:
 
 
 def identity_of(run: Section, model_config, policy_config: dict, dataset) -> dict[str, str]:
-    """What a checkpoint remembers of model, reference, data and precision; messages name these keys."""
+    """Returns what a checkpoint remembers of model, reference, data and precision; messages name these keys."""
     known = {
         MODEL: model_id(run.model.path, model_config),
         "the data in data.train": data_id(dataset),

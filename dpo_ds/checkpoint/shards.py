@@ -30,7 +30,7 @@ HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter's slices lie: its sub-group, and offset and length of every rank's slice in the flat tensor."""
+    """Places a parameter's slices: its sub-group, and offset and length of every rank's slice in the flat tensor."""
 
     shape: torch.Size
     group: int
@@ -39,7 +39,7 @@ class Place:
 
 
 class Shards:
-    """All ranks' shards of a checkpoint; a byte is read when it is asked for."""
+    """Reads any part of all ranks' shards of a checkpoint; a byte is read when it is asked for."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
@@ -48,7 +48,7 @@ class Shards:
 
     @cached_property
     def places(self) -> dict[str, Place]:
-        """Of every trained parameter by its name in the engine's module."""
+        """Returns the place of every trained parameter by its name in the engine's module."""
         found = {}
         for group, shapes in enumerate(self._open("model", 0)["param_shapes"]):
             offset = 0
@@ -73,7 +73,7 @@ class Shards:
         return self._open("model", rank)["random_state"]
 
     def extra(self, rank: int) -> dict:
-        """What this rank gave CheckpointWriter.save beside the engine's state."""
+        """Returns what this rank gave CheckpointWriter.save beside the engine's state."""
         return self._open("model", rank).get("extra", {})
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Iterator[Tensor]:

@@ -204,12 +204,12 @@ class _Writing:
         futures.wait([self._future], seconds)
 
     def has_moved(self) -> bool:
-        """Whether bytes were written since it was last asked."""
+        """Tells whether bytes were written since it was last asked."""
         before, self._moved = self._moved, sum(file.size for file in self._open)
         return self._moved != before
 
     def outcome(self) -> tuple[dict[str, Written], str | None]:
-        """What was written, and what went wrong."""
+        """Returns what was written, and what went wrong."""
         return self._future.result()
 
     def _write(self, files: dict[str, Content]) -> tuple[dict[str, Written], str | None]:
@@ -237,17 +237,17 @@ def _of_disk(error: OSError) -> str:
 
 
 def _state_bytes(engine) -> int:
-    """What all ranks write, but for some kilobytes each: the fp32 weights and Adam's two moments."""
+    """Returns what all ranks write, but for some kilobytes each: the fp32 weights and Adam's two moments."""
     return 3 * sum(4 * parameter.ds_numel for parameter in engine.module.parameters() if parameter.requires_grad)
 
 
 def _tensor_bytes(state) -> int:
-    """Of all tensors in nested dicts."""
+    """Returns the bytes of all tensors in nested dicts."""
     if isinstance(state, dict):
         return sum(map(_tensor_bytes, state.values()))
     return state.nbytes if isinstance(state, torch.Tensor) else 0
 
 
 def _first(problem: str | None) -> bool:
-    """Whether rank 0 has a problem; all ranks enter."""
+    """Tells every rank whether rank 0 has a problem; all ranks enter."""
     return collectives.from_rank_0(problem is not None)

@@ -41,7 +41,7 @@ class Connection:
         return self.stream.fileno()
 
     def send(self, **message) -> None:
-        """What cannot be sent is lost: the other end is gone or going, which reading from it tells."""
+        """Sends what it can: where the other end is gone or going, which reading from it tells, the rest is lost."""
         with contextlib.suppress(OSError), self._sending:
             self.stream.sendall(json.dumps(message).encode() + b"\n")
 

@@ -1,4 +1,4 @@
-"""All ranks meet before the work begins: the same code and configuration on every node, nobody missing.
+"""Lets all ranks meet before the work begins, with the same code and configuration on every node, nobody missing.
 
 Meeting first tells in seconds what would otherwise show after hours of preparing data. Preparing then takes as long as
 it takes, on each node for itself: `wait_for_all` lets no rank into the first collective before every rank has come, and

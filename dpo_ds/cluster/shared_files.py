@@ -29,7 +29,7 @@ LOCK_TAKEN = (errno.EACCES, errno.EAGAIN)  # POSIX allows both
 
 
 def in_background(call: Callable) -> Future:
-    """Of `call()`, in a thread that keeps no process alive."""
+    """Runs `call()` in a thread that keeps no process alive, and returns its future."""
     future: Future = Future()
 
     def work() -> None:
@@ -91,7 +91,7 @@ class FolderLock:
         self._file = self._path.open("a+", encoding="utf-8")
 
     def take(self, say: Callable[[Iterable[str]], None]) -> None:
-        """All of it, before anything else is done; rank 0 alone.
+        """Takes the whole lock, before anything else is done; rank 0 alone.
 
         Raises:
             ConfigError: another job is at work there.

@@ -26,7 +26,7 @@ SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
 
 
 class StopFlag:
-    """Whether to stop, as told by this process's signals or by `deadline` (seconds since 1970; None: never).
+    """Knows whether to stop, by this process's signals or by `deadline` (seconds since 1970; None: never).
 
     `committing` is to be held while a checkpoint is made visible: no signal interrupts that.
     """

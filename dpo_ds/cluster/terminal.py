@@ -63,7 +63,7 @@ class _Lasting:
             self._failed(error)
 
     def give_up(self) -> None:
-        """What a full disk has not taken goes nowhere."""
+        """Throws away what a full disk has not taken."""
         if self._unwritten:
             self._to_nowhere()
 

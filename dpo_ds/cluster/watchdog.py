@@ -36,7 +36,9 @@ MEETING, PREPARING, WORKING = range(3)
 
 @dataclass
 class Peer:
-    """What is known of a rank. host and said: as it introduced itself; ready: what it found, once it has prepared."""
+    """Holds what is known of a rank. host and said: as it introduced itself; ready: what it found, once it has
+    prepared.
+    """
 
     host: str = "its host"
     said: dict | None = None
@@ -342,7 +344,7 @@ class PeerWatch:
             signals.interrupt(error)
 
     def _in_collective(self) -> bool:
-        """Whether the main thread is inside torch.distributed; on a GPU it may wait elsewhere, for the stream."""
+        """Tells whether the main thread is inside torch.distributed; on a GPU it may wait elsewhere, for the stream."""
         frame = sys._current_frames().get(self._main)
         while frame is not None:
             if "torch/distributed" in frame.f_code.co_filename:

@@ -214,7 +214,8 @@ def _start(command: str, run: config.Section) -> int:
 
 
 def _leave_status(argv: Sequence[str], mistake: str) -> None:
-    """What an earlier run left in STATUS.json must not pass for this one's, also if the keys could not be read.
+    """Replaces what an earlier run left in STATUS.json, lest it pass for this one's, also if the keys could not be
+    read.
 
     Without an earlier run it is written for torchrun's sake, which returns 1 whatever the ranks do.
     """

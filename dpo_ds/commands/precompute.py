@@ -53,7 +53,8 @@ NO_DEEPSPEED = "none"
 
 @dataclass(frozen=True)
 class Work:
-    """What is left to do. engine: DeepSpeed's config, None for a replica a rank. identity: rank 0's, None on others.
+    """Holds what is left to do. engine: DeepSpeed's config, None for a replica a rank. identity: rank 0's, None on
+    others.
 
     keys [rows, 2], lengths [rows, 3] (tokens of prompt, chosen and rejected): of all data sets, row numbers counting
     through. shards: the rows in each new shard.

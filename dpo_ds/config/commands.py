@@ -102,7 +102,7 @@ class PrecomputeConfig(Section):
 
 
 def reference_section(run: TrainConfig | PrecomputeConfig) -> ModelSection:
-    """Where the reference is loaded from; model.revision is of model.path alone."""
+    """Returns the section that the reference is loaded by; model.revision is of model.path alone."""
     if run.reference.path in (None, run.model.path):
         return run.model
     return run.model.model_copy(update={"path": run.reference.path, "revision": None})

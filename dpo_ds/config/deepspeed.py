@@ -24,7 +24,7 @@ SCHEDULE_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineL
 
 @dataclass(frozen=True)
 class Machine:
-    """What "auto" depends on: ranks in the job, device type, and whether it computes bf16."""
+    """Describes what "auto" depends on: ranks in the job, device type, and whether it computes bf16."""
 
     ranks: int
     device: str
@@ -68,7 +68,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 def fill_policy(
     given: dict, path: str, run: TrainSection, machine: Machine, hidden_size: int
 ) -> tuple[dict, list[str]]:
-    """What the policy's engine gets, and lines on what the JSON asks for that happens otherwise.
+    """Returns what the policy's engine gets, and lines on what the JSON asks for that happens otherwise.
 
     Raises:
         ConfigError: a literal contradicts the run config (both named), or asks for what this trainer does not do.
@@ -91,7 +91,7 @@ def fill_policy(
 
 
 def fill_reference(given: dict, path: str, machine: Machine, hidden_size: int) -> tuple[dict, list[str]]:
-    """What the reference's engine gets: partitioned weights and nothing that belongs to training.
+    """Returns what the reference's engine gets: partitioned weights and nothing that belongs to training.
 
     With `optimizer` left in, DeepSpeed would silently build a second full ZeRO-3 optimizer.
     """

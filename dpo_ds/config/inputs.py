@@ -36,7 +36,7 @@ class ModelSection(SampleModelSection):
 
 
 class PromptDataSection(Section):
-    """What of the data section prompts need."""
+    """Lists the keys of the data section that prompts need."""
 
     format: str = Field(
         "auto", description="auto, explicit, implicit, hh, sharegpt, alpaca, orca; sft: completion, messages, text"
@@ -54,7 +54,7 @@ class PromptDataSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _half_for_the_prompt(cls, values):
-        """Where max_length alone is given and the other's default would leave no room."""
+        """Gives the prompt half of max_length where that alone is given and the other's default would leave no room."""
         length = str(values.get("max_length")) if isinstance(values, dict) else ""  # the command line gives text
         if length.isdigit() and 1 < int(length) <= cls.model_fields["max_prompt_length"].default:
             return {"max_prompt_length": int(length) // 2} | values

@@ -66,7 +66,8 @@ def to_plain(config: Section) -> dict:
 
 
 def command_line(command: str, run: Section) -> str:
-    """What a user types for `command` with the settings of `run` that it knows and that are not the defaults."""
+    """Returns what a user types for `command` with the settings of `run` that it knows and that are not the defaults.
+    """
     words = ["dpo-ds", command]
     for key, field in keys(COMMANDS[command]).items():
         value = run

@@ -15,7 +15,7 @@ LossName = Literal[
 
 
 class Default:
-    """What the losses begin with: written here, where `--help` reads it without torch, and taken by losses.py."""
+    """Says what the losses begin with: written here, where `--help` reads it without torch, and taken by losses.py."""
 
     beta = 0.1
     label_smoothing = 0.0

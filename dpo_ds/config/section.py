@@ -1,4 +1,4 @@
-"""What every section of the config is made of, and the checks that several share."""
+"""Makes what every section of the config is made of, and the checks that several share."""
 
 from __future__ import annotations
 

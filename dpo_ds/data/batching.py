@@ -42,7 +42,7 @@ class Lengths:
 
     @classmethod
     def of(cls, data, rows: np.ndarray) -> Lengths:
-        """Of these rows of the tokenised data, which keeps int32: a square of a long pair would overflow."""
+        """Takes these rows of the tokenised data, which keeps int32: a square of a long pair would overflow."""
         columns = (data.prompt_lengths, data.chosen_lengths, data.rejected_lengths)
         return cls(*(column[rows].astype(np.int64) for column in columns))
 

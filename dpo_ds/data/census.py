@@ -1,4 +1,4 @@
-"""What became of the rows: counted while a data set is prepared, saved as data_census.json, shown as a few lines."""
+"""Counts what became of the rows while a data set is prepared; saved as data_census.json, shown as a few lines."""
 
 from __future__ import annotations
 

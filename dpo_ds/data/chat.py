@@ -93,7 +93,7 @@ def render_prompt(tokenizer: Any, prompt: Messages, tools: list | None) -> str:
 
 @contextlib.contextmanager
 def _blamed(tokenizer: Any) -> Iterator[None]:
-    """What the template raises, as BadRow or ModelError."""
+    """Raises what the template raises as BadRow or ModelError."""
     try:
         yield
     except TemplateSyntaxError as error:
@@ -128,7 +128,9 @@ class _Chat:
             return None
 
     def around(self, before: Messages) -> tuple[str | None, str]:
-        """What the template writes up to the text of an assistant turn that follows `before`, and behind that text."""
+        """Returns what the template writes up to the text of an assistant turn that follows `before`, and behind that
+        text.
+        """
         text = self.part([*before, {"role": "assistant", "content": SENTINEL}]) or ""
         head, found, mark = text.partition(SENTINEL)
         return (head, mark) if found else (None, "")

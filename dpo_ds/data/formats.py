@@ -360,7 +360,7 @@ def _whole(row: Row, side: str) -> Messages:
 
 
 def _before_the_answer(turns: Messages) -> Messages:
-    """All up to the last assistant turn."""
+    """Returns all up to the last assistant turn."""
     last = max((i for i, message in enumerate(turns) if message["role"] == "assistant"), default=len(turns))
     return turns[:last]
 

@@ -145,7 +145,7 @@ def _lines(path: Path) -> Iterator[tuple[Location, dict[str, str] | BadRow]]:
 
 
 def _bare_field(row: Row) -> str | None:
-    """Where the prompt of a row without a completion stands."""
+    """Finds where the prompt of a row without a completion stands."""
     there = [field for field in COMPLETED if field in row]
     if there == ["messages"] and isinstance(row.get("messages"), list):
         roles = [message["role"] for message in row.messages("messages")]

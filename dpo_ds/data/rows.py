@@ -89,7 +89,7 @@ class Row:
         return next((name for name in names if self.get(name) is not None), names[0])
 
     def is_text(self, name: str) -> bool:
-        """Of a field that holds text or messages."""
+        """Tells whether a field that holds text or messages holds text."""
         if not isinstance(self[name], str | list):
             raise wrong_type(name, self[name], "text or a list of messages {role, content}")
         return isinstance(self[name], str)

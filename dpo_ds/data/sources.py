@@ -1,4 +1,5 @@
-"""Where rows come from: JSON, JSON lines, Parquet, folders of them, `datasets` folders and the Hugging Face Hub.
+"""Reads rows from where they are: JSON, JSON lines, Parquet, folders of them, `datasets` folders and the Hugging Face
+Hub.
 
 Sources stream (location, row): memory does not grow with the file. A row that cannot be read, in a file that can,
 comes as the BadRow that the caller may raise or skip; a file that cannot be read raises DataError.
@@ -203,7 +204,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _folder(folder: Path, split: str) -> Files:
-    """All data files below `folder`; where names tell splits apart (train-00.parquet, test.jsonl), those of ours.
+    """Returns all data files below `folder`; where names tell splits apart (train-00.parquet), those of ours.
 
     Of what `dpo-ds sample` leaves, completions/ beside pairs/, the pairs.
     """

@@ -133,14 +133,15 @@ class PairTokenizer:
         return np.concatenate([head, prompt[len(prompt) - (self.max_prompt_length - len(head)) :]]), True
 
     def _bos(self, prompt: np.ndarray) -> np.ndarray:
-        """What stays in front of a cut prompt: what the tokenizer adds, or a BOS that the chat template wrote."""
+        """Returns what stays in front of a cut prompt: what the tokenizer adds, or a BOS that the chat template wrote.
+        """
         if self.prefix:
             return prompt[: len(self.prefix)]
         return prompt[:1] if len(prompt) and prompt[0] == self.tokenizer.bos_token_id else prompt[:0]
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """All of the tokenizer that token ids depend on, as text."""
+    """Returns all of the tokenizer that token ids depend on, as text."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     return json.dumps([_clone(tokenizer).to_str(), special, template], sort_keys=True)

@@ -41,7 +41,7 @@ DEMANDS = ("product", "sentiment", "feature", "no repetition")  # the ways in wh
 
 @dataclass(frozen=True)
 class Demand:
-    """What an instruction asks for."""
+    """Holds what an instruction asks for."""
 
     product: str
     sentiment: str

@@ -1,4 +1,4 @@
-"""What the demo shows at its end, read from what `dpo-ds evaluate` wrote."""
+"""Shows how the demo ended, read from what `dpo-ds evaluate` wrote."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ BACKENDS = ("eager", "chunked", "triton")
 
 
 class TokenStatistics(NamedTuple):
-    """What one pass over the vocabulary knows of each token, all [N] and float32; only `logps` carries a gradient.
+    """Holds what one pass over the vocabulary knows of each token, all [N] and float32; only `logps` carries a
+    gradient.
 
     entropy: of the distribution, in nats. hits: 1 where no token has a higher logit than the target. log_sum_p2: log of
     the sum of squared probabilities (the expected probability of a draw; WPO, arXiv 2406.11827).

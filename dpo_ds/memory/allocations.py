@@ -57,7 +57,7 @@ class Memory:
 
     @property
     def allocated(self) -> int:
-        """What torch holds at the peak, as metrics.jsonl's peak_memory_bytes says after a step."""
+        """Returns what torch holds at the peak, as metrics.jsonl's peak_memory_bytes says after a step."""
         return sum(self.state.values()) + sum(self.phases[self.peak_phase].values())
 
     @property
@@ -92,7 +92,7 @@ def expected(
     reference_config=None,
     segments: Sequence[Segment] = (),
 ) -> Memory:
-    """What `run` (of train, sft, reward or precompute) needs on machine.ranks ranks, as many on each of the nodes.
+    """Adds up what `run` (train, sft, reward or precompute) needs on machine.ranks ranks, as many on each of the nodes.
 
     model_config, reference_config: transformers', the latter where it is another model. policy, reference: DeepSpeed's
     configs, filled; None for an engine that the run does not have. segments: of the largest micro-batch; if not given,

@@ -1,4 +1,4 @@
-"""What a forward and backward hold at most, from shapes alone: the model's own code runs on tensors without data.
+"""Traces what a forward and backward hold at most, from shapes alone: the model's own code runs without data.
 
 The passes are those of one rank without DeepSpeed, weights not counted: activations, gradients until they are reduced,
 and what operators need in between. Attention kernels and the head are stand-ins that allocate as the real ones do.

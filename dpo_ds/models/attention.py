@@ -147,7 +147,9 @@ def _canary(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], Tensor]
 
 
 def canary_tolerance(model: PreTrainedModel, outputs: Tensor) -> float:
-    """Of log-probs in nats; small outputs, such as the scores of a new reward head, are judged by their own size."""
+    """Returns the tolerance of log-probs in nats; small outputs, such as the scores of a new reward head, are judged by
+    their own size.
+    """
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return CANARY_TOLERANCE[dtype] * min(1.0, outputs.abs().mean().item())
 

@@ -11,7 +11,7 @@ from dpo_ds.models.packed.segments import segment_table
 
 
 class LogProbModel(nn.Module):
-    """What DeepSpeed's engine wraps: a batch in, the log-probs of its target tokens out.
+    """Takes a batch and gives the log-probs of its target tokens: the module that DeepSpeed's engine wraps.
 
     Only the rows that predict a completion token reach the head, which never forms their [N, V] logits.
     """
@@ -39,7 +39,7 @@ class LogProbModel(nn.Module):
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:  # [rows * length, D]
-    """What the model without its head makes of a batch in either layout."""
+    """Returns what the model without its head makes of a batch in either layout."""
     layout = {} if batch.segments is None else {"segments": segment_table(batch.segments)}
     hidden = model.base_model(
         input_ids=batch.input_ids,

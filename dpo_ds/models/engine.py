@@ -29,7 +29,7 @@ from dpo_ds.models.packed.backends import refused_backends
 
 
 class LoadedModel(Protocol):
-    """What layouts, checks, references and evaluations ask of a model, however its weights are kept.
+    """Offers what layouts, checks, references and evaluations ask of a model, however its weights are kept.
 
     engine: called like the module itself. padded_attention: the implementation that the model came with.
     """
@@ -71,7 +71,7 @@ class Policy:
         return TokenStatistics(*self.engine(batch.to(self.device), with_statistics=True))
 
     def scores(self, batch: Batch) -> Tensor:  # [pairs, 2] float32
-        """Of a RewardModel: chosen's and rejected's."""
+        """Returns chosen's and rejected's scores by a RewardModel."""
         return self.engine(batch.to(self.device)).view(-1, len(PAIR))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:

@@ -24,7 +24,7 @@ READ_BYTES = 1 << 24
 
 
 class Tensor(NamedTuple):
-    """Where one tensor's bytes lie in a safetensors file."""
+    """Places one tensor's bytes in a safetensors file."""
 
     file: Path
     name: str
@@ -102,7 +102,9 @@ def _tensors(file: Path) -> Iterator[Tensor]:
 
 
 def model_id(path: str, config) -> str:
-    """Of a folder: its config, and every weights file's name, size, first and last MiB; of a Hub id: the commit."""
+    """Identifies a folder by its config and every weights file's name, size, first and last MiB, a Hub id by its
+    commit.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"

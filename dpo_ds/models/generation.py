@@ -156,7 +156,7 @@ class Generator:
         return row[: end[0] + 1] if len(end) else row[row >= 0]
 
     def _anyone(self, works: bool) -> bool:
-        """Whether a rank is about to run a forward. All ranks enter."""
+        """Tells whether a rank is about to run a forward. All ranks enter."""
         return collectives.reduce_max(works, self.model.device) > 0
 
     def _dummy_forward(self) -> None:

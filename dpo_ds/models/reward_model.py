@@ -33,7 +33,7 @@ class RewardHead(nn.Linear):
 
 
 class RewardModel(nn.Module):
-    """What DeepSpeed's engine wraps: a batch in either layout in, the score of every completion out.
+    """Takes a batch in either layout and gives the score of every completion: what DeepSpeed's engine wraps.
 
     Raises ModelError for a classifier whose head is not a plain `score` layer of one output.
     """

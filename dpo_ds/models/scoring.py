@@ -50,7 +50,7 @@ class Scorer(Protocol):
         """UserError, one line, for a score that cannot be had or is not finite."""
 
     def identity(self) -> str:
-        """What the scores depend on, as text: another one means other scores."""
+        """Returns what the scores depend on, as text: another one means other scores."""
 
 
 def load_scorer(spec: str, key: str) -> Scorer:

@@ -14,7 +14,7 @@ from dpo_ds.batch import Batch
 
 
 class Reference(Protocol):
-    """Where `PreferenceObjective` has the reference's log-probs from; all ranks enter."""
+    """Gives `PreferenceObjective` the reference's log-probs; all ranks enter."""
 
     def token_logps(self, batch: Batch) -> Tensor: ...  # [N] float32 on the policy's device, without gradient
 
@@ -26,7 +26,7 @@ class Reference(Protocol):
         """Update `step` is made."""
 
     def state(self) -> dict:
-        """What this rank's part of a checkpoint keeps of it."""
+        """Returns what this rank's part of a checkpoint keeps of it."""
         return {}
 
     def load_state(self, states: Sequence[dict]) -> None:

@@ -15,7 +15,7 @@ from dpo_ds.reference import Reference
 
 @dataclass(frozen=True)
 class AdapterReference(Reference):
-    """All ranks enter `token_logps`, before the policy's own forward."""
+    """Switches the policy's adapters off for a forward; all ranks enter `token_logps`, before the policy's own."""
 
     policy: Policy
 

@@ -96,7 +96,7 @@ class Manifest:
 
     @property
     def ids(self) -> list[str]:
-        """Of this cache and of those it has grown from: what they hold, it holds."""
+        """Returns the ids of this cache and of those it has grown from: what they hold, it holds."""
         return [build["id"] for build in self.values["builds"]]
 
     @property
@@ -156,7 +156,7 @@ def is_a_cache(folder: Path) -> bool:
 
 
 def is_finished(path: Path, keys: np.ndarray, head: dict) -> bool:
-    """Whether `path` is the whole shard of these pairs under this head, so that nobody need compute it again."""
+    """Tells whether `path` is the whole shard of these pairs under this head, so that nobody need compute it again."""
     try:
         shard, _ = SHARDS.read(path)
     except DamagedShard:

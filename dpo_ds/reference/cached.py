@@ -33,7 +33,7 @@ SPOT_CHECK_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # mean nats a token 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Where in the cache each pair of each data set of a run is."""
+    """Knows where in the cache each pair of each data set of a run is."""
 
     manifest: Manifest
     store: Store
@@ -66,7 +66,7 @@ class CachedReference(Reference):
 
 
 def identity(run: TrainConfig | PrecomputeConfig, tokenizer) -> dict[str, str]:
-    """What a cache is of: digests of the reference's weights and of the tokenizer, its template left out.
+    """Returns what a cache is of: digests of the reference's weights and of the tokenizer, its template left out.
 
     A template, like a cut, changes token ids and thereby the pairs' keys.
     """
@@ -131,7 +131,7 @@ def find_rows(run: TrainConfig, manifest: Manifest, datasets: Sequence[PairDatas
 
 
 def kernels(model, layout: str) -> dict[str, str]:
-    """What the last digits of a model's log-probs depend on besides its weights."""
+    """Returns what the last digits of a model's log-probs depend on besides its weights."""
     settings = model.causal_lm.config.get_text_config()
     dtype = next(model.causal_lm.parameters()).dtype
     attention = settings._attn_implementation

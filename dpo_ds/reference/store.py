@@ -31,7 +31,7 @@ class Store:
         self._values = np.memmap(folder / VALUES, dtype=np.float32, mode="r")
 
     def logps(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of every token of chosen and of rejected, float32, as views."""
+        """Returns the log-probs of every token of chosen and of rejected, float32, as views."""
         start, length, other_start, other_length = self._places[row]
         return self._values[start : start + length], self._values[other_start : other_start + other_length]
 

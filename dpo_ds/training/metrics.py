@@ -1,4 +1,4 @@
-"""What is logged, defined once: sums over this rank's pairs, then one reduction over ranks, then means over the
+"""Defines what is logged, once: sums over this rank's pairs, then one reduction over ranks, then means over the
 global batch.
 """
 

@@ -186,6 +186,7 @@ def last_step(output_dir: Path) -> int:
 
 
 def last_metrics_of(output_dir: Path, names: Sequence[str]) -> dict:
-    """What metrics.jsonl says of the last step and its evaluation: the run may have had no step left to take."""
+    """Returns what metrics.jsonl says of the last step and its evaluation: the run may have had no step left to take.
+    """
     lines = read_metrics(output_dir / METRICS)[-2:]
     return {name: line[name] for line in lines for name in line if name.removeprefix("eval_") in names}

@@ -1,4 +1,4 @@
-"""What `train` minimises: a preference loss of the policy's log-probs against the reference's."""
+"""Minimises a preference loss of the policy's log-probs against the reference's: `dpo-ds train`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Share:
     rejected: Tensor
 
     def surrogate(self, policy: PairLogps) -> Tensor:
-        """What has the loss's gradient: linear in the log-probs."""
+        """Returns a sum that has the loss's gradient: linear in the log-probs."""
         return self.chosen * policy.chosen + self.rejected * policy.rejected
 
 
@@ -91,7 +91,7 @@ class PreferenceObjective(Objective):
             self.reference.load_state([state["reference"] for state in states])
 
     def _sums(self, policy_N: Tensor, reference_N: Tensor | None, batch: Batch) -> tuple[PairLogps, PairLogps | None]:
-        """What the loss looks at: sums with LD's discount, where it is on, of both models alike."""
+        """Returns what the loss looks at: sums with LD's discount, where it is on, of both models alike."""
         reference = None if reference_N is None else self.shaping.pair_logps(reference_N, batch)
         return self.shaping.pair_logps(policy_N, batch), reference
 

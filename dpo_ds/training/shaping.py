@@ -1,4 +1,4 @@
-"""What composes with any preference loss: LD's discount, f-divergence scores, WPO's weights, an SFT term.
+"""Composes with any preference loss: LD's discount, f-divergence scores, WPO's weights, an SFT term.
 
 None is on by default, and then none costs anything.
 """
@@ -50,7 +50,7 @@ class Shaping:
         return batch.pair_logps(torch.where(beyond, self.ld_alpha * logps_N, logps_N))
 
     def scores(self, policy: PairLogps, reference: PairLogps | None) -> tuple[PairLogps, PairLogps | None]:
-        """What a loss of differences takes in place of the log-probs: f'(π/π_ref) of the divergence against zeros.
+        """Returns what a loss of differences takes in place of log-probs: f'(π/π_ref) of the divergence against zeros.
 
         With x = log π - log π_ref (arXiv 2309.16240, table 1): forward KL 1 - e^-x, Jensen-Shannon log 2 + log σ(x), α
         (e^((α-1) x) - 1) / (α - 1).

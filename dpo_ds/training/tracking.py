@@ -1,4 +1,4 @@
-"""What the user sees of a run, on rank 0: metrics.jsonl, TensorBoard, the progress bar, STATUS.json."""
+"""Shows a run to its user, on rank 0: metrics.jsonl, TensorBoard, the progress bar, lines worth telling."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an ev
 
 
 class Objective(Protocol):
-    """What is minimised: sums over a micro-batch, to be divided by the global batch's weight."""
+    """Gives what is minimised: sums over a micro-batch, to be divided by the global batch's weight."""
 
     sides: tuple[str, ...]
     names: tuple[str, ...]  # of the sums, "loss" first
@@ -41,13 +41,13 @@ class Objective(Protocol):
         """Sees this rank's share of a global batch before its micro-batches come one by one. All ranks enter."""
 
     def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What to differentiate, and float64 sums of `names`."""
+        """Returns what to differentiate, and float64 sums of `names`."""
 
     def after_step(self, step: int, means: dict[str, float]) -> None:
         """Update `step` is made; means of `names` over its global batch. All ranks enter."""
 
     def state(self) -> dict:
-        """What this rank's part of a checkpoint keeps of it."""
+        """Returns what this rank's part of a checkpoint keeps of it."""
         return {}
 
     def load_state(self, states: Sequence[dict]) -> None:
@@ -58,7 +58,7 @@ class Objective(Protocol):
         return []
 
     def for_evaluation(self) -> Objective:
-        """What an evaluation measures."""
+        """Returns what an evaluation measures."""
         return self
 
 

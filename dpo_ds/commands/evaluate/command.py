@@ -46,7 +46,7 @@ STREAMS = {REFERENCE: 1 << 64, BASELINE: 2 << 64}
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be measured, checked: everything but the models.
+    """Holds what is to be measured, checked: everything but the models.
 
     engine: DeepSpeed's config, None for a replica a rank. theirs: each prompt's completions in the baseline's file.
     """
@@ -198,7 +198,7 @@ def _ask(
 
 
 def _logps_of(drawn: Measured, loaded, work: Work, layout: Layout) -> np.ndarray:  # [prompts, n]
-    """Of the tokens as they were drawn, whatever their text would be tokenised into."""
+    """Sums log-probs of the tokens as they were drawn, whatever their text would be tokenised into."""
     n = work.run.evaluate.n
     prompts = [prompt.ids for prompt in work.prompts for _ in range(n)]
     completions = [completion.ids for row in drawn.completions for completion in row]
@@ -258,7 +258,7 @@ def _dealt(theirs: Sequence[Sequence[str]], n: int) -> list[list[str]]:
 
 
 def _notes(run: EvaluateConfig) -> list[str]:
-    """What makes a number other than it seems; on the terminal and in the report."""
+    """Tells what makes a number other than it seems; on the terminal and in the report."""
     wanted, notes = run.evaluate, []
     if wanted.n == 0:
         return notes

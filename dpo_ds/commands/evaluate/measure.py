@@ -1,4 +1,4 @@
-"""What a model says about pairs and prompts, by all ranks together: completions, log-probs, scores.
+"""Asks a model about pairs and prompts, by all ranks together: completions, log-probs, scores.
 
 Every function returns the whole on every rank, in the order of the data, and what a rank computes depends on the data
 alone: another number of ranks changes who computes what.

@@ -1,4 +1,4 @@
-"""What was measured, and what is made of it on rank 0: evaluation.json, completions.parquet and the report."""
+"""Holds what was measured, and makes evaluation.json, completions.parquet and the report of it on rank 0."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN = 8  # prompts in the report's table of completions
 
 @dataclass
 class Measured:
-    """Of one model, filled in one by one; None: not asked for.
+    """Holds what was measured of one model, filled in one by one; None: not asked for.
 
     pair_logps, pair_reference [pairs, 2]: chosen and rejected. completions, texts: [prompts][n]. logps,
     reference_logps, scores, preferred [prompts, n]; in_orders [prompts, n, 2]: a judge's preference where ours came
@@ -61,7 +61,7 @@ class Measured:
 
 @dataclass
 class Outcome:
-    """All models of a run. The rival is what win rates are against: the baseline, else the reference.
+    """Holds all models of a run. The rival is what win rates are against: the baseline, else the reference.
 
     pair_prompts [pairs]: numbers, the same for pairs of one prompt.
     """
@@ -145,7 +145,7 @@ class Outcome:
         return folder / "report" / "report.html"
 
     def evaluation(self, ranks: int, seconds: float) -> dict:
-        """What evaluation.json holds."""
+        """Returns what evaluation.json holds."""
         counts = [f"{len(self.prompts):,} prompts x {self.run.evaluate.n} completions"] if self.prompts else []
         if self.policies[0].pair_logps is not None:
             counts.insert(0, f"{len(self.policies[0].pair_logps):,} pairs")

@@ -44,7 +44,8 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What the checks found. engine: DeepSpeed's config, None for a replica a rank; folder: rank 0's, else None."""
+    """Holds what the checks found. engine: DeepSpeed's config, None for a replica a rank; folder: rank 0's, else None.
+    """
 
     engine: dict | None
     precision: dict
@@ -153,7 +154,7 @@ def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> 
 
 
 def _left(folder: Folder) -> tuple[bool, list[int]]:
-    """Whether the folder is complete, and the shards that are missing."""
+    """Tells whether the folder is complete, and the shards that are missing."""
     complete = folder.is_complete()
     return complete, [] if complete else folder.unfinished()
 
@@ -178,7 +179,7 @@ def _scores(scorer: Scorer | None, prompts: list[Prompt], drawn: list[list[Compl
 
 
 def _summary(folder: Folder, manifest: dict, was_complete: bool, has_scores: bool) -> list[str]:
-    """What is there, what is not in the pairs and why, and where to go on.
+    """Words what is there, what is not in the pairs and why, and where to go on.
 
     Raises:
         UserError: scores were asked for and no pair is left.

@@ -1,4 +1,4 @@
-"""What `dpo-ds sample` leaves in a folder, as Parquet, and MANIFEST.json, written last, with every file's SHA-256.
+"""Writes what `dpo-ds sample` leaves in a folder: Parquet, and MANIFEST.json, last, with every file's SHA-256.
 
     completions/shard-000000.parquet   a row a completion: prompt, completion, score, ... (COMPLETIONS)
     pairs/shard-000000.parquet         a row a pair, in the explicit format that train takes (PAIRS)
@@ -130,7 +130,7 @@ class Folder:
             raise ConfigError(f"{self.completions}: rank 0 made it, {socket.gethostname()} does not see it; {SHARED}")
 
     def is_complete(self) -> bool:
-        """Whether every file is what the manifest says."""
+        """Tells whether every file is what the manifest says."""
         try:
             manifest = self.manifest()
         except (FileNotFoundError, Damaged):  # the shards are there: the manifest is made anew of them

@@ -96,7 +96,7 @@ def refused_backends() -> list[str]:
 def _trial(
     kernel: str, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, rule: ScoreRule
 ) -> str | None:
-    """What is wrong with a kernel, or None."""
+    """Tells what is wrong with a kernel, or None."""
     table = _trial_table()
     generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():

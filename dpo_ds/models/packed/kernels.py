@@ -237,7 +237,7 @@ def import_package(kernel: str):
 
 
 def is_installed(kernel: str) -> bool:
-    """Whether the kernel's package can be imported.
+    """Tells whether the kernel's package can be imported.
 
     Raises:
         ImportError, OSError, RuntimeError, AttributeError: it is there and its import fails.

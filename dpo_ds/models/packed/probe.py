@@ -1,4 +1,4 @@
-"""What a model asks of packed attention, noted while somebody looks."""
+"""Notes what a model asks of packed attention while somebody looks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class UnsupportedAttention(RuntimeError):
 
 @dataclass
 class AttentionProbe:
-    """What a model asked of packed attention while `probe_attention` was open.
+    """Records what a model asked of packed attention while `probe_attention` was open.
 
     backends: one name per call. refusals: what it asked for in vain. masked, windowed: the local spans its masks were
     meant to have (transformers' `local_size`) and those it handed to attention itself.

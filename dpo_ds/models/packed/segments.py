@@ -29,7 +29,8 @@ MERGED_PROMPT, MERGED_RATIO = 512, 4
 
 
 def is_merged(segment: Segment) -> bool:
-    """Whether a pair's rejected sees the prompt by a second call (True) or by copied keys; by its lengths alone."""
+    """Tells whether a pair's rejected sees the prompt by a second call (True) or by copied keys; by its lengths alone.
+    """
     return segment.prompt >= max(MERGED_PROMPT, MERGED_RATIO * segment.rejected)
 
 
