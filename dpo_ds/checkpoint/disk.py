@@ -59,7 +59,7 @@ class HashingFile:
         if self._file is not None:
             if self.error is None:
                 self._attempt(os.fsync, self._file.fileno())
-                self._attempt(self._let_go, self.size)
+                self._attempt(self._drop_from_cache, self.size)
             self._attempt(self._file.close)
         return Written(self.size, self._digest.hexdigest())
 
@@ -71,9 +71,9 @@ class HashingFile:
         while part:
             part = part[self._file.write(part) :]  # an unbuffered write may stop short
         if end - self._sent >= CHUNK:
-            self._let_go(end)
+            self._drop_from_cache(end)
 
-    def _let_go(self, end: int) -> None:
+    def _drop_from_cache(self, end: int) -> None:
         """Lets go of the page cache: Linux starts writing such pages at once, so that little is left to wait for in
         close.
         """

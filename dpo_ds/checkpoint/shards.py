@@ -29,7 +29,7 @@ HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 @dataclass(frozen=True)
-class Place:
+class Slices:
     """Places a parameter's slices: its sub-group, and offset and length of every rank's slice in the flat tensor."""
 
     shape: torch.Size
@@ -47,14 +47,14 @@ class Shards:
         self._optimizers: dict[int, dict] = {}
 
     @cached_property
-    def places(self) -> dict[str, Place]:
-        """Returns the place of every trained parameter by its name in the engine's module."""
+    def slices(self) -> dict[str, Slices]:
+        """Returns where the slices lie of every trained parameter by its name in the engine's module."""
         found = {}
         for group, shapes in enumerate(self._open("model", 0)["param_shapes"]):
             offset = 0
             for name, shape in shapes.items():
                 length = math.ceil(math.prod(shape) / self.ranks)
-                found[name] = Place(torch.Size(shape), group, offset, length)
+                found[name] = Slices(torch.Size(shape), group, offset, length)
                 offset += length
             assert offset == len(self._flat(0, "weight", group)), f"sub-group {group} is laid out otherwise"
         return found
@@ -78,21 +78,21 @@ class Shards:
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Iterator[Tensor]:
         """Elements start..stop of the flattened parameter (or moment), in pieces; fp32, mapped from the files."""
-        place = self.places[name]
+        slices = self.slices[name]
         while start < stop:
-            rank, within = divmod(start, place.length)
-            count = min(stop - start, place.length - within)
-            yield self._flat(rank, kind, place.group).narrow(0, place.offset + within, count)
+            rank, within = divmod(start, slices.length)
+            count = min(stop - start, slices.length - within)
+            yield self._flat(rank, kind, slices.group).narrow(0, slices.offset + within, count)
             start += count
 
     def whole(self, name: str, dtype: torch.dtype) -> Tensor:
         """The parameter in memory, rounded from fp32."""
-        flat = torch.empty(math.prod(self.places[name].shape), dtype=dtype)
+        flat = torch.empty(math.prod(self.slices[name].shape), dtype=dtype)
         start = 0
         for piece in self.read(name, "weight", 0, len(flat)):
             flat[start : start + len(piece)].copy_(piece)
             start += len(piece)
-        return flat.view(self.places[name].shape)
+        return flat.view(self.slices[name].shape)
 
     def buffer(self, name: str) -> Tensor:
         return self._open("model", 0)["module"][name]
@@ -202,7 +202,7 @@ def set_random_state(state: dict) -> None:
 
 
 def _check_names(shapes: dict[str, torch.Size], shards: Shards) -> None:
-    saved = {name: place.shape for name, place in shards.places.items()}
+    saved = {name: slices.shape for name, slices in shards.slices.items()}
     for name in sorted(shapes.keys() | saved.keys()):
         if shapes.get(name) != saved.get(name):
             now, before = (tuple(found[name]) if name in found else "no such parameter" for found in (shapes, saved))

@@ -43,6 +43,7 @@ COMMANDS = {
     "sample": Command("completions of prompts, scored and ranked into pairs", "sample.command:start"),
     "precompute": Command("the reference's log-probs, stored for reference.kind cached", "precompute:start"),
 }
+VERIFY, VERIFY_START = "precompute --verify", "precompute:start_verify"
 LONGEST_KIND = 48  # characters of a key's type behind its flag; a longer one is told below
 
 
@@ -115,9 +116,9 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
     overrides = vars(given)
     yaml_path, print_config = overrides.pop("config"), overrides.pop("print_config")
     if "verify" in overrides:
-        return command, config.VerifyConfig(verify=overrides["verify"]), [], False
+        return VERIFY, config.VerifyConfig(verify=overrides["verify"]), [], False
     run, notes = config.load(command, yaml_path, overrides)
-    if isinstance(run, config.TrainConfig):
+    if command == "train":
         from dpo_ds.losses import with_reference_of_loss
 
         run = with_reference_of_loss(run)
@@ -208,9 +209,9 @@ def _meet(launch: Launch):
 
 def _start(command: str, run: config.Section) -> int:
     """Starts the work of a command; its module, which brings torch in, is imported here, after parsing."""
-    module, function = COMMANDS[command].start.split(":")
+    module, function = (VERIFY_START if command == VERIFY else COMMANDS[command].start).split(":")
     start = getattr(importlib.import_module(f"dpo_ds.commands.{module}"), function)
-    return start(command, run) if isinstance(run, config.SftConfig) else start(run)
+    return start(run)
 
 
 def _leave_status(argv: Sequence[str], mistake: str) -> None:

@@ -86,11 +86,11 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
 def write_weights(folder: Path, shards: Shards, causal_lm, dtype: torch.dtype, shard_bytes: int) -> None:
     """The checkpoint's weights in `dtype`, rounded from fp32; buffers as they are. `causal_lm` gives names alone."""
     names = {name: f"{ENGINE_PREFIX}{name}" for name, _ in causal_lm.named_parameters()}
-    missing = sorted(name for name, saved in names.items() if saved not in shards.places)
+    missing = sorted(name for name, saved in names.items() if saved not in shards.slices)
     if missing:
         raise ConfigError(f"{shards.checkpoint.path}: holds no {missing[0]}, which {type(causal_lm).__name__} has")
     buffers = {name: shards.buffer(f"{ENGINE_PREFIX}{name}") for name in persistent_buffers(causal_lm)}
-    sizes = {name: math.prod(shards.places[saved].shape) * dtype.itemsize for name, saved in names.items()}
+    sizes = {name: math.prod(shards.slices[saved].shape) * dtype.itemsize for name, saved in names.items()}
     sizes |= {name: buffer.nbytes for name, buffer in buffers.items()}
 
     def read(name: str) -> torch.Tensor:
@@ -107,7 +107,7 @@ def write_merged(
     """
     with contextlib.ExitStack() as files:
         own, tensors = _own_weights(Path(section.path), files), dict(causal_lm.named_parameters())
-        trained = {name.removeprefix(ENGINE_PREFIX) for name in shards.places}
+        trained = {name.removeprefix(ENGINE_PREFIX) for name in shards.slices}
         if missing := sorted(tensors.keys() - own.keys() - trained):
             raise ConfigError(
                 f"--merge: {section.path} has no safetensors weight named {missing[0]}; merge the adapters with peft"

@@ -17,8 +17,8 @@ import torch
 
 from dpo_ds.batch import PAIR, PreferencePair
 from dpo_ds.checkpoint.manifest import versions
-from dpo_ds.cluster import collectives, launch
-from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster import collectives
+from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, leftovers, make_writable, refuse_foreign
 from dpo_ds.commands.preflight import check_fit, check_reference_model, prepare_data
@@ -85,40 +85,43 @@ class Work:
         return replace(pair, **everything)
 
 
-def start(run: PrecomputeConfig | VerifyConfig) -> int:
+def start_verify(run: VerifyConfig) -> int:
+    """Runs `dpo-ds precompute --verify` on rank 0; returns the exit code."""
+    if from_environment().is_first:
+        verify(Path(run.verify))
+    return 0
+
+
+def start(run: PrecomputeConfig) -> int:
     """Runs the command on this rank; returns its exit code."""
-    place = launch.from_environment()
-    if isinstance(run, VerifyConfig):
-        if place.is_first:
-            verify(Path(run.verify))
-        return 0
+    launch = from_environment()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    work = prepare(run, place)
+    work = prepare(run, launch)
     if not work.shards:
-        speaker(place)([f"{run.reference.cache}: complete, {work.manifest.values['rows']} pairs; nothing to compute"])
+        speaker(launch)([f"{run.reference.cache}: complete, {work.manifest.values['rows']} pairs; nothing to compute"])
         work.lock.close()
         return 0
-    with process_group(place) as device:
-        fill(run, work, place, device)
+    with process_group(launch) as device:
+        fill(run, work, launch, device)
     work.lock.close()
     return 0
 
 
-def prepare(run: PrecomputeConfig, place: Launch) -> Work:
+def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
     """Checks, data and what the cache lacks of it.
 
     Raises:
         UserError: the first mistake found.
     """
     refuse_random_weights(run)
-    torch.set_num_threads(place.threads)
+    torch.set_num_threads(launch.threads)
     folder = Path(run.reference.cache)
-    if place.is_first:
+    if launch.is_first:
         refuse_foreign(folder, "reference.cache", is_a_cache)
     make_writable(folder, "reference.cache")
-    lock = FolderLock(folder, place.rank, "reference.cache")
-    if place.is_first:
-        lock.take(speaker(place))
+    lock = FolderLock(folder, launch.rank, "reference.cache")
+    if launch.is_first:
+        lock.take(speaker(launch))
     policy_config = check_model(run.model, run.model.path)
     text_config = check_reference_model(run, policy_config.get_text_config())
     tokenizer = load_tokenizer(run.model, policy_config, run.model.path)
@@ -126,20 +129,20 @@ def prepare(run: PrecomputeConfig, place: Launch) -> Work:
     if source != NO_DEEPSPEED:
         key = "deepspeed.reference_config" if run.deepspeed.reference_config else "deepspeed.config"
         given = ds_config.read(source, key)
-        filled, notes = ds_config.fill_reference(given, source, this_machine(place), text_config.hidden_size)
-        speaker(place)(notes)
+        filled, notes = ds_config.fill_reference(given, source, this_machine(launch), text_config.hidden_size)
+        speaker(launch)(notes)
     manifest, of_model = read_manifest(folder), None
-    if place.is_first:
+    if launch.is_first:
         of_model = identity(run, tokenizer)
         heads = [head_of(path) for path in shard_files(folder)] if manifest is None else []
         for found in filter(None, heads if manifest is None else [manifest.values]):
             check_identity(run, found, of_model)
         if manifest is not None:
             check_shards(manifest)
-    prepared = prepare_data(run.data, tokenizer, PAIR, place)
-    check_fit(prepared, text_config, speaker(place))
+    prepared = prepare_data(run.data, tokenizer, PAIR, launch)
+    check_fit(prepared, text_config, speaker(launch))
     datasets = list(prepared.values())
-    keys = np.concatenate([data_keys(data, build=place.is_first_on_node) for data in datasets])
+    keys = np.concatenate([data_keys(data, build=launch.is_first_on_node) for data in datasets])
     new = missing_rows(keys, manifest)
     size = run.precompute.shard_rows
     shards = [new[begin : begin + size] for begin in range(0, len(new), size)]
@@ -161,13 +164,13 @@ def missing_rows(keys: np.ndarray, manifest: Manifest | None) -> np.ndarray:
     return rows[KeyIndex(there[sort_keys(there)].T).find(keys[rows]) < 0]
 
 
-def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device) -> None:
+def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device) -> None:
     """Model, shards, manifest; all ranks together, or, as replicas, each on its own from the first shard on."""
     from dpo_ds.cluster.collectives import from_rank_0
     from dpo_ds.cluster.process_group import leave
     from dpo_ds.models.engine import layout_notes, load_frozen, settle_layout
 
-    say = speaker(place)
+    say = speaker(launch)
     model = load_frozen(reference_section(run), work.engine, device)
     layout_name, refusal = settle_layout(run.precompute.layout, [model])
     say(layout_notes("precompute.layout", refusal))
@@ -180,22 +183,22 @@ def fill(run: PrecomputeConfig, work: Work, place: Launch, device: torch.device)
     settings["versions"] = {name: used[name] for name in ("dpo_ds", "torch", "transformers")}
     head = {"format": FORMAT, "weights": of_model["weights"], "tokenizer": of_model["tokenizer"], **settings}
     torch.set_num_threads(threads)
-    if device.type == "cpu" and place.threads > threads:
-        more = f"start more ranks, or give it --precompute.threads {place.threads}"
-        say([f"a rank computes on {threads} of its {place.threads} cores; {more}"])
-    todo = from_rank_0(_unfinished(work, folder, head) if place.is_first else None)
+    if device.type == "cpu" and launch.threads > threads:
+        more = f"start more ranks, or give it --precompute.threads {launch.threads}"
+        say([f"a rank computes on {threads} of its {launch.threads} cores; {more}"])
+    todo = from_rank_0(_unfinished(work, folder, head) if launch.is_first else None)
     done = len(work.shards) - len(todo)
     say([f"{done} of {len(work.shards)} shards are there already"] if done else [])
 
     if work.engine is None:
         leave()  # from here on no rank waits for another
-        todo = todo[place.rank :: place.world_size]
-    rank, ranks = (0, 1) if work.engine is None else (place.rank, place.world_size)
-    compute_shards(model, work, todo, layout, folder, head, rank, ranks, place.is_first)
+        todo = todo[launch.rank :: launch.world_size]
+    rank, ranks = (0, 1) if work.engine is None else (launch.rank, launch.world_size)
+    compute_shards(model, work, todo, layout, folder, head, rank, ranks, launch.is_first)
     if work.engine is not None:
         collectives.barrier()
     paths = [work.path(folder, shard) for shard in range(len(work.shards))]
-    if place.is_first if work.engine else all(path.exists() for path in paths):  # of replicas, whoever ends last
+    if launch.is_first if work.engine else all(path.exists() for path in paths):  # of replicas, whoever ends last
         build = {**settings, "shard_rows": run.precompute.shard_rows, "shards": [{"file": path.name} for path in paths]}
         before = [] if work.manifest is None else work.manifest.values["builds"]
         manifest = write_manifest(folder, of_model, [*before, build])
@@ -244,12 +247,12 @@ def micro_batches(lengths: np.ndarray, layout: Layout) -> list[np.ndarray]:
     tokens = lengths.sum(1)
     rows = 2 * (lengths[:, 0] + lengths[:, 1:].max(1))  # padded: two rows a pair, as wide as the batch's longest
     starts, used, widest = [0], 0, 0
-    for place in range(len(lengths)):
-        used, widest = used + tokens[place], max(widest, rows[place])
-        size = used if layout.name == "packed" else widest * (place + 1 - starts[-1])
-        if size > layout.budget and place > starts[-1]:
-            starts.append(place)
-            used, widest = tokens[place], rows[place]
+    for index in range(len(lengths)):
+        used, widest = used + tokens[index], max(widest, rows[index])
+        size = used if layout.name == "packed" else widest * (index + 1 - starts[-1])
+        if size > layout.budget and index > starts[-1]:
+            starts.append(index)
+            used, widest = tokens[index], rows[index]
     return np.split(np.arange(len(lengths)), starts[1:])
 
 

@@ -16,15 +16,15 @@ from dpo_ds.cluster.process_group import process_group, speaker
 from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.commands import preflight
-from dpo_ds.config import Section, to_plain
+from dpo_ds.config import SftConfig, to_plain
 from dpo_ds.errors import TrainingError
 from dpo_ds.training.output_dir import keeping_status, last_metrics_of, set_aside, watched, write_config
 from dpo_ds.training.tasks import Prepared, Supervised, task_of
 from dpo_ds.training.tracking import Tracker
 
 
-def start(command: str, run: Section) -> int:
-    """Runs `command` on this rank; returns its exit code.
+def start(run: SftConfig) -> int:
+    """Runs `sft`, `reward` or `train` on this rank; returns its exit code.
 
     Raises:
         UserError: on every rank, for the caller to print on rank 0.
@@ -39,12 +39,12 @@ def start(command: str, run: Section) -> int:
         with process_group(launch) as device:
             lock.share(collectives.barrier)
             with watched(output_dir, launch, stop) as peers:
-                train(command, task, prepared, launch, output_dir, device, stop, peers)
+                train(task, prepared, launch, output_dir, device, stop, peers)
     return 0
 
 
 def train(
-    command: str, task: Supervised, prepared: Prepared, launch: Launch, output_dir: Path, device, stop: StopFlag,
+    task: Supervised, prepared: Prepared, launch: Launch, output_dir: Path, device, stop: StopFlag,
     peers: PeerWatch | Silent,
 ) -> None:  # fmt: skip
     """Brings models into engines, runs the loop and exports the model; all ranks together."""
@@ -101,7 +101,7 @@ def train(
         raise
     say(task.finish(trainer, prepared))
     metrics = last_metrics_of(output_dir, objective.names) | trainer.last_metrics
-    card = export.model_card(command, to_plain(run), metrics, used)
+    card = export.model_card(run.command, to_plain(run), metrics, used)
     getting_on = partial(peers.progress, trainer.total_steps)
     export.export(
         policy.causal_lm, prepared.tokenizer, output_dir / "final", card, task.merges_adapters, getting_on

@@ -27,6 +27,7 @@ from dpo_ds.config.train import PrecomputeSection, RewardSection, TrainSection
 class SftConfig(Section):
     """Supervised fine-tuning on chosen completions: from a pre-trained model to the reference policy."""
 
+    command: ClassVar[str] = "sft"
     sides: ClassVar[tuple[str, ...]] = ("chosen",)  # of a pair, that go through the model
     is_classifier: ClassVar[bool] = False
     trains: ClassVar[bool] = True
@@ -42,6 +43,7 @@ class SftConfig(Section):
 class RewardConfig(SftConfig):
     """A Bradley-Terry reward model on pairs: a score for every completion, normalised to mean zero."""
 
+    command: ClassVar[str] = "reward"
     sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     is_classifier: ClassVar[bool] = True
 
@@ -51,6 +53,7 @@ class RewardConfig(SftConfig):
 class TrainConfig(SftConfig):
     """Preference optimisation of a policy on pairs, against a frozen reference."""
 
+    command: ClassVar[str] = "train"
     sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
 
     loss: LossSection = LossSection()

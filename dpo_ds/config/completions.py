@@ -118,8 +118,8 @@ class EvaluateSection(GenerationSection):
     @model_validator(mode="after")
     def _parts_fit(self):
         names = [policy.name for policy in self.policies]
-        for place, name in enumerate(names):
-            if name in (*names[:place], *ROWS):
+        for index, name in enumerate(names):
+            if name in (*names[:index], *ROWS):
                 raise ValueError(f"evaluate.policy: {name!r} names two models; give names: {{path: ..., name: ...}}")
         if self.min_new_tokens > self.max_new_tokens:
             limits = f"{self.min_new_tokens} is above evaluate.max_new_tokens {self.max_new_tokens}"

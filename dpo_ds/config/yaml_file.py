@@ -50,9 +50,9 @@ def read_mapping(path: Path, key: str) -> dict:
         raise ConfigError(f"--{key} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "unreadable"
-        raise ConfigError(f"--{key} {path}{place}: not usable YAML ({problem})") from None
+        raise ConfigError(f"--{key} {path}{position}: not usable YAML ({problem})") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"--{key} {path}: holds a {type(values).__name__}, expected sections such as 'model:'")

@@ -159,11 +159,11 @@ def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: d
     if offload == "none":
         memory.state |= state | {"gradient shards": accumulation * own}
     else:
-        place = memory.host if offload == "cpu" else memory.disk
+        where = memory.host if offload == "cpu" else memory.disk
         pinned = _pinned if zero["offload_optimizer"].get("pin_memory", True) else int
         swapped = {"their gradients": sum(pinned(4 * size) for size in subgroups)}
         for name, size in (state | swapped).items():
-            place[f"{name}"] = size * per_node
+            where[f"{name}"] = size * per_node
         memory.host["gradient shards"] = pinned(accumulation * own) * per_node
         if offload == "nvme":
             count = (NVME_OPTIMIZER | zero["offload_optimizer"])["buffer_count"]

@@ -165,7 +165,7 @@ def load_frozen(section: ModelSection, ds_config: dict | None, device: torch.dev
     return Replica(LogProbModel(load_causal_lm(section, {"bf16": {"enabled": bf16}})), device)
 
 
-def let_go(model: FrozenModel | Replica) -> None:
+def free(model: FrozenModel | Replica) -> None:
     """Frees the memory of a model that nobody needs any more.
 
     Dropping the last reference is not enough: an lru_cache in DeepSpeed 0.19.8 (on

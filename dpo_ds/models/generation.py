@@ -71,7 +71,7 @@ class Generator:
         return [as_completions(self.tokenizer, self.stops, *pair) for pair in zip(prompts, own, strict=True)]
 
     def _all_batches(self, prompts: Sequence[np.ndarray], n: int, first_row: int) -> dict[tuple[int, int], np.ndarray]:
-        """Token ids of each completion by (place in prompts, which of the n)."""
+        """Token ids of each completion by (index in prompts, which of the n)."""
         uniforms = [self._uniforms(first_row + row, n) for row in range(len(prompts))]
         order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))  # like lengths share a batch
         places = [(row, i) for row in order for i in range(n)]
@@ -229,17 +229,17 @@ def inverse_cdf(probs_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """weights [B, W], share [B] in [0, 1): the place at which the cumulative weight passes that share of the total, the
+    """weights [B, W], share [B] in [0, 1): the index at which the cumulative weight passes that share of the total, the
     share of the weight there that is passed, and the total."""
     cumulative = weights.cumsum(1, dtype=torch.float64)
     total = cumulative[:, -1]
     wanted = share * total
-    place = torch.searchsorted(cumulative, wanted[:, None], right=True)
-    place = place.clamp(max=weights.shape[1] - 1)
-    own = weights.gather(1, place).double()
-    before = cumulative.gather(1, place) - own
+    index = torch.searchsorted(cumulative, wanted[:, None], right=True)
+    index = index.clamp(max=weights.shape[1] - 1)
+    own = weights.gather(1, index).double()
+    before = cumulative.gather(1, index) - own
     within = ((wanted[:, None] - before) / own).clamp(0, ALMOST_ONE)
-    return place[:, 0], within[:, 0], total
+    return index[:, 0], within[:, 0], total
 
 
 def in_rounds(items: Sequence[Item], rank: int, ranks: int) -> Iterator[Item | None]:

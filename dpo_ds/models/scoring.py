@@ -67,7 +67,7 @@ def load_scorer(spec: str, key: str) -> Scorer:
     named = FUNCTION.fullmatch(spec)
     if named:
         return FunctionScorer(spec, load_function(*named.groups(), f"--{key} {spec}"))
-    return RewardModel(spec, key)
+    return ScoringModel(spec, key)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class FunctionScorer:
         return f"{what} (on {len(completions)} rows together, on none alone)"
 
 
-class RewardModel:
+class ScoringModel:
     """A classifier of one label over prompt, completion and EOS, read at the last token; scores are float32.
 
     The text is tokenised as for training. Of one that is longer than the model has positions for, a line says so, and

@@ -123,7 +123,7 @@ class KeyIndex:
         self.first, self.second = columns
 
     def find(self, keys: np.ndarray) -> np.ndarray:  # [len(keys)] int64
-        """The place of each key among the columns, -1 where it is missing."""
+        """Returns the index of each key among the columns, -1 where it is missing."""
         places = np.searchsorted(self.first, keys[:, 0])
         found = np.full(len(keys), -1)
         open_ = np.arange(len(keys))

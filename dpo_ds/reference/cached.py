@@ -93,7 +93,7 @@ def refuse_random_weights(run: TrainConfig | PrecomputeConfig) -> None:
         raise ConfigError("--model.from_config true: a cache is recognised by the weights' bytes; save them first")
 
 
-def check_cache(run: TrainConfig, tokenizer, place: Launch) -> Manifest:
+def check_cache(run: TrainConfig, tokenizer, launch: Launch) -> Manifest:
     """The manifest of reference.cache, after comparing it with the model's files and its shards with their hashes.
 
     Raises:
@@ -106,21 +106,21 @@ def check_cache(run: TrainConfig, tokenizer, place: Launch) -> Manifest:
         what = "an unfinished cache" if any(folder.glob("shard-*")) else "no cache"
         command = config.command_line("precompute", run)
         raise ConfigError(f"--reference.cache {folder}: holds {what}; fill it with: {command}")
-    if place.is_first:
+    if launch.is_first:
         check_identity(run, manifest.values, identity(run, tokenizer))
-    if place.is_first_on_node:
+    if launch.is_first_on_node:
         check_shards(manifest)
     return manifest
 
 
-def find_rows(run: TrainConfig, manifest: Manifest, datasets: Sequence[PairDataset], place: Launch) -> CachedRows:
-    """Every pair's place in the cache.
+def find_rows(run: TrainConfig, manifest: Manifest, datasets: Sequence[PairDataset], launch: Launch) -> CachedRows:
+    """Returns every pair's row in the cache.
 
     Raises:
         ConfigError: pairs are missing; the message counts them and names the command that adds them.
     """
-    store = open_store(manifest, build=place.is_first_on_node)
-    rows = [data_rows(store, data, build=place.is_first_on_node) for data in datasets]
+    store = open_store(manifest, build=launch.is_first_on_node)
+    rows = [data_rows(store, data, build=launch.is_first_on_node) for data in datasets]
     missing = sum(int((places < 0).sum()) for places in rows)
     if missing:
         raise ConfigError(

@@ -19,7 +19,7 @@ ARRAY = "array.npy"
 
 
 class Store:
-    """Log-probs by row; a row is a pair's place among the sorted keys.
+    """Log-probs by row; a row is a pair's index among the sorted keys.
 
     keys [2, rows] uint64; places [rows, 4] int64: start and length of chosen, then of rejected, in the values, float32.
     """

@@ -89,8 +89,8 @@ def calibration_gaps(margins: Tensor) -> Tensor:  # [pairs] -> [pairs, BINS]
     """
     confidence = margins.abs().sigmoid()
     right = (margins.sign() + 1) / 2
-    place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
-    return (right - confidence)[:, None] * one_hot(place, BINS)
+    bin_of = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    return (right - confidence)[:, None] * one_hot(bin_of, BINS)
 
 
 class MeanReward(Objective):
@@ -112,7 +112,7 @@ def finish(trainer: Trainer, section: RewardSection, data, tokenizer) -> list[st
 
     Returns lines for the user. All ranks enter, after the last update.
     """
-    rows = spread(len(data), section.calibration_rows)
+    rows = evenly(len(data), section.calibration_rows)
     mean = trainer.means(MeanReward(), data, rows, trainer.total_steps)
     trainer.last_metrics |= mean
     classifier = trainer.policy.causal_lm
@@ -122,6 +122,6 @@ def finish(trainer: Trainer, section: RewardSection, data, tokenizer) -> list[st
     return [line] if note is None else [line, note]
 
 
-def spread(count: int, limit: int | None) -> np.ndarray:
+def evenly(count: int, limit: int | None) -> np.ndarray:
     """At most `limit` of the rows 0 to count - 1, evenly."""
     return np.linspace(0, count - 1, count if limit is None else min(limit, count)).astype(int)

@@ -124,7 +124,7 @@ def test_resharding_moves_every_bit(forks, tmp_path, precision):
         seen.append(
             {
                 (name, kind): torch.cat(list(shards.read(name, kind, 0, place.shape.numel())))
-                for name, place in shards.places.items()
+                for name, place in shards.slices.items()
                 for kind in KINDS
             }
         )
@@ -182,7 +182,7 @@ def test_without_a_copy_training_waits_and_comes_to_the_same(forks, world, whole
     for step in (2, STEPS):
         name = Path("checkpoints") / f"step-{step:08d}"
         ours, theirs = (Shards(open_folder(folder / name)[0]) for folder in (world / "waiting", whole))
-        for parameter, place in theirs.places.items():
+        for parameter, place in theirs.slices.items():
             for kind in KINDS:
                 pieces = [torch.cat(list(s.read(parameter, kind, 0, place.shape.numel()))) for s in (ours, theirs)]
                 assert torch.equal(*pieces), f"{parameter} {kind} of step {step}"

@@ -217,7 +217,7 @@ def test_equal_texts_of_a_prompt_are_scored_once(monkeypatch):
     policy = Measured("policy", "p", 0.1, texts=[["b", "b"], ["c", "d"]])
     prompts = [SimpleNamespace(text="first"), SimpleNamespace(text="second")]
     outcome = SimpleNamespace(prompts=prompts, rows=[reference, policy], rival=reference)
-    monkeypatch.setattr(judging, "spread", lambda rows, compute: compute(np.arange(rows)))
+    monkeypatch.setattr(judging, "over_ranks", lambda rows, compute: compute(np.arange(rows)))
     judging.give_scores(outcome, scorer)
     judging.give_preferences(outcome, judge=None)
     assert calls == [[("first", "a"), ("first", "b"), ("second", "a"), ("second", "c"), ("second", "d")]]
@@ -336,7 +336,7 @@ def test_a_bent_temperature_and_a_failing_score_are_told(forks, world):
 @pytest.mark.distributed
 def test_a_model_that_was_measured_leaves_no_weights_behind(forks, world):
     zero = ROOT / "ds_configs/zero3_cpu.json"
-    codes, output = forks.run([world / "model", zero], 1, world / "let_go.logs", module="tests.workers.let_go")
+    codes, output = forks.run([world / "model", zero], 1, world / "free.logs", module="tests.workers.free")
     assert codes == [0], output
 
 

@@ -17,7 +17,7 @@ from dpo_ds.errors import DataError, ModelError
 from dpo_ds.models.attention import packed_refusal
 from dpo_ds.models.reward_model import RewardModel, last_rows, settle_padding
 from dpo_ds.training.metrics import named
-from dpo_ds.training.reward import BINS, BradleyTerry, RewardObjective, calibration_gaps, spread
+from dpo_ds.training.reward import BINS, BradleyTerry, RewardObjective, calibration_gaps, evenly
 from tests import data_helpers
 from tests.oracle import score
 from tests.small_jobs import make_world, run, steps, weights
@@ -184,8 +184,8 @@ def test_a_wrong_margin_names_its_row(prepared, value, rule):
 
 
 def test_calibration_rows_are_spread_over_the_data():
-    assert spread(9, 3).tolist() == [0, 4, 8]
-    assert spread(3, 1024).tolist() == spread(3, None).tolist() == [0, 1, 2]
+    assert evenly(9, 3).tolist() == [0, 4, 8]
+    assert evenly(3, 1024).tolist() == evenly(3, None).tolist() == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_halves_on_other_ranks_and_another_calibration_set_give_the_same_model(f
         assert [ours[key] for key in EXACT] == pytest.approx([whole[key] for key in EXACT], rel=1e-4, abs=1e-5)
     mean = json.loads((folder / "final" / "config.json").read_text())["reward_mean"]
     rows = [json.loads(line) for line in (world / "eval.jsonl").read_text().splitlines()]
-    assert mean == pytest.approx(rewards_of(folder / "final", [rows[i] for i in spread(20, 5)]).mean().item(), abs=1e-6)
+    assert mean == pytest.approx(rewards_of(folder / "final", [rows[i] for i in evenly(20, 5)]).mean().item(), abs=1e-6)
     assert "calibration" in json.loads((folder / "data_census.json").read_text())
 
 

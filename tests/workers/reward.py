@@ -1,6 +1,6 @@
 """The reward model on two ranks under ZeRO-3 against single-process autograd: main(OUT, FAMILY...).
 
-Every family, in both layouts: the gradient of a global batch with margins and centring, spread over ranks and
+Every family, in both layouts: the gradient of a global batch with margins and centring, evenly over ranks and
 micro-batches with an empty one among them, then one update. Rank 0 writes what it saw to OUT as JSON.
 """
 

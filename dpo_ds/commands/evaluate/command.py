@@ -20,8 +20,8 @@ import torch
 
 from dpo_ds import data
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.cluster import collectives, launch
-from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster import collectives
+from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.commands.evaluate.judging import Judge, give_preferences, give_scores, load_judge, read_baseline
 from dpo_ds.commands.evaluate.measure import Sequences, draw, numbered, sums_of_logps
@@ -48,7 +48,7 @@ STREAMS = {REFERENCE: 1 << 64, BASELINE: 2 << 64}
 class Work:
     """Holds what is to be measured, checked: everything but the models.
 
-    engine: DeepSpeed's config, None for a replica a rank. theirs: each prompt's completions in the baseline's file.
+    engine: DeepSpeed's config, None for a replica a rank. rivals: each prompt's completions in the baseline's file.
     """
 
     run: EvaluateConfig
@@ -59,7 +59,7 @@ class Work:
     pairs: data.PairDataset | None
     scorer: Scorer | None
     judge: Judge | None
-    theirs: Sequence[Sequence[str]] | None
+    rivals: Sequence[Sequence[str]] | None
     baseline_model: BaselineModel | None
     notes: list[str] = field(default_factory=list)
 
@@ -75,41 +75,41 @@ class BaselineModel:
 
 def start(run: EvaluateConfig) -> int:
     """Runs the command on this rank; returns its exit code."""
-    place = launch.from_environment()
+    launch = from_environment()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     output_dir = Path(run.output_dir)
     _refuse_training_folder(output_dir)
-    with keeping_status(output_dir, place) as lock:
-        work = prepare(run, place)
-        with process_group(place) as device:
+    with keeping_status(output_dir, launch) as lock:
+        work = prepare(run, launch)
+        with process_group(launch) as device:
             lock.share(collectives.barrier)
             torch.set_num_threads(run.evaluate.threads)
-            evaluate(work, place, device)
+            evaluate(work, launch, device)
     return 0
 
 
-def prepare(run: EvaluateConfig, place: Launch) -> Work:
+def prepare(run: EvaluateConfig, launch: Launch) -> Work:
     """Checks models, functions and files, and reads the data, before anything is loaded.
 
     Raises:
         UserError: the first mistake found.
     """
-    wanted, say = run.evaluate, speaker(place)
+    wanted, say = run.evaluate, speaker(launch)
     torch.set_num_threads(wanted.threads)
     tokenizer, configs = _check_models(run)
     hidden_size = configs[0].hidden_size
     engine = None
     if run.deepspeed.config != NO_DEEPSPEED:
         given = ds_config.read(run.deepspeed.config)
-        engine, notes = ds_config.fill_reference(given, run.deepspeed.config, this_machine(place), hidden_size)
+        engine, notes = ds_config.fill_reference(given, run.deepspeed.config, this_machine(launch), hidden_size)
         say(notes)
     scorer = None if wanted.score is None else load_scorer(wanted.score, "evaluate.score")
     judge = None if wanted.judge is None else load_judge(wanted.judge)
     options = SimpleNamespace(**dict(run.data), limit=None)
-    pairs, prompts, theirs, baseline_model = None, [], None, None
+    pairs, prompts, rivals, baseline_model = None, [], None, None
     if run.data.eval is not None:
         pairs = data.prepare(
-            run.data.eval, options=options, tokenizer=tokenizer, split="eval", build=place.is_first_on_node
+            run.data.eval, options=options, tokenizer=tokenizer, split="eval", build=launch.is_first_on_node
         )
         say([f"eval data: {data.format_census(pairs.census)}"])
         for config in configs:
@@ -122,18 +122,18 @@ def prepare(run: EvaluateConfig, place: Launch) -> Work:
         for config in configs:
             check_room(prompts, config, "evaluate", wanted.max_new_tokens, say)
     if wanted.baseline is not None and _is_file(wanted.baseline):
-        theirs = read_baseline(wanted.baseline, [prompt.text for prompt in prompts], run.data.columns, tokenizer)
+        rivals = read_baseline(wanted.baseline, [prompt.text for prompt in prompts], run.data.columns, tokenizer)
     elif wanted.baseline not in (None, wanted.against):
         baseline_model = _baseline_model(run, source, options, prompts, say)
     notes = _notes(run)
     say(notes)
-    return Work(run, engine, tokenizer, hidden_size, prompts, pairs, scorer, judge, theirs, baseline_model, notes)
+    return Work(run, engine, tokenizer, hidden_size, prompts, pairs, scorer, judge, rivals, baseline_model, notes)
 
 
-def evaluate(work: Work, place: Launch, device: torch.device) -> None:
+def evaluate(work: Work, launch: Launch, device: torch.device) -> None:
     """Every model in turn, then scores and comparisons; rank 0 writes. All ranks enter."""
     run, wanted, started = work.run, work.run.evaluate, time.monotonic()
-    asks = partial(_ask, work, place, device)
+    asks = partial(_ask, work, launch, device)
     policies = [Measured(policy.name, policy.path, policy.beta or run.loss.beta) for policy in wanted.policies]
     samples = wanted.n > 0
     for policy in policies:
@@ -149,31 +149,31 @@ def evaluate(work: Work, place: Launch, device: torch.device) -> None:
     if work.baseline_model is not None:
         baseline = Measured(BASELINE, work.baseline_model.path, run.loss.beta)
         asks(baseline, draws=True)
-    elif work.theirs is not None:
-        baseline = Measured(BASELINE, wanted.baseline, run.loss.beta, texts=_dealt(work.theirs, wanted.n))
+    elif work.rivals is not None:
+        baseline = Measured(BASELINE, wanted.baseline, run.loss.beta, texts=_dealt(work.rivals, wanted.n))
     pair_prompts = [] if work.pairs is None else (prompt.tobytes() for prompt, _, _ in work.pairs.token_ids())
     outcome = Outcome(run, work.prompts, numbered(pair_prompts), policies, reference, baseline, work.notes)
-    if place.is_first:
+    if launch.is_first:
         outcome.write_completions()  # a scoring function that fails must not cost them
     try:
         give_scores(outcome, work.scorer)
         give_preferences(outcome, work.judge)
     except UserError as error:
         raise UserError(f"{error}; the completions are kept in {outcome.completions_path}") from None
-    if place.is_first:
-        write_config(Path(run.output_dir), run, outcome.versions, place)
-        page = outcome.write(place.world_size, time.monotonic() - started)
+    if launch.is_first:
+        write_config(Path(run.output_dir), run, outcome.versions, launch)
+        page = outcome.write(launch.world_size, time.monotonic() - started)
         print(f"dpo-ds: done: {page}", flush=True)
 
 
 def _ask(
-    work: Work, place: Launch, device: torch.device, model: Measured, draws: bool, of: Sequence[Measured] = ()
+    work: Work, launch: Launch, device: torch.device, model: Measured, draws: bool, of: Sequence[Measured] = ()
 ) -> list[np.ndarray]:
     """Loads the model, fills in its completions and its log-probs of the pairs, and lets it go.
 
     Returns its log-probs [prompts, n] of the completions of each of `of`. All ranks enter.
     """
-    from dpo_ds.models.engine import layout_notes, let_go, load_frozen, settle_layout
+    from dpo_ds.models.engine import free, layout_notes, load_frozen, settle_layout
 
     run, started = work.run, time.monotonic()
     loaded = load_frozen(_section(run, model.path), work.engine, device)
@@ -192,8 +192,8 @@ def _ask(
         found = [_logps_of(drawn, loaded, work, layout(sides=CHOSEN_ONLY)) for drawn in of]
         if not all(np.isfinite(values).all() for values in (*found, model.pair_logps) if values is not None):
             raise ModelError(f"{model.path}: gives log-probs that are not finite numbers")
-    speaker(place)([*notes, f"{model.name}: {model.path} done in {time.monotonic() - started:.1f} s"])
-    let_go(loaded)
+    speaker(launch)([*notes, f"{model.name}: {model.path} done in {time.monotonic() - started:.1f} s"])
+    free(loaded)
     return found
 
 
@@ -252,9 +252,9 @@ def _is_file(baseline: str) -> bool:
     return not Path(baseline).is_dir() and (Path(baseline).is_file() or baseline.lower().endswith(KINDS))
 
 
-def _dealt(theirs: Sequence[Sequence[str]], n: int) -> list[list[str]]:
+def _dealt(rivals: Sequence[Sequence[str]], n: int) -> list[list[str]]:
     """n completions a prompt, in turn where the file has another number of them."""
-    return [[texts[draw % len(texts)] for draw in range(n)] for texts in theirs]
+    return [[texts[draw % len(texts)] for draw in range(n)] for texts in rivals]
 
 
 def _notes(run: EvaluateConfig) -> list[str]:

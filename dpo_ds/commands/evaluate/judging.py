@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.commands.evaluate.measure import spread
+from dpo_ds.commands.evaluate.measure import over_ranks
 from dpo_ds.commands.evaluate.results import Measured, Outcome
 from dpo_ds.data.chat import render_prompt
 from dpo_ds.data.formats import Conversation, completion, detect, read
@@ -80,7 +80,7 @@ def give_scores(outcome: Outcome, scorer: Scorer | None) -> None:
     def score(rows: np.ndarray) -> np.ndarray:
         return scorer([distinct[row][0] for row in rows], [distinct[row][1] for row in rows])
 
-    scores = dict(zip(distinct, spread(len(distinct), score), strict=True))
+    scores = dict(zip(distinct, over_ranks(len(distinct), score), strict=True))
     for model in models:
         model.scores = np.array([scores[key] for key in keys[model.name]]).reshape(len(model.texts), -1)
 
@@ -101,7 +101,7 @@ def give_preferences(outcome: Outcome, judge: Judge | None) -> None:
         def ask(rows: np.ndarray, columns=columns) -> np.ndarray:
             return judge(*([column[row] for row in rows] for column in columns))
 
-        model.in_orders = spread(len(columns[0]), ask).reshape(len(model.texts), -1, 2)
+        model.in_orders = over_ranks(len(columns[0]), ask).reshape(len(model.texts), -1, 2)
         model.preferred = model.in_orders.mean(2)
 
 

@@ -90,7 +90,7 @@ def sums_of_logps(model, pairs, layout: Layout) -> np.ndarray:
     return sums.cpu().numpy()
 
 
-def spread(rows: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def over_ranks(rows: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """compute(row numbers) -> values [those rows, ...], each rank on its share. All ranks enter.
 
     Raises:

@@ -141,9 +141,9 @@ def _crosses(axis, points: Sequence[Mapping[str, Any]], colour: str, label: str,
     )  # fmt: skip
     for point in points:
         if point.get("beta") is not None:
-            place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8.5, "color": colour}
+            style = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8.5, "color": colour}
             halo = [withStroke(linewidth=2.5, foreground="white")]
-            axis.annotate(f"β {point['beta']:g}", (point["kl"], point["reward"]), path_effects=halo, **place)
+            axis.annotate(f"β {point['beta']:g}", (point["kl"], point["reward"]), path_effects=halo, **style)
 
 
 def _legend_beside(figure, axis, names: int) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo_ds.cluster import collectives, launch
-from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster import collectives
+from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign
 from dpo_ds.commands.precompute import NO_DEEPSPEED
@@ -58,34 +58,34 @@ class Work:
 
 def start(run: SampleConfig) -> int:
     """Runs the command on this rank; returns its exit code."""
-    place = launch.from_environment()
+    launch = from_environment()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    work = prepare(run, place)
-    with contextlib.closing(work.lock), process_group(place) as device:
-        fill(run, work, place, device)
+    work = prepare(run, launch)
+    with contextlib.closing(work.lock), process_group(launch) as device:
+        fill(run, work, launch, device)
     return 0
 
 
-def prepare(run: SampleConfig, place: Launch) -> Work:
+def prepare(run: SampleConfig, launch: Launch) -> Work:
     """Checks and prompts.
 
     Raises:
         UserError: the first mistake found.
     """
-    sample, say = run.sample, speaker(place)
-    torch.set_num_threads(place.threads)
-    if place.is_first:
+    sample, say = run.sample, speaker(launch)
+    torch.set_num_threads(launch.threads)
+    if launch.is_first:
         refuse_foreign(Path(sample.to), "sample.to", is_a_sample)
     make_writable(Path(sample.to), "sample.to")
-    lock = FolderLock(Path(sample.to), place.rank, "sample.to")
-    if place.is_first:
+    lock = FolderLock(Path(sample.to), launch.rank, "sample.to")
+    if launch.is_first:
         lock.take(say)
     if sample.engine == "vllm":
-        check_vllm(run, place)
+        check_vllm(run, launch)
     scorer = None if sample.score is None else load_scorer(sample.score, "sample.score")
     model_config = check_model(run.model, run.model.path)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
-    machine, engine = this_machine(place), None
+    machine, engine = this_machine(launch), None
     if run.deepspeed.config != NO_DEEPSPEED:
         given = ds_config.read(run.deepspeed.config)
         width = model_config.get_text_config().hidden_size
@@ -96,7 +96,7 @@ def prepare(run: SampleConfig, place: Launch) -> Work:
     say([f"{sample.prompts}: {prompts.summary()}"])
     check_room(prompts.rows, model_config.get_text_config(), "sample", sample.max_new_tokens, say)
     folder = None
-    if place.is_first:
+    if launch.is_first:
         settings = {
             "model.path": "random weights" if run.model.from_config else weights_digest(run.model, run.model.path)[:12],
             "tokenizer": _digest(fingerprint(tokenizer)),
@@ -113,14 +113,14 @@ def prepare(run: SampleConfig, place: Launch) -> Work:
     return Work(engine, precision, tokenizer, scorer, prompts.rows, folder, lock)
 
 
-def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> None:
+def fill(run: SampleConfig, work: Work, launch: Launch, device: torch.device) -> None:
     """Model, missing shards, pairs and manifest; all ranks together."""
     from dpo_ds.cluster.collectives import from_rank_0, raising_together
 
-    sample, say = run.sample, speaker(place)
+    sample, say = run.sample, speaker(launch)
     work.lock.share(collectives.barrier)
     folder: Folder = from_rank_0(work.folder)
-    complete, todo = from_rank_0(_left(folder) if place.is_first else None)
+    complete, todo = from_rank_0(_left(folder) if launch.is_first else None)
     if todo:
         with raising_together():
             folder.check_shared()
@@ -131,12 +131,12 @@ def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> 
         stop_texts = {
             token: work.tokenizer.decode([token]) for token in generator.stops if token != work.tokenizer.eos_token_id
         }
-        mine = [shard for shard in in_rounds(todo, place.rank, place.world_size) if shard is not None]
+        mine = [shard for shard in in_rounds(todo, launch.rank, launch.world_size) if shard is not None]
         size = sample.shard_rows
         count = sum(len(work.prompts[shard * size : (shard + 1) * size]) for shard in mine)
-        progress = Progress(count * sample.n, place.is_first, "completion", "tokens")
+        progress = Progress(count * sample.n, launch.is_first, "completion", "tokens")
         generator.report = progress.add
-        for shard in in_rounds(todo, place.rank, place.world_size):
+        for shard in in_rounds(todo, launch.rank, launch.world_size):
             first = 0 if shard is None else shard * size
             prompts = [] if shard is None else work.prompts[first : first + size]
             with raising_together():
@@ -148,7 +148,7 @@ def fill(run: SampleConfig, work: Work, place: Launch, device: torch.device) -> 
         progress.close()
         collectives.barrier()
     with raising_together():
-        if place.is_first:
+        if launch.is_first:
             manifest = folder.manifest() if complete else folder.finish(sample)
             say(_summary(folder, manifest, complete, sample.score is not None))
 
@@ -200,13 +200,13 @@ def _summary(folder: Folder, manifest: dict, was_complete: bool, has_scores: boo
     return [*lines, f"{manifest['pairs']} pairs{left_out}", f"done: train on them with --data.train {folder.pairs}"]
 
 
-def check_vllm(run: SampleConfig, place: Launch) -> None:
+def check_vllm(run: SampleConfig, launch: Launch) -> None:
     """Raises ConfigError where vLLM is asked for and cannot be used."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("--sample.engine vllm: vllm is not installed; pip install vllm, or leave sample.engine out")
     if run.deepspeed.config != NO_DEEPSPEED:
         raise ConfigError("--sample.engine vllm takes DeepSpeed's place; give it --deepspeed.config none")
-    if place.world_size > 1:
+    if launch.world_size > 1:
         raise ConfigError("--sample.engine vllm uses all GPUs from one process; start it without a launcher")
 
 

@@ -31,6 +31,6 @@ def main(path: str, config: str) -> None:
         model = engine.FrozenModel(model, filled, device) if is_spread else engine.Replica(model, device)
         assert engine.settle_layout("packed", [model])[0] == "packed"
         assert weights_in_memory() > 50_000
-        engine.let_go(model)
+        engine.free(model)
         assert weights_in_memory() == 0
     process_group.leave()
