@@ -65,8 +65,8 @@ def packed_attention_forward(
         refuse(f"the model's attention takes a tensor '{name}', which is not implemented")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.compiler.is_compiling():
-        inputs = (x[0].transpose(0, 1) for x in (query, key, value))
-        return packed_attention(*inputs, segments.handle, scale, sliding_window, softcap)[0][None], None
+        inputs = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        return packed_attention(*inputs, segments.handle, scale, sliding_window, softcap)[0].unsqueeze(0), None
     assert query.shape[0] == 1 and query.shape[2] == key.shape[2] == segments.length, (
         f"a pack of {segments.length} tokens, but queries {tuple(query.shape)} and keys {tuple(key.shape)}"
     )

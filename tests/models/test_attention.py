@@ -10,7 +10,9 @@ from dpo_ds.batch import Batch, PreferencePair, packed_batch, padded_batch
 from dpo_ds.logprobs.head import install_head
 from dpo_ds.models.attention import PACKED_ATTENTION, packed_refusal, use_packed_attention
 from dpo_ds.models.causal_lm import hidden_states
+from dpo_ds.models.packed import backends, kernels, segments
 from dpo_ds.models.packed.probe import UnsupportedAttention, probe_attention
+from tests.models.packed.emulated import CPU_KERNEL
 
 VOCABULARY = 200
 LAYERS = 2
@@ -127,6 +129,35 @@ def test_packed_equals_padded(family):
     with probe_attention() as probe:
         logps, gradients = logps_and_gradients(model, packed_batch(pairs))
     assert probe.backends == ["sdpa"] * model.causal_lm.config.num_hidden_layers and not probe.refusals
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=0)
+    assert_same_gradients(gradients, expected_gradients)
+
+
+@pytest.fixture
+def _varlen(monkeypatch):
+    """What runs on a GPU, on a kernel of the CPU: prompts of 6 tokens and more are merged, shorter ones copied."""
+    monkeypatch.setitem(kernels.KERNELS, "cpu", CPU_KERNEL)
+    monkeypatch.setattr(backends, "_candidates", lambda device, dtype, width, value_width, softcap: ("cpu",))
+    monkeypatch.setattr(segments, "is_merged", lambda segment: segment.prompt >= 6)
+    segments.forget_tables()
+    backends.backend_for.cache_clear()
+    yield
+    segments.forget_tables()
+    backends.backend_for.cache_clear()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_packed_equals_padded_by_varlen_calls(family, checkpointing, _varlen):
+    model = tiny(family, FAMILIES[family]).train()
+    pairs = random_pairs()
+    expected, expected_gradients = logps_and_gradients(model, padded_batch(pairs))
+    assert packed_refusal(model.causal_lm, model) is None
+    if checkpointing:
+        model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    with probe_attention() as probe:
+        logps, gradients = logps_and_gradients(model, packed_batch(pairs))
+    assert set(probe.backends) == {"cpu"} and len(probe.backends) == LAYERS * (1 + checkpointing)
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=0)
     assert_same_gradients(gradients, expected_gradients)
 

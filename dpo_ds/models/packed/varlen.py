@@ -2,7 +2,8 @@
 
 The first call is causal over the blocks of each pair, prompt ++ chosen and rejected; the second, where a pair's prompt
 is not copied before its rejected, has queries rejected against keys prompt (`packed.segments`). A query's two partial
-results o1, o2 with log-sums l1, l2 make the whole one: l = log(e^l1 + e^l2), o = e^(l1 - l) o1 + e^(l2 - l) o2.
+results o1, o2 with log-sums l1, l2 make the whole one: l = log(e^l1 + e^l2), o = e^(l1 - l) o1 + e^(l2 - l) o2,
+where e^(l1 - l) = sigmoid(l1 - l2).
 
 In backward each call is given the whole o and l in place of its own, as in ring attention (arXiv 2310.01889): a weight
 is e^(score - l) whichever call it came in, and the score's gradient is weight * (do·v - do·o). So both calls give the
@@ -30,23 +31,26 @@ def varlen_attention(
     merge: bool | None = None,
 ) -> Tensor:
     """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]. merge: as in SegmentTable.index."""
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _VarlenAttention.apply(query, key, value, table, rule, kernel, merge)[None]
+    return _VarlenAttention.apply(query, key, value, table, rule, kernel, merge)
 
 
 class _VarlenAttention(torch.autograd.Function):
+    """Views are taken inside: to autograd `x[0]` is a selection, whose gradient is zeros as large as x, then a copy."""
+
     @staticmethod
     def forward(ctx, query, key, value, table, rule, kernel, merge):
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         output, log_sums = varlen_forward(kernel, query, key, value, table, rule, merge)
         ctx.save_for_backward(query, key, value, output, log_sums)
         ctx.rest = table, rule, kernel, merge
-        return output
+        return output[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         table, rule, kernel, merge = ctx.rest
-        return *varlen_backward(kernel, grad, *ctx.saved_tensors, table, rule, merge), None, None, None, None
+        gradients = varlen_backward(kernel, grad[0], *ctx.saved_tensors, table, rule, merge)
+        return *(x.transpose(0, 1)[None] for x in gradients), None, None, None, None
 
 
 def varlen_forward(
@@ -67,12 +71,11 @@ def varlen_forward(
         part, part_sums = forward(
             _take(query_THD, query_rows), _take(key_TGD, key_rows), _take(value_TGD, key_rows), blocks, rule, False
         )
-        own_sums = _take(log_sums, query_rows, dim=1)
-        whole_sums = torch.logaddexp(own_sums, part_sums)
-        own_weight, part_weight = ((x - whole_sums).exp().t()[..., None] for x in (own_sums, part_sums))
-        whole = _take(output, query_rows) * own_weight + part * part_weight  # float32
-        output[query_rows] = whole.to(output.dtype)
-        log_sums[:, query_rows] = whole_sums
+        own, own_sums = _take(output, query_rows), _take(log_sums, query_rows, dim=1)
+        own_weight = torch.sigmoid(own_sums - part_sums).t()[..., None]  # e^own / (e^own + e^part), float32
+        whole = (part * (1 - own_weight)).addcmul_(own, own_weight)
+        _put(output, query_rows, whole.to(output.dtype))
+        _put(log_sums, query_rows, torch.logaddexp(own_sums, part_sums), dim=1)
     return output, log_sums
 
 
@@ -131,6 +134,13 @@ def _take(x: Tensor, rows: Tensor | slice, dim: int = 0) -> Tensor:
     if isinstance(rows, slice):
         return x.narrow(dim, rows.start, rows.stop - rows.start)
     return x.index_select(dim, rows)
+
+
+def _put(x: Tensor, rows: Tensor | slice, part: Tensor, dim: int = 0) -> None:
+    if isinstance(rows, slice):
+        x.narrow(dim, rows.start, rows.stop - rows.start).copy_(part)
+    else:
+        x.index_copy_(dim, rows, part)
 
 
 def _add(x: Tensor, rows: Tensor | slice, share: Tensor) -> None:
