@@ -200,5 +200,5 @@ def _reference_config(
 
 def _write_census(census: dict[str, dict], output_dir: Path) -> None:
     (output_dir / "data_census.json").write_text(
-        json.dumps(census, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        json.dumps(census, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
     )

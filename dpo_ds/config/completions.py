@@ -109,6 +109,9 @@ class EvaluateSection(GenerationSection):
                 continue
             if set(item) - {"path", "name", "beta"} or not isinstance(item.get("path"), str):
                 raise ValueError(f"{item} is not a policy; write {{path: ..., name: ..., beta: 0.1}}")
+            for text in (item["path"], item.get("name", "")):
+                if any("\ud800" <= character <= "\udfff" for character in str(text)):
+                    raise ValueError(f"{text!r} holds half a surrogate pair, which no file can; write it as Unicode")
             if not isinstance(item.get("name", ""), str):
                 raise ValueError(f"name {item['name']!r} of {item['path']} must be text; put it in quotes")
             if "beta" in item:

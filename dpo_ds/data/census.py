@@ -98,7 +98,7 @@ def format_census(census: Mapping[str, Any]) -> str:
         lines.append(f"{census['rows_cut']:>9,} of these cut to the maximum length ({cuts})")
     if census["rows_dropped"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in census["dropped"].items())
-        first = census["bad_rows"][0]["location"]
+        first = listed([census["bad_rows"][0]["location"]])
         lines.append(f"{census['rows_dropped']:>9,} dropped: {reasons} (first: {first})")
     for what, key in (("columns not used", "columns_not_used"), ("not read", "files_left_out")):
         if census.get(key):
@@ -117,7 +117,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _files(files: list[str]) -> str:
-    return files[0] if len(files) == 1 else f"{len(files)} files ({files[0]}, ...)"
+    return listed(files) if len(files) == 1 else f"{len(files)} files ({listed(files[:1])}, ...)"
 
 
 def _count(number: int, noun: str) -> str:

@@ -19,6 +19,7 @@ from dpo_ds.errors import DataError
 
 CHUNK = 1 << 20  # bytes
 CUT_OFF = 16  # characters: an error this near the end of what is read may be a token cut by it, such as "\u12"
+NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DECODER = json.JSONDecoder()
 STRING_OR_MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
 
@@ -62,12 +63,10 @@ class JsonArray:
     def _peek(self) -> str:
         """The next character that is not white space; empty at the end."""
         while True:
-            while self.at < len(self.text):
-                if self.text[self.at] not in " \t\r\n\ufeff":
-                    return self.text[self.at]
-                self.at += 1
-            if not self._more():
-                return ""
+            found = NO_SPACE.search(self.text, self.at)
+            self.at = found.start() if found else len(self.text)
+            if found or not self._more():
+                return self.text[self.at : self.at + 1]
 
     def _value(self) -> Any:
         if not self._peek():

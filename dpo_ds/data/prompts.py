@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from dpo_ds.data.chat import render_prompt
 from dpo_ds.data.formats import ANSWERS, check_columns, check_name, detect, read, with_system
 from dpo_ds.data.reading import Intake
 from dpo_ds.data.rows import BadRow, Location, Row
-from dpo_ds.data.sources import open_source
+from dpo_ds.data.sources import Files, HuggingFace, Rows, open_source
 from dpo_ds.data.tokenize import PairTokenizer
 from dpo_ds.errors import DataError
 
@@ -43,12 +43,35 @@ class Prompt(NamedTuple):
     location: str
 
 
+@dataclass(frozen=True)
+class TextFile:
+    """A prompt a line, as a source of rows."""
+
+    path: Path
+    left_out: tuple = ()
+
+    def rows(self, wanted: Collection[str] | None = None) -> Rows:
+        """Yields lines without their end; blank ones are none."""
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                location = Location(str(self.path), number)
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    problem = f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+                    yield location, BadRow("not UTF-8", problem)
+                    continue
+                if text.strip():
+                    yield location, {"prompt": text}
+
+
 @dataclass
 class Prompts:
-    """In the order of the source. cut: prompts longer than max_prompt_length."""
+    """In the order of the source. left_out: files and splits beside those that were read."""
 
     rows: list[Prompt] = field(default_factory=list)
     census: Census = field(default_factory=Census)
+    left_out: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """One line for the terminal."""
@@ -59,7 +82,8 @@ class Prompts:
             counts.append(f"{count:,} dropped: {reason}")
         first = f" (first: {self.census.bad_rows[0]['location']})" if self.census.bad_rows else ""
         unused = f"; columns not used: {listed(self.census.columns_not_used)}" if self.census.columns_not_used else ""
-        return f"{', '.join(counts)}{first}{unused}"
+        left_out = f"; not read: {listed(self.left_out)}" if self.left_out else ""
+        return f"{', '.join(counts)}{first}{unused}{left_out}"
 
 
 def read_prompts(
@@ -87,7 +111,9 @@ def read_prompts(
     intake = Intake(options.columns, options.on_bad_row, options.ignore_columns)
     prompts = Prompts(census=intake.census)
     for item in items:
-        found = list(_prompts_of(item["path"], intake, options, tokenize, split, limit))
+        source = _open(item["path"], split)
+        prompts.left_out += map(str, source.left_out)
+        found = list(_prompts_of(source, intake, options, tokenize, limit))
         wanted = round(item.get("weight", 1.0) * len(found))
         prompts.rows += [found[i % len(found)] for i in range(wanted)]
     if not prompts.rows:
@@ -99,10 +125,10 @@ def read_prompts(
 
 
 def _prompts_of(
-    path: str, intake: Intake, options: Options, tokenize: PairTokenizer, split: str, limit: int | None
+    source: TextFile | Files | HuggingFace, intake: Intake, options: Options, tokenize: PairTokenizer, limit: int | None
 ) -> Iterator[Prompt]:
     census, name = intake.census, options.format
-    rows = islice(_rows(path, intake, split), None if limit is None else limit - census.rows_read)
+    rows = islice(source.rows(intake.wanted()), None if limit is None else limit - census.rows_read)
 
     def text_of(row: Row) -> str:
         nonlocal name
@@ -123,25 +149,9 @@ def _prompts_of(
                 intake.bad(location, BadRow("empty prompt", problem))
 
 
-def _rows(path: str, intake: Intake, split: str) -> Iterable:
+def _open(path: str, split: str) -> TextFile | Files | HuggingFace:
     local = Path(path).expanduser()
-    if local.suffix == TEXT and local.is_file():
-        return _lines(local)
-    return open_source(path, split).rows(intake.wanted())
-
-
-def _lines(path: Path) -> Iterator[tuple[Location, dict[str, str] | BadRow]]:
-    """Lines without their end; blank ones are none."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                bad = BadRow("not UTF-8", f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8")
-                yield Location(str(path), number), bad
-                continue
-            if text.strip():
-                yield Location(str(path), number), {"prompt": text}
+    return TextFile(local) if local.suffix == TEXT and local.is_file() else open_source(path, split)
 
 
 def _bare_field(row: Row) -> str | None:

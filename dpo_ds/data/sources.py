@@ -1,5 +1,4 @@
-"""Reads rows from where they are: JSON, JSON lines, Parquet, folders of them, `datasets` folders and the Hugging Face
-Hub.
+"""Reads rows from where they are: JSON, JSON lines, CSV, TSV, Parquet, folders of them, `datasets` folders and the Hub.
 
 Sources stream (location, row): memory does not grow with the file. A row that cannot be read, in a file that can,
 comes as the BadRow that the caller may raise or skip; a file that cannot be read raises DataError.
@@ -7,11 +6,14 @@ comes as the BadRow that the caller may raise or skip; a file that cannot be rea
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -28,13 +30,20 @@ from dpo_ds.errors import DataError
 
 Rows = Iterator[tuple[Location, dict[str, Any] | BadRow]]
 
-KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-# The names of our splits elsewhere, best first. UNNAMED: files of a folder whose names tell no split.
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz", ".parquet")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# The words that tell our splits in names, best first. UNNAMED: files of a folder whose names tell no split.
 UNNAMED = ""
-SPLITS = {"train": ("train", UNNAMED), "eval": ("test", "validation", "valid", "val", "eval", "dev")}
+SPLITS = {"train": ("train",), "eval": ("test", "validation", "valid", "val", "eval", "dev")}
+SPLIT_WORDS = tuple(word for words in SPLITS.values() for word in words)
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}([.-].*)?")  # as `datasets` names a split's files
+NAMED = re.compile(rf"({'|'.join(SPLIT_WORDS)})[._-][a-z].*")
+NUMBERS = re.compile(r"([._-]?\d+)+$")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 BATCH = 1024  # rows of Arrow data converted together
 UNFINISHED = "unfinished object"
+MAX_BLANK_LINES = 1_000_000  # in a row: a few bytes of gzip unpack to billions
+MAX_LINE = 1 << 28  # bytes
 
 
 @dataclass(frozen=True)
@@ -90,15 +99,23 @@ class HuggingFace:
 
 
 def open_source(path: str, split: str = "train") -> Files | HuggingFace:
-    """Finds what `path` names; reads no rows. DataError where there is nothing to read."""
-    local = Path(path).expanduser()
+    """Finds what `path` or `path:split` names; reads no rows.
+
+    split, "train" or "eval", picks among several where `path` names none. DataError where there is nothing to read.
+    """
+    local, named = Path(path).expanduser(), None
+    if not local.exists() and ":" in path and Path(path.rpartition(":")[0]).expanduser().exists():
+        path, _, named = path.rpartition(":")
+        local = Path(path).expanduser()
     if local.is_dir():
         if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
-            return _saved(local, split)
-        return _folder(local, split)
+            return _saved(local, split, named)
+        return _folder(local, split, named)
     if local.exists():
         if _kind(local) is None:
             raise DataError(f"{path}: not a file that can be read as data; known: {', '.join(KINDS)}")
+        if named is not None:
+            raise DataError(f"{path}:{named}: {path} is one file, without splits; leave out :{named}")
         return Files((local,))
     if HUB_ID.fullmatch(path) and _kind(local) is None and not local.parent.exists():
         return _hub(path, split)
@@ -111,10 +128,15 @@ def _file_rows(path: Path, wanted: Collection[str] | None) -> Rows:
         yield from _parquet_rows(path, wanted)
         return
     last, one_a_line = 0, kind.startswith(".jsonl")
+    delimiter = DELIMITERS.get(kind.removesuffix(".gz"))
     try:
         with gzip.open(path, "rb") if kind.endswith(".gz") else path.open("rb") as stream:
-            is_array = not one_a_line and _begins_array(stream)
-            for number, row in JsonArray(stream, path).elements() if is_array else _lines(stream):
+            if delimiter is not None:
+                rows = _table(stream, path, delimiter)
+            else:
+                is_array = not one_a_line and _begins_array(stream)
+                rows = JsonArray(stream, path).elements() if is_array else _lines(stream, path)
+            for number, row in rows:
                 if last == 0 and not one_a_line and isinstance(row, BadRow) and row.reason == UNFINISHED:
                     raise DataError(f"{path}:{number}: {row}, or wrap all objects in [ ], with commas between them")
                 last = number
@@ -132,11 +154,54 @@ def _begins_array(stream: BinaryIO) -> bool:
     return begins
 
 
-def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(stream, 1):
+def _lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
+    blank = 0
+    for number, line in enumerate(iter(partial(stream.readline, MAX_LINE), b""), 1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
+            if len(line) == MAX_LINE:
+                raise DataError(f"{path}:{number}: a line of more than {MAX_LINE >> 20} MiB; one object a line")
+            blank = 0
             yield number, _line(line)
+        else:
+            blank = _one_more_blank(blank, path, number)
+
+
+def _one_more_blank(blank: int, path: Path, number: int) -> int:
+    if blank == MAX_BLANK_LINES:
+        raise DataError(f"{path}:{number}: {blank:,} blank lines before it; this is no data: make the file again")
+    return blank + 1
+
+
+def _table(stream: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str] | BadRow]]:
+    """Rows of CSV (RFC 4180) or TSV as text; a row's number is that of the line it begins on, below the header's."""
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    ends, blank = 0, 0
+    try:
+        names = next(reader, [])
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(f"{path}:1: two columns are called {twice[0]!r}; rename one")
+        while ends := reader.line_num:
+            values = next(reader, None)
+            if values is None:
+                return
+            if not values:
+                blank = _one_more_blank(blank, path, ends + 1)
+                continue
+            blank = 0
+            if len(values) == len(names):
+                yield ends + 1, dict(zip(names, values, strict=True))
+            else:
+                problem = (
+                    f"{len(values)} fields where the header names {len(names)}; quote text that holds {delimiter!r}"
+                )
+                yield ends + 1, BadRow("wrong number of fields", problem)
+    except csv.Error as error:
+        raise DataError(f"{path}:{ends + 1}: not a table: {error}; write it again with a CSV library") from error
+    except UnicodeDecodeError as error:
+        found = f"0x{error.object[error.start]:02x}"
+        raise DataError(f"{path}: not UTF-8 behind line {ends} ({found}); save the file as UTF-8") from error
 
 
 def _line(line: bytes) -> Any:
@@ -203,42 +268,66 @@ def _kind(path: Path) -> str | None:
     return next((kind for kind in sorted(KINDS, key=len, reverse=True) if name.endswith(kind)), None)
 
 
-def _folder(folder: Path, split: str) -> Files:
-    """Returns all data files below `folder`; where names tell splits apart (train-00.parquet), those of ours.
+def _folder(folder: Path, split: str, named: str | None) -> Files:
+    """Returns all data files below `folder`; where names tell splits apart (train-00000-of-00002.parquet,
+    test.jsonl, validation/a.jsonl), those of ours.
 
     Of what `dpo-ds sample` leaves, completions/ beside pairs/, the pairs.
     """
-    if all((folder / name).is_dir() for name in ("completions", "pairs")):
+    if named is None and all((folder / name).is_dir() for name in ("completions", "pairs")):
         folder = folder / "pairs"
     found = sorted(p for p in folder.rglob("*") if p.is_file() and _kind(p) and not _hidden(p.relative_to(folder)))
     if not found:
         raise DataError(f"{folder}: the folder holds no data file; known: {', '.join(KINDS)}")
     by_split: dict[str, list[Path]] = {}
     for path in found:
-        words = re.split(r"[^a-z]+", path.name.lower())
-        name = next((name for names in SPLITS.values() for name in names if name and name in words), UNNAMED)
-        by_split.setdefault(name, []).append(path)
-    chosen = by_split[_pick(str(folder), list(by_split), split)]
+        by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    chosen = by_split[_pick(str(folder), list(by_split), split, named)]
     return Files(tuple(chosen), tuple(path for path in found if path not in chosen))
+
+
+def _split_of(path: Path) -> str:
+    """The split that a file's name tells, else the nearest folder's.
+
+    It is "train_prefs" of train_prefs-00000-of-00001.parquet and of train_prefs.jsonl, "train" of a-train-7.jsonl.
+    """
+    for part in (path.name[: -len(_kind(path))], *reversed(path.parts[:-1])):
+        if shard := SHARD.fullmatch(part):
+            return shard[1]
+        name = NUMBERS.sub("", part.lower())
+        if NAMED.fullmatch(name):
+            return name
+        words = re.split(r"[^a-z]+", name)
+        if word := next((word for word in SPLIT_WORDS if word in words), None):
+            return word
+    return UNNAMED
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _pick(where: str, there: list[str], split: str) -> str:
-    """The split to read: ours by the names of `SPLITS`, or the only one."""
-    for name in SPLITS[split]:
-        if name in there:
-            return name
-    if len(there) == 1:
-        return there[0]
-    wanted, has = " or ".join(filter(None, SPLITS[split])), ", ".join(name or "unnamed" for name in there)
-    remedy = "name one of its files, or on the Hub 'owner/name:split'"
-    raise DataError(f"{where}: has no {wanted} split but {has}; {remedy}")
+def _pick(where: str, there: list[str], split: str, named: str | None) -> str:
+    """The split to read: the one that is named, else ours by the words of SPLITS, or the only one."""
+    has = ", ".join(name or "unnamed" for name in sorted(there))
+    if named is not None:
+        if named not in there:
+            raise DataError(f"{where}:{named}: {where} has no split {named!r} but {has}")
+        return named
+    for word in SPLITS[split]:
+        ours = [word] if word in there else [name for name in there if word in re.split(r"[^a-z]+", name.lower())]
+        if len(ours) > 1:
+            example = f"name one, as in {where}:{sorted(ours)[0]}"
+            raise DataError(f"{where}: has several {split} splits, {', '.join(sorted(ours))}; {example}")
+        if ours:
+            return ours[0]
+    if len(there) == 1 or (split == "train" and UNNAMED in there):
+        return UNNAMED if UNNAMED in there else there[0]
+    remedy = f"name one of its files, or a split as in {where}:{sorted(filter(None, there))[0]}"
+    raise DataError(f"{where}: has no {' or '.join(SPLITS[split])} split but {has}; {remedy}")
 
 
-def _saved(folder: Path, split: str) -> HuggingFace:
+def _saved(folder: Path, split: str, named: str | None) -> HuggingFace:
     import datasets  # takes seconds to import
 
     try:
@@ -247,27 +336,29 @@ def _saved(folder: Path, split: str) -> HuggingFace:
         problem = f"{folder}: cannot be opened as a datasets folder ({_first_line(error)})"
         raise DataError(f"{problem}; save it again with save_to_disk") from error
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
-    return _of_split(str(folder), data, split, files)
+    return _of_split(str(folder), data, split, named, files)
 
 
 def _hub(path: str, split: str) -> HuggingFace:
     import datasets
 
-    name, _, wanted = path.partition(":")
+    name, _, named = path.partition(":")
     try:
-        data = datasets.load_dataset(name, split=wanted or None)
+        data = datasets.load_dataset(name, split=named or None)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise DataError(
             f"{path}: there is no such file or folder, and it cannot be loaded from the Hugging Face Hub "
             f"({_first_line(error)}); check the name, the network and access rights, or give a local path"
         ) from error
-    return _of_split(path, data, split)
+    return _of_split(path, data, split, None)
 
 
-def _of_split(name: str, data: Any, split: str, files: tuple[Path, ...] = ()) -> HuggingFace:
+def _of_split(name: str, data: Any, split: str, named: str | None, files: tuple[Path, ...] = ()) -> HuggingFace:
     if not isinstance(data, dict):
+        if named is not None:
+            raise DataError(f"{name}:{named}: {name} is one data set, without splits; leave out :{named}")
         return HuggingFace(name, data, files)
-    ours = _pick(name, list(data), split)
+    ours = _pick(name, list(data), split, named)
     left_out = tuple(f"{name}:{other}" for other in data if other != ours)
     return HuggingFace(f"{name}:{ours}", data[ours], files, left_out)
 

@@ -441,6 +441,7 @@ NEEDED = {"evaluate.policy": "p", "deepspeed.config": "none", "output_dir": "o"}
         ({"data.eval": "a", "evaluate.policy": "[{path: b, beta: 0}]"}, ["beta 0 of b", "above 0"]),
         ({"data.eval": "a", "evaluate.policy": "[x/a, x/a]"}, ["'x/a' names two models"]),
         ({"data.eval": "a", "evaluate.policy": "[{path: a, name: reference}]"}, ["'reference'"]),
+        ({"data.eval": "a", "evaluate.policy": r'[{path: a, name: "b\ud800"}]'}, ["half a surrogate pair"]),
         ({"data.train": "a"}, ["unknown key --data.train"]),
     ],
 )

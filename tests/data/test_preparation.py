@@ -247,6 +247,31 @@ def test_columns_in_parquet_carry_meaning_too(tmp_path):
         prepared(tmp_path / "x.parquet")
 
 
+def test_files_left_out_are_named_each_time(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", pairs(2))
+    write_lines(folder / "test.jsonl", pairs(2))
+    for _ in range(2):  # the second time from the cache
+        assert f"not read: {folder}/test.jsonl" in format_census(prepared(folder).census)
+    write_lines(folder / "test-2.jsonl", pairs(2))
+    assert prepared(folder).census["files_left_out"] == [f"{folder}/test-2.jsonl", f"{folder}/test.jsonl"]
+
+
+def test_names_that_are_no_unicode(tmp_path):
+    """In a column, where a line for the terminal escapes it, and in a message, where the template would write it."""
+    census = census_of(tmp_path, PAIR_ROW | {"\ud800": 1})
+    assert r"columns not used: '\ud800'" in format_census(census)
+    turns = [{"role": "user", "content": "q", "name": "\ud800"}]
+    row = {"prompt": turns, "chosen": "a", "rejected": "b"}
+    template = "{% for m in messages %}{{ m.name or '' }}{{ m.content }}</s>{% endfor %}"
+    path = write_lines(tmp_path / "x.jsonl", [row])
+    with pytest.raises(
+        DataError, match=r"x.jsonl:1: \"the chat template's text\" holds half a surrogate pair, '.ud800'"
+    ):
+        prepare(str(path), options=options(), tokenizer=tokenizer(template=template))
+
+
 def test_a_prompt_that_contradicts_can_be_left_out(tmp_path):
     def chat(answer):
         return [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ds.data import json_stream
+from dpo_ds.data import json_stream, sources
 from dpo_ds.data.rows import BadRow
 from dpo_ds.data.sources import open_source
 from dpo_ds.errors import DataError
@@ -131,6 +131,127 @@ def test_folder_lacks_the_split(tmp_path):
     )
 
 
+def names_of(path, split="train"):
+    return sorted(path.name for path in open_source(str(path), split).paths)
+
+
+ULTRAFEEDBACK = [f"data/{name}-00000-of-00001.parquet" for name in (
+    "train_prefs", "train_sft", "train_gen", "test_prefs", "test_sft", "test_gen"
+)]  # fmt: skip
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_several_splits_are_an_error_that_lists_them(tmp_path):
+    touch(tmp_path, *ULTRAFEEDBACK)
+    several = "has several {} splits, {}; name one, as in {}:{}"
+    names = "train_gen, train_prefs, train_sft"
+    assert error_of(tmp_path) == f"{tmp_path}: " + several.format("train", names, tmp_path, "train_gen")
+    names = "test_gen, test_prefs, test_sft"
+    assert error_of(tmp_path, "eval") == f"{tmp_path}: " + several.format("eval", names, tmp_path, "test_gen")
+    for split in ("train", "eval"):
+        assert names_of(f"{tmp_path}:train_prefs", split) == ["train_prefs-00000-of-00001.parquet"]
+    left_out = {f"data/{path.name}" for path in open_source(f"{tmp_path}:train_prefs").left_out}
+    assert left_out == {*ULTRAFEEDBACK} - {"data/train_prefs-00000-of-00001.parquet"}
+    assert error_of(f"{tmp_path}:trainprefs").startswith(
+        f"{tmp_path}:trainprefs: {tmp_path} has no split 'trainprefs' "
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "chosen"),
+    [
+        (["train_prefs.jsonl", "train_sft.jsonl"], "train", None),
+        (["train_prefs.jsonl", "test_prefs.jsonl"], "train", ["train_prefs.jsonl"]),
+        (["train_prefs.jsonl", "test_prefs.jsonl"], "eval", ["test_prefs.jsonl"]),
+        (["train-1.jsonl", "train-2.jsonl", "train.jsonl"], "train", ["train-1.jsonl", "train-2.jsonl", "train.jsonl"]),
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "train_sft-00000-of-00001.parquet"], "train",
+         ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]),
+        (["train/a.jsonl", "validation/b.jsonl"], "train", ["a.jsonl"]),
+        (["train/a.jsonl", "validation/b.jsonl"], "eval", ["b.jsonl"]),
+        (["prefs-00000-of-00001.parquet", "pairs-00000-of-00001.parquet"], "train", None),
+        (["train-00000-of-00001-5c2a.parquet", "dev-00000-of-00001-77aa.parquet"], "eval",
+         ["dev-00000-of-00001-77aa.parquet"]),
+    ],
+)  # fmt: skip
+def test_splits_in_names(tmp_path, files, split, chosen):
+    touch(tmp_path, *files)
+    if chosen is None:
+        assert "name one" in error_of(tmp_path, split)
+    else:
+        assert names_of(tmp_path, split) == chosen
+
+
+def test_a_split_of_what_has_none(tmp_path):
+    import datasets
+
+    path = write_lines(tmp_path / "x.jsonl", [{"n": 1}])
+    assert error_of(f"{path}:train") == f"{path}:train: {path} is one file, without splits; leave out :train"
+    datasets.Dataset.from_list([{"n": 1}]).save_to_disk(str(tmp_path / "one"))
+    assert "one is one data set, without splits; leave out :train" in error_of(f"{tmp_path}/one:train")
+    write_lines(tmp_path / "odd:name.jsonl", [{"n": 3}])
+    assert rows_of(tmp_path / "odd:name.jsonl")[0][1] == {"n": 3}
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.csv.gz"])
+def test_tables(tmp_path, name):
+    """Quotes, a line break within a field, a byte order mark; a row's number is the line it begins on."""
+    comma = "\t" if ".tsv" in name else ","
+    text = comma.join(["prompt", "chosen"]) + "\r\n" + comma.join(["q", '"two\nlines, ""quoted"""']) + "\r\n\r\n"
+    data = b"\xef\xbb\xbf" + (text + comma.join(["ü", ""]) + "\n").encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    rows = [(location.row, row) for location, row in rows_of(tmp_path / name)]
+    assert rows == [
+        (2, {"prompt": "q", "chosen": 'two\nlines, "quoted"'}), (5, {"prompt": "ü", "chosen": ""})
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a,a\n1,2\n", r"x.csv:1: two columns are called 'a'; rename one"),
+        (b'a,b\n1,"2\n', r"x.csv:2: not a table: unexpected end of data"),
+        (b'a,b\n1,2\n1,"2"3\n', r"x.csv:3: not a table: ',' expected after '\"'"),
+        (b"a,b\n1,caf\xe9\n", r"x.csv: not UTF-8 behind line \d \(0xe9\); save the file as UTF-8"),
+    ],
+)
+def test_broken_tables(tmp_path, text, message):
+    (tmp_path / "x.csv").write_bytes(text)
+    assert re.search(message, error_of(tmp_path / "x.csv"))
+
+
+def test_a_row_of_a_table_with_another_number_of_fields_can_be_skipped(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n1,2,3\n4,5\n")
+    (_, first), (location, bad), (_, third) = rows_of(tmp_path / "x.csv")
+    assert (first, location.row, third) == ({"a": "1", "b": "2"}, 3, {"a": "4", "b": "5"})
+    assert (bad.reason, str(bad)) == (
+        "wrong number of fields", "3 fields where the header names 2; quote text that holds ','",
+    )  # fmt: skip
+
+
+def test_a_field_longer_than_the_library_takes_by_itself(tmp_path):
+    (tmp_path / "x.csv").write_text("a\n" + "x" * 200_000 + "\n")
+    assert len(rows_of(tmp_path / "x.csv")[0][1]["a"]) == 200_000
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.gz", "x.csv.gz"])
+def test_gzip_of_blank_lines_without_end(tmp_path, name):
+    """Two million after the first row, from 4 kB; a billion would take a quarter of an hour."""
+    first = b"a\n1\n" if "csv" in name else b'{"a": 1}\n'
+    (tmp_path / name).write_bytes(gzip.compress(first + b"\n" * 2_000_000))
+    assert "1,000,000 blank lines before it; this is no data" in error_of(tmp_path / name)
+
+
+def test_a_line_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE", 1 << 20)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n{"a": "' + b"x" * (1 << 21)))
+    assert error_of(tmp_path / "x.jsonl.gz").endswith("x.jsonl.gz:2: a line of more than 1 MiB; one object a line")
+
+
 def test_datasets_folders(tmp_path):
     import datasets
 
@@ -140,6 +261,8 @@ def test_datasets_folders(tmp_path):
     assert rows_of(tmp_path / "one") == [((f"{tmp_path}/one", 1), {"n": 0})]
     assert rows_of(tmp_path / "many") == [((f"{tmp_path}/many:train", 1), {"n": 0})]
     assert rows_of(tmp_path / "many", "eval") == [((f"{tmp_path}/many:test", 1), {"n": 2})]
+    assert rows_of(f"{tmp_path}/many:validation") == [((f"{tmp_path}/many:validation", 1), {"n": 1})]
+    assert "many has no split 'dev' but test, train, validation" in error_of(f"{tmp_path}/many:dev")
     (tmp_path / "one" / "dataset_info.json").write_text("{")
     assert "one: cannot be opened as a datasets folder" in error_of(tmp_path / "one")
 
@@ -183,10 +306,10 @@ def test_missing_file_names_the_nearest(tmp_path):
 
 def test_empty_folder_and_unknown_kind(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "x.csv").write_text("a,b")
-    known = "known: .jsonl, .json, .jsonl.gz, .json.gz, .parquet"
+    (tmp_path / "x.xls").write_text("a,b")
+    known = "known: .jsonl, .json, .csv, .tsv, .jsonl.gz, .json.gz, .csv.gz, .tsv.gz, .parquet"
     assert error_of(tmp_path / "empty") == f"{tmp_path}/empty: the folder holds no data file; {known}"
-    assert error_of(tmp_path / "x.csv") == f"{tmp_path}/x.csv: not a file that can be read as data; {known}"
+    assert error_of(tmp_path / "x.xls") == f"{tmp_path}/x.xls: not a file that can be read as data; {known}"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ STYLE = {
     "axes.edgecolor": GREY, "axes.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e6e9ec", "axes.axisbelow": True, "axes.prop_cycle": cycler(color=COLOURS),
     "font.size": 10.5, "axes.titlesize": 11.5, "xtick.color": INK, "ytick.color": INK, "text.color": INK,
-    "legend.frameon": False, "figure.constrained_layout.use": True,
+    "text.parse_math": False, "legend.frameon": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
 CURVES = (  # title, keys of metrics.jsonl (several runs: the first alone), a grey line for orientation
     ("loss", ("loss",), None),
