@@ -155,7 +155,7 @@ def canary_tolerance(model: PreTrainedModel, outputs: Tensor) -> float:
 
 
 def canary_pairs(vocab_size: int) -> list[PreferencePair]:
-    """Two short pairs of random tokens, the same on every rank."""
+    """Draws two short pairs of random tokens, the same on every rank."""
     generator = np.random.default_rng(0)
     lengths = ((5, 4, 6), (7, 3, 5))
     tokens = [[generator.integers(vocab_size, size=n) for n in pair] for pair in lengths]

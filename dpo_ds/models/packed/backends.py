@@ -27,7 +27,7 @@ _refused: dict[tuple, str] = {}
 def backend_for(
     device: torch.device, dtype: torch.dtype, head_width: int, value_width: int | None = None, softcap: bool = False
 ) -> str:
-    """The kernel packed attention runs: the first of `_candidates` that was not found wanting, "sdpa" if all were."""
+    """Returns the kernel that packed attention runs: the first candidate not found wanting, "sdpa" if all were."""
     value_width = value_width or head_width
     for kernel in _candidates(device, dtype, head_width, value_width, softcap):
         case = (kernel, device.type, dtype, head_width, value_width, softcap)
@@ -42,8 +42,10 @@ def backend_for(
 def _candidates(
     device: torch.device, dtype: torch.dtype, head_width: int, value_width: int, softcap: bool
 ) -> tuple[str, ...]:
-    """Fastest first. Varlen kernels want an Ampere or later GPU, a 16-bit type and value heads as wide as the keys', a
-    multiple of 8 and 256 at most; flash-attn-4 and -3 a Hopper GPU. Soft-caps are for flash-attn-4 and flash-attn 2."""
+    """Returns the kernels that may serve, the fastest first. They want an Ampere or later GPU, a 16-bit type and value
+    heads as wide as the keys', a multiple of 8 and 256 at most; flash-attn-3 a Hopper GPU, flash-attn-4 that or a later
+    one. flash-attn-4 and flash-attn 2 alone know soft-caps.
+    """
     fits = head_width <= 256 and head_width % 8 == 0 and value_width == head_width and dtype in HALF_TYPES
     if not fits or device.type != "cuda":
         return ()
@@ -59,7 +61,7 @@ def _candidates(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule, merge: bool | None = None
 ) -> Tensor:
-    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D] by the kernel that serves these."""
+    """Attends by the kernel that serves these: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
     backend = backend_of(query, value, rule)
     if backend == "sdpa":
         return sdpa(query, key, value, table, rule)
@@ -84,7 +86,7 @@ def try_backends(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> 
 
 
 def refused_backends() -> list[str]:
-    """A line for each kernel that is there and does not serve, with the reason and what serves in its place."""
+    """Returns a line for each kernel that is there and does not serve: why, and what serves in its place."""
     lines = []
     for (kernel, device, dtype, head_width, value_width, softcap), reason in list(_refused.items()):
         serves = backend_for(torch.device(device), dtype, head_width, value_width, softcap)

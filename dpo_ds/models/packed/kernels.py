@@ -33,9 +33,10 @@ class Kernel(NamedTuple):
 def _torch_forward(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """torch's own flash attention 2, or what was activated in its place. The operator and not `varlen_attn`, whose
-    signature is another in each of torch 2.10 to 2.14 and which from 2.14 on may choose cuDNN: the operator's differs
-    by num_splits alone, takes fewer key heads without being told and gives the log-sums."""
+    """Calls torch's own flash attention 2, or what was activated in its place. By its operator and not by
+    `varlen_attn`, whose signature is another in 2.10, 2.11 and 2.12 and which from 2.14 on may choose cuDNN: the
+    operator's differs by num_splits alone, takes fewer key heads without being told, and it gives the log-sums.
+    """
     assert not rule.softcap, "backend_for gives soft-capped models another kernel"
     # One split: a pair's result does not depend on what else is in the pack. Before 2.12 there is no other way.
     invariant = {"num_splits": 1} if "num_splits" in _arguments(aten._flash_attention_forward) else {}
@@ -88,12 +89,12 @@ def _arguments(operator) -> frozenset[str]:
 
 
 def _block_arguments(blocks: Blocks) -> tuple[Tensor, Tensor, int, int]:
-    """At least 2 queries, which bounds the grid and nothing else: for 1 flash attention 2 changes to split keys."""
+    """Says 2 queries at least, which bounds the grid and nothing else: at 1 flash attention 2 begins to split keys."""
     return blocks.cu_queries, blocks.cu_keys, max(2, blocks.max_queries), blocks.max_keys
 
 
 def _window(rule: ScoreRule, causal: bool) -> dict[str, int]:
-    """As flash attention counts: keys besides the query's own, -1 for no limit."""
+    """Counts as flash attention does: keys besides the query's own, -1 for no limit."""
     return {
         "window_size_left": rule.window - 1 if rule.window else -1,
         "window_size_right": 0 if causal else -1,
@@ -103,7 +104,7 @@ def _window(rule: ScoreRule, causal: bool) -> dict[str, int]:
 def _flash3_forward(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """flash-attn-3, which torch puts in the place of its own kernels for the whole process, SDPA's included."""
+    """Calls flash-attn-3, which torch puts in place of its own kernels for the whole process, SDPA's included."""
     if torch_attention.current_flash_attention_impl() != "FA3":
         torch_attention.activate_flash_attention_impl("FA3")
     return _torch_forward(query, key, value, blocks, rule, causal)
@@ -112,7 +113,7 @@ def _flash3_forward(
 def _cute_forward(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """flash-attn-4. torch's own registration of it (2.11 to 2.14) expects two results where the newer return five."""
+    """Calls flash-attn-4 itself: torch's registration of it (2.11) expects two results where newer ones return five."""
     results = import_package("flash-attn-4")._flash_attn_fwd(
         query,
         key,
@@ -161,14 +162,14 @@ def _cute_backward(
 
 
 def _cute_window(rule: ScoreRule) -> dict[str, int]:
-    """Without a window nothing is given, causal says it all."""
+    """Gives nothing where there is no window: causal says it all."""
     return {"window_size_left": rule.window - 1, "window_size_right": 0} if rule.window else {}
 
 
 def _flash2_forward(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """flash-attn 2.7 and later."""
+    """Calls flash-attn 2.7 or later."""
     output, log_sums, *_ = import_package("flash-attn")._flash_attn_varlen_forward(
         query,
         key,

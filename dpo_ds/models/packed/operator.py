@@ -31,7 +31,7 @@ def packed_attention(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, H, D] and the log-sums [H, T], which are for backward alone (0 where SDPA serves)."""
+    """Returns the output [T, H, D] and the log-sums [H, T], which are for backward alone (0 where SDPA serves)."""
     table, rule = table_of(handle), ScoreRule(scale, window, softcap)
     backend = backend_of(query_THD, value_TGD, rule)
     if (probe := open_probe()) is not None:
@@ -62,6 +62,7 @@ def packed_attention_backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients by query, key and value, shaped as these."""
     table, rule = table_of(handle), ScoreRule(scale, window, softcap)
     backend = backend_of(query_THD, value_TGD, rule)
     if backend == "sdpa":

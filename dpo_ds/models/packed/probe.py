@@ -34,8 +34,9 @@ def open_probe() -> AttentionProbe | None:
 
 @contextmanager
 def probe_attention() -> Iterator[AttentionProbe]:
-    """While open, calls are recorded and what is unsupported is noted, not raised: an exception in the middle of a
-    forward would leave ZeRO-3 with gathered parameters. Not for nesting."""
+    """Records calls while it is open, and notes what is unsupported instead of raising: an exception in the middle of a
+    forward would leave ZeRO-3 with gathered parameters. Not for nesting.
+    """
     global _probe
     _probe = AttentionProbe()
     try:

@@ -26,7 +26,7 @@ class ScoreRule(NamedTuple):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule) -> Tensor:
-    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; two blocks a pair, whatever else is in the pack.
+    """Attends: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; two blocks a pair, whatever the pack.
 
     `split` and not slices: a slice's backward is as large as the whole pack, a split's is one concatenation.
     """
@@ -45,7 +45,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: S
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule) -> Tensor:
-    """One block of bottom-right causal attention: [1, H, queries, D] against [1, H, keys, D]."""
+    """Attends in one block, causal and bottom-right: [1, H, queries, D] against [1, H, keys, D]."""
     queries, keys = query.shape[2], key.shape[2]
     window = rule.window if rule.window and rule.window < keys else None
     if rule.softcap:
@@ -60,8 +60,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule
 def sdpa_backward(
     grad_THD: Tensor, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, table: SegmentTable, rule: ScoreRule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query, key and value of `sdpa`, written out, in float32 at least: for compiled layers, where the
-    attention is one opaque operator whose inside autograd does not see. One key head at a time, scores recomputed.
+    """Returns the gradients of `sdpa` by query, key and value, written out, in float32 at least: for compiled layers,
+    where attention is one operator that autograd does not look into. Scores are recomputed, one key head at a time.
     """
     exact = torch.promote_types(query_THD.dtype, torch.float32)
     inputs = query_THD, key_TGD, value_TGD
@@ -89,7 +89,7 @@ def sdpa_backward(
 
 
 def _blocks(table: SegmentTable) -> Iterator[tuple[list[int], list[int]]]:
-    """(rows of queries, rows of keys) of every block; no row twice in either."""
+    """Yields the rows of queries and the rows of keys of every block; no row twice in either."""
     for segment in table.segments:
         chosen_end = segment.end - segment.rejected
         first, rejected = [*range(segment.start, chosen_end)], [*range(chosen_end, segment.end)]

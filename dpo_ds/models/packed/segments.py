@@ -29,8 +29,7 @@ MERGED_PROMPT, MERGED_RATIO = 512, 4
 
 
 def is_merged(segment: Segment) -> bool:
-    """Tells whether a pair's rejected sees the prompt by a second call (True) or by copied keys; by its lengths alone.
-    """
+    """Tells whether rejected sees its prompt by a second call or else by copied keys; by the pair's lengths alone."""
     return segment.prompt >= max(MERGED_PROMPT, MERGED_RATIO * segment.rejected)
 
 
@@ -93,7 +92,7 @@ class SegmentTable:
         self._indices: dict[tuple, PackIndex] = {}
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-        """Additive mask [queries, keys] of a block: 0 where the key is 0 to window - 1 positions back, else -inf."""
+        """Returns a block's additive mask [queries, keys]: 0 for keys 0 to window - 1 positions back, else -inf."""
         mask_key = (queries, keys, window, like.dtype, like.device)
         if mask_key not in self._masks:
             with torch.inference_mode(False):  # built by a reference pass, saved for backward by the policy's
@@ -104,7 +103,7 @@ class SegmentTable:
         return self._masks[mask_key]
 
     def index(self, device: torch.device, merge: bool | None = None) -> PackIndex:
-        """The blocks and rows on `device`. merge: every pair merged (True), copied (False) or by its lengths (None)."""
+        """Returns blocks and rows on `device`. merge: pairs are merged (True), copied (False), or by length (None)."""
         index_key = (device, merge)
         if index_key not in self._indices:
             with torch.inference_mode(False):
@@ -145,7 +144,7 @@ class SegmentTable:
 
 
 def _blocks(lengths: list[tuple[int, int]], device: torch.device) -> Blocks:
-    """lengths: (queries, keys) of each block."""
+    """Lays blocks of (queries, keys) end to end."""
     cumulative = np.zeros((2, len(lengths) + 1), np.int32)
     np.cumsum(np.array(lengths).T, axis=1, out=cumulative[:, 1:])
     return Blocks(*_on_device(list(cumulative), device), *np.max(lengths, axis=0).tolist())
@@ -159,7 +158,7 @@ def _copies(rows: np.ndarray, is_copy: np.ndarray, device: torch.device) -> Copi
 
 
 def _on_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors, in one copy for which the host does not wait."""
+    """Returns the arrays as tensors, moved in one copy for which the host does not wait."""
     flat = torch.from_numpy(np.concatenate(arrays))
     if device.type == "cuda":
         flat = flat.pin_memory()
@@ -167,12 +166,12 @@ def _on_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
 
 
 def segment_table(segments: tuple[Segment, ...]) -> SegmentTable:
-    """The table of a pack; layers, policy, reference and recomputation of one batch share it."""
+    """Returns the table of a pack; layers, policy, reference and recomputation of one batch share it."""
     return _tables(np.array(segments, np.int64).tobytes())
 
 
 def table_of(handle: Tensor) -> SegmentTable:
-    """The table whose handle this is."""
+    """Returns the table whose handle this is."""
     return _tables(handle.numpy().tobytes())
 
 

@@ -30,12 +30,12 @@ def varlen_attention(
     rule: ScoreRule,
     merge: bool | None = None,
 ) -> Tensor:
-    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]. merge: as in SegmentTable.index."""
+    """Attends: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]. merge: as in SegmentTable.index."""
     return _VarlenAttention.apply(query, key, value, table, rule, kernel, merge)
 
 
 class _VarlenAttention(torch.autograd.Function):
-    """Views are taken inside: to autograd `x[0]` is a selection, whose gradient is zeros as large as x, then a copy."""
+    """Takes its views inside: to autograd x[0] is a selection, whose gradient is zeros as large as x and a copy."""
 
     @staticmethod
     def forward(ctx, query, key, value, table, rule, kernel, merge):
@@ -62,7 +62,7 @@ def varlen_forward(
     rule: ScoreRule,
     merge: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, H, D] and the log-sums [H, T] of the whole."""
+    """Returns the output [T, H, D] and the log-sums [H, T] of the whole attention."""
     forward, index = KERNELS[kernel].forward, _index(table, query_THD, rule, merge)
     keys, values = (_copied(x, index) for x in (key_TGD, value_TGD))
     output, log_sums = forward(query_THD, keys, values, index.own, rule, True)
@@ -91,7 +91,7 @@ def varlen_backward(
     rule: ScoreRule,
     merge: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query, key and value, from what `varlen_forward` was given and gave."""
+    """Returns the gradients by query, key and value, from what `varlen_forward` was given and gave."""
     backward, index = KERNELS[kernel].backward, _index(table, query_THD, rule, merge)
     grad_THD = grad_THD.contiguous()
     keys, values = (_copied(x, index) for x in (key_TGD, value_TGD))
@@ -112,7 +112,7 @@ def varlen_backward(
 
 
 def _index(table: SegmentTable, query_THD: Tensor, rule: ScoreRule, merge: bool | None) -> PackIndex:
-    """A window counts positions across the border between prompt and rejected: copied keys stand in their order."""
+    """Copies under a window, which counts positions across the border between prompt and rejected."""
     assert not (merge and rule.window), "a sliding window needs copied keys"
     return table.index(query_THD.device, False if rule.window or rule.softcap else merge)
 
@@ -122,8 +122,9 @@ def _copied(x: Tensor, index: PackIndex) -> Tensor:
 
 
 def _gathered_back(grad: Tensor, index: PackIndex) -> Tensor:
-    """Gradients by the pack's rows from gradients by copied keys. No row is written twice by one operation, unlike in
-    index_select's own backward, whose atomic additions come in any order."""
+    """Returns gradients by the pack's rows from those by copied keys. No operation writes a row twice, unlike
+    index_select's own backward, whose atomic additions come in any order.
+    """
     if not index.copies:
         return grad
     _, first, again, again_rows = index.copies
