@@ -281,7 +281,8 @@ def test_without_memory_for_a_copy_a_line_says_that_training_waits(tmp_path, mon
     )
     monkeypatch.setattr(writer_module.collectives, "dist", alone)
     monkeypatch.setattr(writer_module, "free_memory", lambda: 400)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)
     said = []
     writer = CheckpointWriter(tmp_path, RUN, {}, 0, Lock(), said.append, print)

@@ -149,7 +149,7 @@ def test_a_prompt_alone_needs_no_room_for_a_completion():
 def test_a_mistake_in_the_keys_does_not_leave_an_earlier_done(tmp_path):
     status = tmp_path / "STATUS.json"
     for argv in (["--output_dir", str(tmp_path), "--loss.nam", "x"], ["--loss.nam", "x", f"--output_dir={tmp_path}"]):
-        status.write_text('{"state": "done", "exit_code": 0}')
+        status.write_text('{"state": "done", "reason": "", "step": 4, "exit_code": 0}')
         assert cli.main(["train", *argv]) == 2
         assert json.loads(status.read_text())["state"] == "failed"
 
