@@ -214,6 +214,10 @@ NO_PAIRS = {
         ("prompt", "response", "helpfulness"),
         "make pairs of the best and the worst response to each prompt, or train on 'response' with dpo-ds sft",
     ),
+    "HelpSteer3": (
+        ("context", "response1", "response2", "overall_preference"),
+        "write rows of prompt (context), chosen (response1 where overall_preference is below 0) and rejected",
+    ),
     "SHP": (
         ("history", "human_ref_A", "human_ref_B", "labels"),
         "write rows of prompt (history), chosen (human_ref_A where labels is 1, else human_ref_B) and rejected",
@@ -321,13 +325,13 @@ def _answer(row: Row, side: str) -> Messages:
 
 
 def _answered(row: Row, pair: bool, prompt: Messages) -> Conversation:
-    """The prompt with answers that are text: of a pair both, else the one that there is."""
+    """Returns the prompt with answers that are text: of a pair both, else the one that there is."""
     sides = PAIR_FIELDS if pair else (row.first_of("chosen", *ANSWERS),)
     return Conversation(prompt, *(_answer(row, side) for side in sides), tools=row.tools())
 
 
 def with_system(row: Row, name: str, turns: Messages) -> Messages:
-    """The turns of the field `name` behind the system turn that a column of its own gives."""
+    """Puts the system turn that a column of its own gives before the turns of the field `name`."""
     system = row.optional_text(row.first_of(*SYSTEM))
     if not system or (turns and _is_system(turns[0]) and turns[0]["content"] == system):
         return turns
@@ -341,7 +345,7 @@ def _is_system(message: dict) -> bool:
 
 
 def _whole(row: Row, side: str) -> Messages:
-    """A side's conversation, with the row's prompt and system turn."""
+    """Returns a side's conversation with the row's prompt and system turn; BadRow where the prompt says otherwise."""
     turns, prompt = row.messages(side), row.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
         asked = [message["content"] for message in _before_the_answer(turns) if message["role"] == "user"]
@@ -370,7 +374,7 @@ def _without_system(turns: Messages) -> Messages:
 
 
 def _going_on(prompt: Messages, side: str, turns: Messages) -> Messages:
-    """The turns of a side, which must answer and must not ask anew what `prompt` ends in."""
+    """Returns the turns of a side, which must answer and must not ask anew what `prompt` ends in."""
     _require_answer(side, turns)
     if prompt and turns and prompt[-1]["role"] == "user" and (turns[0]["role"] == "user" or _is_system(turns[0])):
         raise _contradiction(prompt[-1]["content"], side, turns[0]["content"])

@@ -21,7 +21,7 @@ from dpo_ds.data.tokenize import PairTokenizer
 from dpo_ds.errors import DataError
 
 TEXT = ".txt"
-COMPLETED = ("chosen", "rejected", *ANSWERS, "conversations", "instruction", "question", "messages")  # beyond a prompt
+COMPLETED = ("chosen", "rejected", *ANSWERS, "conversations", "instruction", "messages")  # more than a prompt
 UNLIMITED = 1 << 40  # tokens: the prompt's own limit decides
 
 
@@ -45,7 +45,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFile:
-    """A prompt a line, as a source of rows."""
+    """Gives each line of a file as a row with a prompt."""
 
     path: Path
     left_out: tuple = ()

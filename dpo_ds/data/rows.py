@@ -152,7 +152,7 @@ def as_message(name: str, value: Any) -> dict[str, Any]:
 
 
 def _content(name: str, content: Any) -> str:
-    """Text, or the text of parts [{"type": "text", "text": ...}], as models that also see have it."""
+    """Returns text, or the text of parts [{"type": "text", "text": ...}], as models that also see have it."""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return as_text(name, content)
     for i, part in enumerate(content):

@@ -174,7 +174,7 @@ def _one_more_blank(blank: int, path: Path, number: int) -> int:
 
 
 def _table(stream: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str] | BadRow]]:
-    """Rows of CSV (RFC 4180) or TSV as text; a row's number is that of the line it begins on, below the header's."""
+    """Yields rows of CSV (RFC 4180) or TSV as text; a row's number is that of the line it begins on."""
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     ends, blank = 0, 0
@@ -287,7 +287,7 @@ def _folder(folder: Path, split: str, named: str | None) -> Files:
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file's name tells, else the nearest folder's.
+    """Returns the split that a file's name tells, else the nearest folder's.
 
     It is "train_prefs" of train_prefs-00000-of-00001.parquet and of train_prefs.jsonl, "train" of a-train-7.jsonl.
     """
@@ -308,7 +308,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _pick(where: str, there: list[str], split: str, named: str | None) -> str:
-    """The split to read: the one that is named, else ours by the words of SPLITS, or the only one."""
+    """Returns the split to read: the one that is named, else ours by the words of SPLITS, or the only one."""
     has = ", ".join(name or "unnamed" for name in sorted(there))
     if named is not None:
         if named not in there:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from dpo_ds.commands.evaluate.command import _is_file
 from dpo_ds.commands.evaluate.judging import Judge, by_scores, read_baseline
 from dpo_ds.commands.evaluate.measure import numbered
 from dpo_ds.commands.evaluate.plots import frontier
@@ -119,6 +120,15 @@ def test_a_baseline_may_end_at_once_and_is_one_models(tmp_path):
     assert [part for part in wanted if part not in str(caught.value)] == [] and "\n" not in str(caught.value)
     with pytest.raises(DataError, match="'completion' is null"):
         baseline(tmp_path / "null.jsonl", {**p, "completion": None})
+
+
+def test_a_baseline_may_be_a_split_of_a_folder(tmp_path):
+    for split in ("dpo", "ipo"):
+        row = {"prompt": "p", "completion": f"{split}'s"}
+        (tmp_path / f"{split}-00000-of-00001.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "colon:model").mkdir()
+    assert _is_file(f"{tmp_path}:ipo") and not _is_file(str(tmp_path)) and not _is_file(f"{tmp_path}/colon:model")
+    assert read_baseline(f"{tmp_path}:ipo", ["p"], {}, tokenizer=None) == [["ipo's"]]
 
 
 def test_the_frontier_leaves_out_what_another_point_beats():

@@ -379,6 +379,11 @@ MISTAKES = [
         r"a row of HelpSteer .* holds no pair; make pairs of the best and the worst response",
     ),
     (
+        {"context": [user("q")], "response1": "a", "response2": "b", "overall_preference": -2},
+        "no pair",
+        r"a row of HelpSteer3 .* write rows of prompt \(context\), chosen \(response1 where",
+    ),
+    (
         {"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 3},
         "no pair",
         r"a row of SHP .* write rows of prompt \(history\), chosen \(human_ref_A where labels is 1",

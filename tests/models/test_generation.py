@@ -193,6 +193,18 @@ class TestPrompts:
         assert [tokenizer().decode(p.ids) for p in read.rows] == [f"{BOS}def", f"{BOS}ab"]
         assert read.rows[0].text == "abcdef" and read.summary() == "2 prompts, 1 cut from their start"
 
+    def test_what_is_not_read_is_named(self, tmp_path):
+        (tmp_path / "set").mkdir()
+        for name in ("test.csv", "train.csv"):
+            (tmp_path / "set" / name).write_text("question,answer\nhi,4\n")
+        read = self.read(str(tmp_path / "set"), columns={"prompt": "question"})
+        assert read.summary() == f"1 prompts; columns not used: answer; not read: {tmp_path}/set/test.csv"
+        with pytest.raises(DataError, match=r"a.jsonl:1: 'system' is 'be brief', which nothing here can use"):
+            self.read(str(write_lines(tmp_path / "a.jsonl", [{"prompt": "hi", "system": "be brief"}])))
+        messages = [{"role": "user", "content": "hi"}]
+        chat = self.read(str(write_lines(tmp_path / "a.jsonl", [{"prompt": messages, "system": "be brief"}])))
+        assert "be brief" in chat.rows[0].text and "columns" not in chat.summary()
+
     def test_rows_without_a_prompt(self, tmp_path):
         path = str(write_lines(tmp_path / "a.jsonl", [{"prompt": "hi"}, {"prompt": 3}, {"text": "x"}, {"prompt": ""}]))
         read = self.read(path, on_bad_row="skip")

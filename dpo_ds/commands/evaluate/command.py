@@ -249,7 +249,11 @@ def _baseline_model(run: EvaluateConfig, source, options, prompts: Sequence[Prom
 
 
 def _is_file(baseline: str) -> bool:
-    return not Path(baseline).is_dir() and (Path(baseline).is_file() or baseline.lower().endswith(KINDS))
+    """Tells rows of completions, a file or a split FOLDER:SPLIT, from a model."""
+    if Path(baseline).is_dir():
+        return False
+    of_split = Path(baseline.rpartition(":")[0] or "nowhere").is_dir()
+    return Path(baseline).is_file() or of_split or baseline.lower().endswith(KINDS)
 
 
 def _dealt(rivals: Sequence[Sequence[str]], n: int) -> list[list[str]]:
