@@ -10,8 +10,10 @@ Legend: N rows, D hidden width, V vocabulary, C columns of one vocabulary chunk,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,16 +41,33 @@ class Tiles(NamedTuple):
     fold_rows: int  # rows of a forward block; the last block is filled up, so that every matmul has the same shape
     gradient_rows: int  # rows of a backward block
     logits_bytes: int  # budget of one backward tile of logits; with gradient_rows it gives the columns of a chunk
-    kept_bytes: int  # up to here all of exp(logits) is kept for backward, which is then spared a matmul and an exp
+    kept_bytes: int  # up to here exp(logits) is kept for backward, which is then spared a matmul and an exp
 
     def columns(self, logit_bytes: int) -> int:
         return max(self.logits_bytes // (self.gradient_rows * logit_bytes) // 64 * 64, 64)
 
+    def kernel_columns(self, rows: int, logit_bytes: int) -> int:
+        """Returns the columns of a Triton kernel's chunk: what the budget gives for these rows. Only the order in which
+        the gradient of hidden states is summed depends on it."""
+        return self._padded(self.logits_bytes, rows, logit_bytes) or PADDING
 
-# Of this module by device; CPU: a tile stays in the second-level cache, CUDA: tiles large enough for cuBLAS. And of
-# triton.py, which is optional and takes them from here.
-TILES = {"cpu": Tiles(128, 512, 4 << 20, 256 << 20), "cuda": Tiles(4096, 4096, 512 << 20, 0)}
-TRITON_TILES = Tiles(fold_rows=0, gradient_rows=65536, logits_bytes=1 << 30, kept_bytes=0)
+    def kept_columns(self, rows: int, vocabulary: int) -> int:
+        """Returns for how many columns, from the first on, a Triton kernel keeps exponentials in 16 bits; the backward
+        pass computes the rest again. They are one chunk, in one block of rows."""
+        fit = self._padded(self.kept_bytes, rows, 2) if 0 < rows <= self.gradient_rows else 0
+        return min(fit, vocabulary)
+
+    def _padded(self, budget: int, rows: int, size: int) -> int:
+        return budget // (max(min(rows, self.gradient_rows), 1) * size) // PADDING * PADDING
+
+
+PADDING = 256  # columns of logits in memory come in multiples of it; every Triton kernel's tile divides it
+# cpu: a tile stays in the second-level cache. cuda: tiles large enough for cuBLAS. triton: nothing but the two budgets.
+TILES = {
+    "cpu": Tiles(128, 512, 4 << 20, 256 << 20),
+    "cuda": Tiles(4096, 4096, 512 << 20, 0),
+    "triton": Tiles(0, 65536, 1 << 30, 1 << 30),
+}
 
 
 def recomputed_logps(kernel, hidden_ND, weight_VD, bias_V, targets_N, with_statistics) -> tuple[Tensor, ...]:
@@ -66,51 +85,60 @@ class RecomputedLogps(torch.autograd.Function):
         differentiable = differentiable and any(ctx.needs_input_grad)
         results, kept = kernel.fold(hidden_ND, weight_VD, bias_V, targets_N, with_statistics, differentiable)
         logps_N, lse_N, *statistics = results
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, lse_N, *kept)
-        ctx.kernel = kernel
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, lse_N, *chain.from_iterable(kept))
+        ctx.kernel, ctx.kept_is_spent = kernel, False
         ctx.mark_non_differentiable(*statistics)
         return logps_N, *statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_N, *_):
-        with torch.autocast(grad_N.device.type, enabled=False):
-            gradients = _gradients(ctx.kernel, ctx.needs_input_grad[:3], grad_N, *ctx.saved_tensors)
+        kernel, saved = ctx.kernel, ctx.saved_tensors
+        width = kernel.kept_a_chunk
+        kept = [saved[i : i + width] for i in range(5, len(saved), width)]
+        if ctx.kept_is_spent:  # a second backward pass through a retained graph
+            kept = []
+        ctx.kept_is_spent = kernel.spends_kept
+        with torch.autocast(grad_N.device.type, enabled=False), _whole_sums():
+            gradients = _gradients(kernel, ctx.needs_input_grad[:3], grad_N, *saved[:5], kept)
         return *gradients, None, None, None, None
 
 
-def _gradients(kernel, needed, grad_N, hidden_ND, weight_VD, bias_V, targets_N, lse_N, *kept):
+def _gradients(kernel, needed, grad_N, hidden_ND, weight_VD, bias_V, targets_N, lse_N, kept):
     """Gradients of hidden, weight and bias, None where not needed, each rounded once to its tensor's dtype."""
     needs_hidden, needs_weight, needs_bias = needed
-    rows = grad_N.nonzero().squeeze(1)  # a row without gradient adds nothing
-    everything = bool(kept) or len(rows) == len(grad_N)
+    rows = None if kept else grad_N.nonzero().squeeze(1)  # a row without gradient adds nothing
+    everything = rows is None or len(rows) == len(grad_N)
     hidden, targets, grad, lse = (x if everything else x[rows] for x in (hidden_ND, targets_N, grad_N, lse_N))
     dtype, gemm = accumulator_dtype(hidden, weight_VD), matmul_dtype(hidden, weight_VD)
+    # One matmul of 16-bit factors over all rows has float32 sums and a single rounding by itself.
+    whole = gemm != dtype and 0 < len(hidden) <= kernel.tiles.gradient_rows
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs_hidden else None
-    d_weight = torch.zeros_like(weight_VD) if needs_weight else None
+    d_weight = (torch.empty_like if whole else torch.zeros_like)(weight_VD) if needs_weight else None
     d_bias = torch.zeros_like(bias_V) if needs_bias else None
-    columns = kernel.tiles.columns(gemm.itemsize)
-    for index, chunk in enumerate(slices(len(weight_VD), columns)):
+    d_logits_BC = None
+    for index, chunk in enumerate(slices(len(weight_VD), kernel.columns(len(hidden), gemm.itemsize, kept))):
         weight_CD = weight_VD[chunk].to(gemm)
         bias_C = None if bias_V is None else bias_V[chunk].to(dtype)
-        if needs_weight:  # in the accumulator's dtype the gradient itself is the accumulator
+        if needs_weight and not whole:  # in the accumulator's dtype the gradient itself is the accumulator
             d_weight_CD = d_weight[chunk].to(dtype)
         d_bias_C = weight_CD.new_zeros(len(weight_CD), dtype=dtype)
         for block in slices(len(hidden), kernel.tiles.gradient_rows):
             hidden_BD = hidden[block].to(gemm)
             rest = targets[block] - chunk.start, lse[block], grad[block]
-            if kept:
-                exp_NC, top_N = kept[2 * index : 2 * index + 2]
-                d_logits_BC = kernel.kept_logit_gradient(exp_NC[block], top_N[block], *rest)
+            if index < len(kept):
+                d_logits_BC = kernel.kept_logit_gradient(*(x[block] for x in kept[index]), *rest)
             else:
-                d_logits_BC = kernel.logit_gradient(hidden_BD, weight_CD, bias_C, *rest)
+                d_logits_BC = kernel.logit_gradient(hidden_BD, weight_CD, bias_C, *rest, d_logits_BC)
             if needs_hidden:
                 _accumulate(d_hidden[block], d_logits_BC, weight_CD)
-            if needs_weight:
+            if needs_weight and whole:
+                torch.mm(d_logits_BC.t(), hidden_BD, out=d_weight[chunk])
+            elif needs_weight:
                 _accumulate(d_weight_CD, d_logits_BC.t(), hidden_BD)
             if needs_bias:
                 d_bias_C += d_logits_BC.sum(0, dtype=dtype)
-        if needs_weight and d_weight.dtype != dtype:
+        if needs_weight and not whole and d_weight.dtype != dtype:
             d_weight[chunk] = d_weight_CD
         if needs_bias:
             d_bias[chunk] = d_bias_C
@@ -128,11 +156,17 @@ class ChunkedKernel:
     scale: float
     softcap: float | None
     tiles: Tiles
+    kept_a_chunk: ClassVar[int] = 2  # tensors
+    spends_kept: ClassVar[bool] = False
+
+    def columns(self, rows: int, logit_bytes: int, kept) -> int:
+        """Returns the columns of a chunk in backward."""
+        return self.tiles.columns(logit_bytes)
 
     def fold(self, hidden_ND, weight_VD, bias_V, targets_N, with_statistics, differentiable):
         """([logps, log-sum-exp, then entropy, hits and log sum p^2 if asked for], each [N]; what backward may use).
 
-        The latter is empty, or holds for every chunk exp(y - top) [N, C] and top [N].
+        The latter is empty, or holds for every chunk (exp(y - top) [N, C], top [N]).
         """
         dtype, gemm = accumulator_dtype(hidden_ND, weight_VD), matmul_dtype(hidden_ND, weight_VD)
         rows = self.tiles.fold_rows
@@ -158,14 +192,15 @@ class ChunkedKernel:
                 logits_BC = self._logits(hidden_BD, weight_CD, bias_C, out)
                 state.add(logits_BC, targets_B, with_statistics)
             if keep:
-                kept += [logits.flatten(0, 1), torch.cat([state.top for state in states])]
+                kept.append((logits.flatten(0, 1), torch.cat([state.top for state in states])))
         results = zip(*(state.results(with_statistics) for state in states), strict=True)
         return [torch.cat(result)[: len(hidden_ND)] for result in results], kept
 
-    def logit_gradient(self, hidden_BD, weight_CD, bias_C, targets_B, lse_B, grad_B) -> Tensor:
+    def logit_gradient(self, hidden_BD, weight_CD, bias_C, targets_B, lse_B, grad_B, spent_BC=None) -> Tensor:
         """Gradient of the matmul's result: grad (1[target] - exp(y - lse)) scale (1 - (y / softcap)^2), y the logit.
 
-        targets_B count from the chunk's first column and may lie outside it. [B, C] in the matmul's dtype.
+        targets_B count from the chunk's first column and may lie outside it. spent_BC: the tile before, which a kernel
+        may write over. Returns [B, C] in the matmul's dtype.
         """
         logits_BC = self._logits(hidden_BD, weight_CD, bias_C)
         slope_BC = None if self.softcap is None else 1 - (logits_BC / self.softcap) ** 2
@@ -259,5 +294,20 @@ def _accumulate(total, a, b):
     """total += a b without rounding in between."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b, out_dtype=total.dtype)  # addmm's out_dtype: pytorch/pytorch#154086, #167931
+    else:  # right from torch 2.10 on: pytorch/pytorch#167931
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+@contextmanager
+def _whole_sums():
+    """Makes cuBLAS add the parts of a split matmul in float32; torch's default lets it round them to 16 bits."""
+    flags = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    names = [name for name in names if getattr(flags, name)]
+    for name in names:
+        setattr(flags, name, False)
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(flags, name, True)

@@ -2,47 +2,67 @@
 
 Forward: a program takes a tile of rows and one split of the vocabulary, keeps (top, sum) and the statistics in
 registers in float32 and writes one partial per row and split; a second kernel combines them in order. No atomics, and
-no size depends on N: results repeat bit for bit, whatever rows lie beside. Backward: recomputed_logps' chunks, the
-logits' gradient from a kernel, the products from cuBLAS.
+no size depends on N: results repeat bit for bit, whatever rows lie beside. Where a backward pass will follow, as many
+exponentials as TILES allows are written down in bfloat16: their gradient is one pass over memory. Backward:
+recomputed_logps' chunks, the rest of the logits' gradient from a kernel, the products from cuBLAS.
 
-Legend: N rows, D hidden width, V vocabulary, S splits, C columns of one vocabulary chunk, B rows of one block.
-Runs on a CPU under TRITON_INTERPRET=1 (tests).
+Legend: N rows, D hidden width, V vocabulary, S splits, T tiles of columns, C columns of one vocabulary chunk, B rows of
+one block. Runs on a CPU under TRITON_INTERPRET=1 (tests).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_ds.logprobs.chunked import TRITON_TILES, Tiles, accumulator_dtype, recomputed_logps
+from dpo_ds.logprobs.chunked import PADDING, TILES, Tiles, accumulator_dtype, recomputed_logps
+from dpo_ds.logprobs.kernels import combine_kernel, fold_kernel, kept_gradient_kernel, logit_gradient_kernel
 
-SPLIT_COLUMNS = 4096  # of the vocabulary, one program's share
 GROUP_ROWS = 32  # row tiles that run side by side, so that their hidden states stay in the second-level cache
 
 
-class Launch(NamedTuple):
-    """Tile sizes [rows, columns, depth] and launch parameters of both matmul kernels."""
+@dataclass(frozen=True)
+class Launch:
+    """How a matmul kernel is launched: its tile's sizes, columns of the vocabulary that one program goes through, and
+    whether tiles come by tensor descriptors where the tensors are aligned for them."""
 
     rows: int
     columns: int
     depth: int
     num_warps: int
     num_stages: int
+    split: int = 4096
+    descriptors: bool = False
+
+    def __post_init__(self):
+        assert self.split % self.columns == 0, (
+            f"a split of {self.split} columns is no multiple of the tile's {self.columns}: some would be counted twice"
+        )
+        assert PADDING % self.columns == 0, f"{self.columns} columns of a tile do not divide the padding of {PADDING}"
 
 
-# By (compute capability's major, bytes of an element); tests/benchmarks/logprobs.py --tune tries others.
+@dataclass(frozen=True)
+class Launches:
+    fold: Launch
+    gradient: Launch
+
+
+# By (compute capability's major, bytes of an element); tests/benchmarks/logprobs.py --gpu-check tries others. What is
+# not named goes as Ampere does. Blackwell's are not measured.
+_AMPERE, _HOPPER = Launch(128, 128, 64, 8, 3), Launch(128, 256, 64, 8, 3, descriptors=True)
+_FULL_PRECISION = Launch(64, 64, 32, 4, 3)
 LAUNCHES = {
-    (8, 2): Launch(128, 128, 64, 8, 3),
-    (8, 4): Launch(64, 64, 32, 4, 3),
-    (9, 2): Launch(128, 256, 64, 8, 3),
-    (9, 4): Launch(64, 64, 32, 4, 3),
+    (8, 2): Launches(_AMPERE, _AMPERE),
+    (8, 4): Launches(_FULL_PRECISION, _FULL_PRECISION),
+    (9, 2): Launches(_HOPPER, _HOPPER),
+    (10, 2): Launches(_HOPPER, _HOPPER),
 }
-INTERPRETED = Launch(32, 32, 32, 1, 1)
+INTERPRETED = Launches(*[Launch(32, 64, 64, 1, 1, descriptors=True)] * 2)
 
 
 def token_statistics(
@@ -61,15 +81,16 @@ def token_statistics(
         raise ValueError("log-prob backend 'triton' accumulates in float32; use 'eager' or 'chunked' for float64")
     if hidden_ND.dtype != weight_VD.dtype:
         hidden_ND, weight_VD = hidden_ND.float(), weight_VD.float()
-    kernel = TritonKernel(scale, softcap, _launch(hidden_ND))
+    kernel = TritonKernel(scale, softcap, _launches(hidden_ND))
     return recomputed_logps(kernel, hidden_ND.contiguous(), weight_VD.contiguous(), bias_V, targets_N, with_statistics)
 
 
-def _launch(tensor: Tensor) -> Launch:
+def _launches(tensor: Tensor) -> Launches:
     if not tensor.is_cuda:
         return INTERPRETED
     major, _ = torch.cuda.get_device_capability(tensor.device)
-    return LAUNCHES[9 if major == 9 else 8, tensor.element_size()]
+    size = tensor.element_size()
+    return LAUNCHES.get((major, size), LAUNCHES[8, size])
 
 
 @dataclass(frozen=True)
@@ -78,209 +99,110 @@ class TritonKernel:
 
     scale: float
     softcap: float | None
-    launch: Launch
-    tiles: Tiles = TRITON_TILES
+    launches: Launches
+    tiles: Tiles = field(default_factory=lambda: TILES["triton"])
+    kept_a_chunk: ClassVar[int] = 3  # tensors
+    spends_kept: ClassVar[bool] = True  # backward turns them into the gradient where they lie
+
+    def columns(self, rows: int, logit_bytes: int, kept) -> int:
+        return kept[0][0].shape[1] if kept else self.tiles.kernel_columns(rows, logit_bytes)
 
     def fold(self, hidden_ND, weight_VD, bias_V, targets_N, with_statistics, differentiable):
-        (N, D), V = hidden_ND.shape, len(weight_VD)
+        """([logps, log-sum-exp, then entropy, hits and log sum p^2 if asked for], each [N]; what backward may use).
+
+        The latter is empty or one chunk: (e [N, C] bfloat16, each exp(y - top) with the top that its tile knew; those
+        tops [N, T]; the targets' logits [N]). Nothing is kept with a soft-cap, whose gradient needs the logits
+        themselves, nor of other types than bfloat16: 8 bits of a float16 gradient would be a loss.
+        """
+        (N, D), V, launch = hidden_ND.shape, len(weight_VD), self.launches.fold
         results = [hidden_ND.new_empty(N, dtype=torch.float32) for _ in range(5 if with_statistics else 2)]
         if N == 0:
             return results, []
-        launch = self.launch
-        splits = triton.cdiv(V, SPLIT_COLUMNS)
+        keeps = differentiable and self.softcap is None and hidden_ND.dtype == torch.bfloat16
+        C = self.tiles.kept_columns(N, V) if keeps else 0
+        exp_NC = _padded_tile(hidden_ND, N, C, torch.bfloat16) if C else None
+        top_TN = hidden_ND.new_empty((triton.cdiv(C, launch.columns), N), dtype=torch.float32) if C else None
+        splits = triton.cdiv(V, launch.split)
         partials = hidden_ND.new_empty((4 if with_statistics else 2, splits, N), dtype=torch.float32)
         target_N = hidden_ND.new_empty(N, dtype=torch.float32)
-        grid = (triton.cdiv(N, launch.rows) * splits,)
-        constants = self._constants(D, bias_V, hidden_ND.is_cuda)
-        _fold_kernel[grid](
-            hidden_ND, weight_VD, bias_V, targets_N, partials, target_N,
-            N, V, D, splits, self.scale, self.softcap or 1.0,
-            STATISTICS=with_statistics, SPLIT=SPLIT_COLUMNS, **constants,
+        operands, options = self._operands(launch, hidden_ND, weight_VD, bias_V, exp_NC)
+        hidden, weight, bias, exp = operands
+        fold_kernel[(triton.cdiv(N, launch.rows) * splits,)](
+            hidden, weight, bias, targets_N, partials, target_N, exp, top_TN,
+            N, V, D, splits, C, exp_NC.stride(0) if C else 0, self.scale, self.softcap or 1.0,
+            STATISTICS=with_statistics, KEEP=C > 0, **options,
         )  # fmt: skip
         pointers = results if with_statistics else [*results, None, None, None]
-        _combine_kernel[(triton.cdiv(N, 128),)](
+        combine_kernel[(triton.cdiv(N, 128),)](
             partials, target_N, *pointers, N, splits, STATISTICS=with_statistics, ROWS=128
         )
-        return results, []
+        return results, [(exp_NC, top_TN.t(), target_N)] if C else []
 
-    def logit_gradient(self, hidden_BD, weight_CD, bias_C, targets_B, lse_B, grad_B) -> Tensor:
-        """[B, C] in the matmul's dtype."""
-        (B, D), C = hidden_BD.shape, len(weight_CD)
-        d_logits_BC = hidden_BD.new_empty((B, C))
-        grid = (triton.cdiv(B, self.launch.rows) * triton.cdiv(C, self.launch.columns),)
-        _logit_gradient_kernel[grid](
-            hidden_BD, weight_CD, bias_C, targets_B, lse_B.contiguous(), grad_B.contiguous(), d_logits_BC,
-            B, C, D, self.scale, self.softcap or 1.0,
-            **self._constants(D, bias_C, hidden_BD.is_cuda),
+    def logit_gradient(self, hidden_BD, weight_CD, bias_C, targets_B, lse_B, grad_B, spent_BC=None) -> Tensor:
+        """[B, C] in the matmul's dtype, in spent_BC's memory where that is large enough."""
+        (B, D), C, launch = hidden_BD.shape, len(weight_CD), self.launches.gradient
+        fits = spent_BC is not None and spent_BC.dtype == hidden_BD.dtype
+        if fits and len(spent_BC) >= B and spent_BC.shape[1] >= C:
+            d_logits_BC = spent_BC[:B, :C]
+        else:
+            d_logits_BC = _padded_tile(hidden_BD, B, C, hidden_BD.dtype)
+        splits = triton.cdiv(C, launch.split)
+        operands, options = self._operands(launch, hidden_BD, weight_CD, bias_C, d_logits_BC)
+        hidden, weight, bias, d_logits = operands
+        logit_gradient_kernel[(triton.cdiv(B, launch.rows) * splits,)](
+            hidden, weight, bias, targets_B, lse_B.contiguous(), grad_B.contiguous(), d_logits,
+            B, C, D, splits, d_logits_BC.stride(0), self.scale, self.softcap or 1.0,
+            **options,
         )  # fmt: skip
         return d_logits_BC
 
-    def _constants(self, depth, bias, compiled):
-        launch = self.launch
-        return {
-            "HAS_BIAS": bias is not None,
-            "HAS_SOFTCAP": self.softcap is not None,
-            "EVEN_DEPTH": depth % launch.depth == 0,
-            "INTERPRETED": not compiled,
-            "GROUP": GROUP_ROWS,
-            "ROWS": launch.rows,
-            "COLUMNS": launch.columns,
-            "DEPTH": launch.depth,
-            "num_warps": launch.num_warps,
-            "num_stages": launch.num_stages,
-        }
-
-
-@triton.jit
-def _tanh(x):  # libdevice's does not run in the interpreter
-    e = tl.exp(-2.0 * tl.abs(x))
-    return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
-
-
-@triton.jit
-def _tile_order(tiles_of_rows, tiles_of_columns, GROUP: tl.constexpr):
-    """Which (row, column) tile this program takes: GROUP row tiles of one column tile, then the next column tile."""
-    program = tl.program_id(0)
-    group = program // (GROUP * tiles_of_columns)
-    first = group * GROUP
-    height = tl.minimum(tiles_of_rows - first, GROUP)
-    inside = program - group * GROUP * tiles_of_columns
-    return first + inside % height, inside // height
-
-
-@triton.jit
-def _logits(
-    hidden, weight, bias, rows, columns, V, D, scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_DEPTH: tl.constexpr, INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """[ROWS, COLUMNS] float32 from the accumulator. rows and columns lie in range: the caller clamps and masks."""
-    depth = tl.arange(0, DEPTH)
-    hidden += rows.to(tl.int64)[:, None] * D + depth[None, :]
-    weight += columns.to(tl.int64)[None, :] * D + depth[:, None]
-    y = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, D, DEPTH):
-        if EVEN_DEPTH:
-            a, b = tl.load(hidden), tl.load(weight)
-        else:
-            a = tl.load(hidden, mask=depth[None, :] < D - start, other=0.0)
-            b = tl.load(weight, mask=depth[:, None] < D - start, other=0.0)
-        if INTERPRETED:  # triton 3.9's interpreter multiplies bfloat16 wrongly without saying so
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        y = tl.dot(a, b, y, input_precision="ieee")
-        hidden += DEPTH
-        weight += DEPTH
-    if HAS_BIAS:
-        y += tl.load(bias + columns).to(tl.float32)[None, :]
-    y *= scale
-    if HAS_SOFTCAP:
-        y = softcap * _tanh(y / softcap)
-    return y
-
-
-@triton.jit
-def _fold_kernel(
-    hidden, weight, bias, targets, partials, target_logits, N, V, D, splits, scale, softcap,
-    STATISTICS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_DEPTH: tl.constexpr, INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """partials [2 or 4, S, N]: top, then the split's sums of e = exp(y - top), e (y - top) and e^2."""
-    tile, split = _tile_order(tl.cdiv(N, ROWS), splits, GROUP)
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    within = rows < N
-    clamped = tl.minimum(rows, N - 1)
-    target = tl.load(targets + clamped)
-    top = tl.full((ROWS,), -3.0e38, dtype=tl.float32)
-    total = tl.zeros((ROWS,), dtype=tl.float32)
-    moment = tl.zeros((ROWS,), dtype=tl.float32)
-    square = tl.zeros((ROWS,), dtype=tl.float32)
-    for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, V), COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        y = _logits(
-            hidden, weight, bias, clamped, tl.minimum(columns, V - 1), V, D, scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP, EVEN_DEPTH, INTERPRETED, ROWS, COLUMNS, DEPTH,
+    def kept_logit_gradient(self, exp_BC, top_BT, target_logit_B, targets_B, lse_B, grad_B) -> Tensor:
+        """`logit_gradient` from the exponentials of the forward pass, in their place."""
+        B, C = exp_BC.shape
+        rows, columns = 32, self.launches.fold.columns
+        kept_gradient_kernel[(triton.cdiv(C, columns), triton.cdiv(B, rows))](
+            exp_BC, top_BT, target_logit_B, targets_B, lse_B.contiguous(), grad_B.contiguous(),
+            B, exp_BC.stride(0), top_BT.stride(1), self.scale, ROWS=rows, COLUMNS=columns,
         )  # fmt: skip
-        hit = columns[None, :] == target[:, None]
-        found = (target >= start) & (target < start + COLUMNS) & within
-        tl.store(target_logits + rows, tl.sum(tl.where(hit, y, 0.0), 1), mask=found)
-        y = tl.where((columns < V)[None, :], y, -3.0e38)
-        new_top = tl.maximum(top, tl.max(y, 1))
-        moved = top - new_top
-        shrink = tl.exp(moved)
-        gap = y - new_top[:, None]
-        e = tl.exp(gap)
-        if STATISTICS:
-            moment = shrink * (moment + moved * total) + tl.sum(e * gap, 1)
-            square = shrink * shrink * square + tl.sum(e * e, 1)
-        total = shrink * total + tl.sum(e, 1)
-        top = new_top
-    at = partials + split.to(tl.int64) * N + rows
-    plane = tl.cast(splits, tl.int64) * N  # splits of 1 comes as a constant
-    tl.store(at, top, mask=within)
-    tl.store(at + plane, total, mask=within)
-    if STATISTICS:
-        tl.store(at + 2 * plane, moment, mask=within)
-        tl.store(at + 3 * plane, square, mask=within)
+        return exp_BC if exp_BC.is_cuda else exp_BC.float()  # a CPU's matmuls are given float32
+
+    def _operands(self, launch, hidden, weight, bias, tile):
+        """([hidden, weight, bias, tile of logits to be written] as the kernel takes them, its constants)."""
+        # A bulk copy starts at multiples of 16 bytes; what ZeRO-3 gathers into one flat buffer may lie anywhere.
+        aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in (hidden, weight))
+        fixed = constants(
+            launch, weight.shape, launch.descriptors and aligned, hidden.is_cuda,
+            HAS_BIAS=bias is not None, HAS_SCALE=self.scale != 1.0, HAS_SOFTCAP=self.softcap is not None,
+        )  # fmt: skip
+        if fixed["DESCRIPTORS"]:
+            hidden = TensorDescriptor.from_tensor(hidden, [launch.rows, launch.depth])
+            weight = TensorDescriptor.from_tensor(weight, [launch.columns, launch.depth])
+            if tile is not None:
+                tile = TensorDescriptor.from_tensor(tile, [launch.rows, launch.columns])
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        return (hidden, weight, bias, tile), fixed | options
 
 
-@triton.jit
-def _combine_kernel(
-    partials, target_logits, logps, lse, entropies, hits, log_sum_p2s, N, splits,
-    STATISTICS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    within = rows < N
-    plane = tl.cast(splits, tl.int64) * N  # splits of 1 comes as a constant
-    top = tl.full((ROWS,), -3.0e38, dtype=tl.float32)
-    total = tl.zeros((ROWS,), dtype=tl.float32)
-    moment = tl.zeros((ROWS,), dtype=tl.float32)
-    square = tl.zeros((ROWS,), dtype=tl.float32)
-    at = partials + rows
-    for _ in range(splits):
-        part_top = tl.load(at, mask=within, other=0.0)
-        part_total = tl.load(at + plane, mask=within, other=1.0)
-        new_top = tl.maximum(top, part_top)
-        moved, part_moved = top - new_top, part_top - new_top
-        shrink, part_shrink = tl.exp(moved), tl.exp(part_moved)
-        if STATISTICS:
-            part_moment = tl.load(at + 2 * plane, mask=within, other=0.0)
-            part_square = tl.load(at + 3 * plane, mask=within, other=1.0)
-            moment = shrink * (moment + moved * total) + part_shrink * (part_moment + part_moved * part_total)
-            square = shrink * shrink * square + part_shrink * part_shrink * part_square
-        total = shrink * total + part_shrink * part_total
-        top = new_top
-        at += N
-    target = tl.load(target_logits + rows, mask=within, other=0.0)
-    log_total = tl.log(total)
-    tl.store(logps + rows, target - top - log_total, mask=within)
-    tl.store(lse + rows, top + log_total, mask=within)
-    if STATISTICS:
-        tl.store(entropies + rows, log_total - moment / total, mask=within)
-        tl.store(hits + rows, tl.where(target == top, 1.0, 0.0), mask=within)
-        tl.store(log_sum_p2s + rows, tl.log(square) - 2.0 * log_total, mask=within)
+def constants(launch: Launch, shape, descriptors: bool, compiled: bool = True, **features: bool) -> dict:
+    """Returns the constants of a matmul kernel for a weight (or chunk of it) of shape [V, D]; features that are not
+    named are off."""
+    V, D = shape
+    return {
+        "HAS_BIAS": False,
+        "HAS_SCALE": False,
+        "HAS_SOFTCAP": False,
+        "EVEN_DEPTH": D % launch.depth == 0,
+        "EVEN_COLUMNS": V % launch.columns == 0,
+        "DESCRIPTORS": descriptors,
+        "INTERPRETED": not compiled,
+        "SPLIT": launch.split,
+        "GROUP": GROUP_ROWS,
+        "ROWS": launch.rows,
+        "COLUMNS": launch.columns,
+        "DEPTH": launch.depth,
+    } | features
 
 
-@triton.jit
-def _logit_gradient_kernel(
-    hidden, weight, bias, targets, lse, grad, d_logits, N, V, D, scale, softcap, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_DEPTH: tl.constexpr, INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """ChunkedKernel.logit_gradient on one tile; N and V are the block's rows and the chunk's columns here."""
-    tile, column_tile = _tile_order(tl.cdiv(N, ROWS), tl.cdiv(V, COLUMNS), GROUP)
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    clamped = tl.minimum(rows, N - 1)
-    y = _logits(
-        hidden, weight, bias, clamped, tl.minimum(columns, V - 1), V, D, scale, softcap,
-        HAS_BIAS, HAS_SOFTCAP, EVEN_DEPTH, INTERPRETED, ROWS, COLUMNS, DEPTH,
-    )  # fmt: skip
-    hit = columns[None, :] == tl.load(targets + clamped)[:, None]
-    dy = tl.where(hit, 1.0, 0.0) - tl.exp(y - tl.load(lse + clamped)[:, None])
-    dy *= (tl.load(grad + clamped) * scale)[:, None]
-    if HAS_SOFTCAP:
-        slope = y / softcap
-        dy *= 1.0 - slope * slope
-    at = d_logits + rows.to(tl.int64)[:, None] * V + columns[None, :]
-    tl.store(at, dy.to(d_logits.dtype.element_ty), mask=(rows < N)[:, None] & (columns < V)[None, :])
+def _padded_tile(like: Tensor, rows: int, columns: int, dtype) -> Tensor:
+    """Returns [rows, columns] with rows that begin at multiples of PADDING elements: kernels write whole tiles."""
+    return like.new_empty((rows, triton.cdiv(columns, PADDING) * PADDING), dtype=dtype)[:, :columns]

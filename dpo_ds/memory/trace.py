@@ -28,7 +28,8 @@ from transformers import (
 
 from dpo_ds.batch import Segment
 from dpo_ds.config import LoraSection
-from dpo_ds.logprobs.chunked import TILES, TRITON_TILES
+from dpo_ds.logprobs.chunked import PADDING, TILES
+from dpo_ds.logprobs.head import install_head
 from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION
 from dpo_ds.models.loading import switch_dropout_off
@@ -102,11 +103,14 @@ def _traced(config, run: Pass) -> dict[str, int]:
             ).last_hidden_state
             if run.training:
                 hidden.register_hook(lambda _: meter.begin("layers"))
-            head = None if run.is_reward else model.get_output_embeddings()
             picked = hidden.flatten(0, 1)[rows]
-            scores = model.score(picked.float()) if head is None else _Head.apply(picked, head.weight, head.bias, run)
-            del picked
             saved = meter.live
+            if run.is_reward:
+                scores = model.score(picked.float())
+            else:
+                head = install_head(model)
+                scores = _Head.apply(picked, head.weight, head.bias, head.softcap, run)
+            del picked
             if not run.training:
                 return {"forward": meter.peaks["forward"]}
             meter.begin("head")
@@ -186,15 +190,18 @@ class _Head(torch.autograd.Function):
     """The memory of logprobs.chunked.RecomputedLogps with ChunkedKernel on a CPU, with triton's on CUDA."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, run):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, softcap, run):
         N, V = len(hidden_ND), len(weight_VD)
-        tiles = TILES["cpu"] if run.device == "cpu" else TRITON_TILES
+        tiles = TILES["cpu" if run.device == "cpu" else "triton"]
+        keeps = any(ctx.needs_input_grad) and softcap is None
         kept = []
         if run.device == "cpu":
             rows = math.ceil(N / tiles.fold_rows) * tiles.fold_rows
-            keeps = any(ctx.needs_input_grad) and N * V * 4 <= tiles.kept_bytes
+            keeps = keeps and N * V * 4 <= tiles.kept_bytes
             logits = torch.empty(rows if keeps else tiles.fold_rows, V if keeps else tiles.columns(4))
             kept = [logits] * keeps
+        elif keeps and hidden_ND.dtype == torch.bfloat16 and (C := tiles.kept_columns(N, V)):
+            kept = [_padded_tile(N, C, torch.bfloat16), torch.empty(N, math.ceil(C / PADDING))]
         logps_N, lse_N = torch.empty(N), torch.empty(N)
         ctx.save_for_backward(hidden_ND, weight_VD, lse_N, *kept)
         ctx.tiles, ctx.run = tiles, run
@@ -202,23 +209,31 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_N):
-        hidden_ND, weight_VD, *_ = ctx.saved_tensors
+        hidden_ND, weight_VD, _, *kept = ctx.saved_tensors
         (N, D), V, dtype = hidden_ND.shape, len(weight_VD), hidden_ND.dtype
-        gemm = dtype if ctx.run.device == "cuda" else torch.float32
-        C = min(ctx.tiles.columns(gemm.itemsize), V)
         B = min(ctx.tiles.gradient_rows, N)
         d_hidden = torch.empty(N, D)
         d_weight = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
-        # One tile: its logits' gradient, float32 sums of a 16-bit weight's gradient, and the products to be added.
-        tile = [torch.empty(B, C, dtype=gemm)]
-        if d_weight is not None and dtype != torch.float32:
-            tile += [torch.empty(C, D)]
-        if gemm != dtype:
-            tile += [torch.empty(C, D), torch.empty(B, D)]
-        if gemm != torch.float32:
-            tile += [torch.empty(max(B, C), D)]
+        # One tile: its logits' gradient, where nothing kept turns into it, and float32 sums of a 16-bit weight's
+        # gradient, where the matmul does not hold them all.
+        if ctx.run.device == "cpu":
+            C = min(ctx.tiles.columns(4), V)
+            tile = [torch.empty(B, C)]
+            if d_weight is not None and dtype != torch.float32:
+                tile += [torch.empty(C, D)]
+            if dtype != torch.float32:  # and the factors as the matmul takes them
+                tile += [torch.empty(C, D), torch.empty(B, D)]
+        else:
+            C = min(ctx.tiles.kernel_columns(N, dtype.itemsize), V)
+            tile = kept or [_padded_tile(B, C, dtype)]
+            if d_weight is not None and dtype != torch.float32 and B < N:
+                tile += [torch.empty(C, D)]
         del tile
-        return d_hidden.to(dtype), d_weight, None, None
+        return d_hidden.to(dtype), d_weight, None, None, None
+
+
+def _padded_tile(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, math.ceil(columns / PADDING) * PADDING, dtype=dtype)
 
 
 class _FlashAttention(torch.autograd.Function):

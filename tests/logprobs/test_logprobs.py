@@ -154,7 +154,7 @@ def test_only_a_pass_that_will_be_differentiated_keeps_anything(monkeypatch):
     token_logps(hidden.detach(), weight.detach(), targets, backend="chunked")
     monkeypatch.setitem(chunked.TILES, "cpu", chunked.TILES["cpu"]._replace(kept_bytes=5 * 100 * 8 - 1))
     token_logps(hidden, weight, targets, backend="chunked")
-    assert kept == [2, 0, 0, 0]  # exp(logits) and top of the one chunk
+    assert kept == [1, 0, 0, 0]  # one chunk
 
 
 def test_backward_repeats_bit_for_bit(tiles):

@@ -1,6 +1,9 @@
-"""The Triton kernels compile for Hopper; no GPU is needed. A process of its own: the interpreter is off there."""
+"""The Triton kernels compile for Ampere, Hopper and Blackwell; no GPU is needed. A process of its own: the interpreter
+is off there. `python tests/logprobs/test_triton_compile.py` prints the table."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,55 +11,108 @@ from pathlib import Path
 import pytest
 import torch
 
-SCALARS = {"N": "i32", "V": "i32", "D": "i32", "splits": "i32", "scale": "fp32", "softcap": "fp32"}
-POINTERS = dict.fromkeys(
-    ["bias", "hidden", "weight", "d_logits"], "*bf16"
-) | {"targets": "*i64"} | dict.fromkeys(
-    ["partials", "target_logits", "lse", "grad", "logps", "entropies", "hits", "log_sum_p2s"], "*fp32"
-)  # fmt: skip
+FEATURES = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "bulk copies": "cp.async.bulk.tensor"}
+SCALARS = ["N", "V", "D", "splits", "kept_columns", "kept_stride", "stride", "tops_stride"]
+FLOATS = ["partials", "target_logits", "kept_tops", "lse", "grad", "logps", "entropies", "hits", "log_sum_p2s"]
+SIXTEENFOLD = ["D", "kept_stride", "stride"]  # Triton knows an argument's being a multiple of 16
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a block can have
 
 
-def test_kernels_compile_without_a_gpu():
+@pytest.fixture(scope="module")
+def table():
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["_fold_kernel", "wgmma", "_logit_gradient_kernel", "wgmma", "_combine_kernel"]
+    print(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def compiled(kernel, capability, launch, constants):
-    """Assembly of `kernel`; whatever is neither pointer nor scalar nor given is a constant of None."""
+@pytest.mark.timeout(600)
+def test_kernels_compile_without_a_gpu(table):
+    """Hopper's and Blackwell's matmul instructions and bulk copies in the matmul kernels, and nothing spilled but, on
+    Blackwell, some registers of the fold that keeps exponentials."""
+    assert len(table) == 3 * 4 + 2
+    for row in table:
+        capability, matmul = row["sm"], row["kernel"] in ("fold_kernel", "logit_gradient_kernel")
+        spill = 64 if capability == 100 and "KEEP" in row["with"] else 0
+        assert row["spilled bytes"] <= spill, row
+        assert row["shared bytes"] <= SHARED_MEMORY[capability], row
+        features = {80: [], 90: ["wgmma", "bulk copies"], 100: ["tcgen05", "bulk copies"]}[capability]
+        assert row["features"] == (features if matmul else []), row
+
+
+def compiled(kernel, capability, launch, constants) -> dict:
+    """What became of `kernel`; whatever is neither tensor nor number nor given is a constant of None."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = POINTERS | SCALARS
-    signature = {n: types.get(n, "constexpr") if n not in constants else "constexpr" for n in kernel.arg_names}
+    types = {"targets": "*i64", "scale": "fp32", "softcap": "fp32"} | dict.fromkeys(SCALARS, "i32")
+    types |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(["hidden", "weight", "kept", "d_logits"], "*bf16")
+    if constants.get("DESCRIPTORS"):
+        rows, columns, depth = launch.rows, launch.columns, launch.depth
+        types["hidden"], types["weight"] = f"tensordesc<bf16[{rows}, {depth}]>", f"tensordesc<bf16[{columns}, {depth}]>"
+        types["kept"] = types["d_logits"] = f"tensordesc<bf16[{rows}, {columns}]>"
+    signature = {n: "constexpr" if n in constants else types.get(n, "constexpr") for n in kernel.arg_names}
+    multiples = {n for n, kind in signature.items() if kind[0] == "*"} | ({*SIXTEENFOLD} - {*constants})
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"},
+        constexprs={(i,): constants.get(n) for i, n in enumerate(kernel.arg_names) if signature[n] == "constexpr"},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in multiples},
     )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = built.asm["ptx"]
+    return {
+        "sm": capability,
+        "kernel": kernel.__name__,
+        "with": [n for n in ("KEEP", "STATISTICS") if constants.get(n)],
+        "spilled bytes": _spilled(ptx, capability),
+        "shared bytes": built.metadata.shared,
+        "features": [name for name, instruction in FEATURES.items() if instruction in ptx],
+    }
+
+
+def _spilled(ptx: str, capability: int) -> int:
+    from triton import knobs
+
+    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
+    command = [tool.path, "-v", f"--gpu-name={target}", "-o", "/dev/null", "-"]
+    done = subprocess.run(command, input=ptx, capture_output=True, text=True)
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups()
+    return max(int(stores), int(loads))
 
 
 def main():
+    from dpo_ds.logprobs import kernels
     from dpo_ds.logprobs import triton as backend
 
-    launch = backend.LAUNCHES[9, torch.bfloat16.itemsize]
-    tile = backend.TritonKernel(1.0, 1.0, launch)._constants(4096, True, compiled=True)
-    tile = {k: v for k, v in tile.items() if k.isupper()}
-    for kernel, constants in (
+    size = torch.bfloat16.itemsize
+    for capability in (80, 90, 100):
+        launches = backend.LAUNCHES[capability // 10, size]
         # One split: Triton makes an argument of 1 a constant.
-        (backend._fold_kernel, tile | {"splits": 1, "STATISTICS": True, "SPLIT": backend.SPLIT_COLUMNS}),
-        (backend._logit_gradient_kernel, tile),
-        (backend._combine_kernel, {"splits": 1, "STATISTICS": True, "ROWS": 128}),
-    ):
-        ptx = compiled(kernel, 90, launch, constants)
-        print(kernel.__name__, "wgmma" if "wgmma.mma_async" in ptx else "")
+        for fold in ({"STATISTICS": True}, {"KEEP": True}, {"KEEP": True, "STATISTICS": True}):
+            constants = {"splits": 1, "KEEP": False, "STATISTICS": False} | fold
+            constants |= {} if constants["KEEP"] else {"kept": None, "kept_tops": None}
+            print(json.dumps(compiled_with(kernels.fold_kernel, capability, launches.fold, constants)), flush=True)
+        constants = {"splits": 1}
+        row = compiled_with(kernels.logit_gradient_kernel, capability, launches.gradient, constants)
+        print(json.dumps(row), flush=True)
+    small = backend.Launch(32, 256, 0, 4, 3)
+    print(json.dumps(compiled(kernels.kept_gradient_kernel, 90, small, {"ROWS": 32, "COLUMNS": 256})))
+    print(json.dumps(compiled(kernels.combine_kernel, 90, small, {"splits": 1, "STATISTICS": True, "ROWS": 128})))
+
+
+def compiled_with(kernel, capability, launch, constants) -> dict:
+    """`compiled` with the constants that the backend gives for a head of 131072 x 4096, no bias, scale or soft-cap."""
+    from dpo_ds.logprobs import triton as backend
+
+    fixed = backend.constants(launch, (131072, 4096), launch.descriptors)
+    return compiled(kernel, capability, launch, fixed | constants)
 
 
 if __name__ == "__main__":

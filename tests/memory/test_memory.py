@@ -189,6 +189,24 @@ def test_defaults_are_deepspeeds():
         assert {name: fields.model_fields[name].default for name in ours} == ours
 
 
+def test_the_heads_kept_exponentials_are_counted(monkeypatch):
+    """1000 rows of 20,000 columns, padded to 79 * 256 = 20,224, of 2 bytes, and 79 tops of 4 bytes a row: alive from
+    the forward to the end of the head's backward, whose gradient takes their place; without them that is as large a
+    tile of its own, which is gone when the gradient of 1000 hidden states of width 8 is rounded to 2 bytes."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=20_000, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1
+    )
+    run = trace.Pass((Segment(0, 10, 500, 500),), 1000, torch.bfloat16)
+    kept = trace.peaks(config, run)
+    monkeypatch.setitem(trace.TILES, "triton", trace.TILES["triton"]._replace(kept_bytes=0))
+    recomputed = trace.peaks(config, run)
+    assert kept["forward"] - kept["saved"] == pytest.approx(1000 * (20_224 * 2 + 79 * 4), rel=0.01)
+    assert recomputed["forward"] < 2_000_000
+    assert kept["head"] - recomputed["head"] == 1000 * (79 * 4 + 8 * 2)
+    config.final_logit_softcapping = 30.0  # its gradient needs the logits themselves
+    assert trace.peaks(config, run) == recomputed
+
+
 RECIPES = sorted((ROOT / "launch_scripts/recipes").glob("*.yaml"))
 CLAIM = r"# expected: ([\d.]+) GiB a GPU, ([\d.]+) GiB of host memory a node \((\d+) GPUs?, (\d+) nodes?, shape (\w+)\)"
 
