@@ -1,8 +1,19 @@
 """Names what a user can cause: each UserError becomes one line on rank 0 and exit code 2."""
 
 
+from __future__ import annotations
+
+from typing import Any
+
+
 class UserError(ValueError):
-    """A mistake in what the user gave; the message names the file, the row, the value, the rule and the remedy."""
+    """A mistake in what the user gave; the message names the file, the row, the value, the rule and the remedy.
+
+    As text it is one line that every terminal takes, whatever the names in it: what cannot be printed is escaped.
+    """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
 
 
 class ConfigError(UserError):
@@ -23,3 +34,9 @@ class ModelError(UserError):
 
 class TrainingError(RuntimeError):
     """The run cannot go on, on all ranks alike; the last checkpoint stays."""
+
+
+def shorten(value: Any, width: int = 60) -> str:
+    """Returns a value as Python writes it, cut to `width` characters, for a message."""
+    shown = repr(value)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"

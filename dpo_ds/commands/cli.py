@@ -22,7 +22,7 @@ from dpo_ds.cluster.launch import ALONE, Launch, from_environment
 from dpo_ds.cluster.launch import notes as launch_notes
 from dpo_ds.cluster.signals import EXIT_STOPPED
 from dpo_ds.config import yaml_file
-from dpo_ds.errors import ConfigError, CutOff, UserError
+from dpo_ds.errors import ConfigError, CutOff, TrainingError, UserError
 
 EXIT_DONE, EXIT_FAULT, EXIT_USER = 0, 1, 2
 
@@ -127,6 +127,9 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command on this rank; returns its exit code. Signals are heard where this is the main thread."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is ASCII gets \u03c3 for σ, not a traceback
     with signals.taken():
         return _run(sys.argv[1:] if argv is None else argv)
 
@@ -175,6 +178,12 @@ def _run(argv: Sequence[str]) -> int:
             _leave_status(argv, str(mistake))
         if speaks:
             print(f"dpo-ds: error: {mistake}", file=sys.stderr, flush=True)
+    except TrainingError as end:  # on every rank alike
+        signals.leave_to_others()
+        if os.environ.get("DPO_DS_VERBOSE"):
+            raise
+        if launch.is_first:
+            print(f"dpo-ds: error: {end}", file=sys.stderr, flush=True)
     except Exception as fault:
         signals.leave_to_others()
         if meeting:
@@ -233,9 +242,10 @@ def _leave_status(argv: Sequence[str], mistake: str) -> None:
     if output_dir is None and found.config is not None:
         with contextlib.suppress(ConfigError):  # the file itself may be the mistake
             output_dir = yaml_file.read_mapping(Path(found.config), "config").get("output_dir")
-    if not isinstance(output_dir, str):
+    try:
+        folder = Path(config.path_of(output_dir))
+    except ValueError:  # the mistake may be this very path
         return
-    folder = Path(output_dir).expanduser()
     if not is_a_runs(folder):
         if "TORCHELASTIC_RUN_ID" not in os.environ or any(folder.glob("*")):
             return

@@ -47,7 +47,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     given = ds_config.read(run.deepspeed.config)
     model_config = check_model(run.model, run.model.path, classifier=run.is_classifier)
     text_config = model_config.get_text_config()
-    check_lora(run.model.lora)
+    check_lora(run.model.lora, text_config.hidden_size)
     task.check_model(model_config)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
     machine = this_machine(launch)

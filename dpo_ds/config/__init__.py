@@ -20,7 +20,7 @@ from dpo_ds.config.completions import ROWS, EvaluateSection, GenerationSection, 
 from dpo_ds.config.inputs import CheckpointSection, DataSection, LoraSection, ModelSection, ReferenceSection
 from dpo_ds.config.loading import command_line, flatten, keys, load, to_plain
 from dpo_ds.config.loss import Default, LossName, LossSection
-from dpo_ds.config.section import Section, did_you_mean, is_bool, kind
+from dpo_ds.config.section import Section, did_you_mean, is_bool, kind, path_of
 from dpo_ds.config.train import RewardSection, TrainSection
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "keys",
     "kind",
     "load",
+    "path_of",
     "reference_section",
     "to_plain",
 ]

@@ -20,7 +20,7 @@ from dpo_ds.config.inputs import (
     SampleModelSection,
 )
 from dpo_ds.config.loss import ImplicitRewardSection, LossSection
-from dpo_ds.config.section import Section
+from dpo_ds.config.section import FilePath, Section
 from dpo_ds.config.train import PrecomputeSection, RewardSection, TrainSection
 
 
@@ -37,7 +37,7 @@ class SftConfig(Section):
     train: TrainSection = TrainSection()
     deepspeed: DeepSpeedSection
     checkpoint: CheckpointSection = CheckpointSection()
-    output_dir: str = Field(min_length=1, description="everything the run writes goes there")
+    output_dir: FilePath = Field(min_length=1, description="everything the run writes goes there")
 
 
 class RewardConfig(SftConfig):
@@ -128,7 +128,7 @@ class EvaluateConfig(Section):
     data: EvaluationDataSection = EvaluationDataSection()
     loss: ImplicitRewardSection = ImplicitRewardSection()
     deepspeed: InferenceSection
-    output_dir: str = Field(min_length=1, description="everything the run writes goes there")
+    output_dir: FilePath = Field(min_length=1, description="everything the run writes goes there")
 
     @model_validator(mode="after")
     def _has_something_to_measure(self):
@@ -140,8 +140,8 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     """From a sharded checkpoint to a Hugging Face folder, on one process without a GPU."""
 
-    source: str = Field(description="export: a checkpoint folder, or an output_dir for its newest one")
-    to: str = Field(description="export: the folder to make")
+    source: FilePath = Field(description="export: a checkpoint folder, or an output_dir for its newest one")
+    to: FilePath = Field(description="export: the folder to make")
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="export: of the weights; auto: as trained")
     merge: bool = Field(False, description="export: LoRA's adapters into the model's own weights")
     trust_remote_code: bool = Field(False, description="export: run code that the model's folder brings")
@@ -150,7 +150,7 @@ class ExportConfig(Section):
 class VerifyConfig(Section):
     """`dpo-ds precompute --verify FOLDER`: every hash of a finished cache, and a summary."""
 
-    verify: str
+    verify: FilePath
 
 
 COMMANDS: dict[str, type[Section]] = {

@@ -7,27 +7,38 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_ds.config.section import Section, above_zero, checked_source
+from dpo_ds.config.section import FilePath, Section, above_zero, checked_source
+from dpo_ds.errors import shorten
+
+LEAST_TEMPERATURE = 1e-3
 
 
 class GenerationSection(Section):
     """How completions are drawn (dpo_ds/models/generation.py)."""
 
-    max_new_tokens: int = Field(256, gt=0, description="tokens of a completion; a longer one is left unfinished")
+    max_new_tokens: int = Field(256, gt=0, le=2**20, description="tokens of a completion at most")
     min_new_tokens: int = Field(0, ge=0, description="no end of text before so many tokens")
-    temperature: float = Field(1.0, ge=0, description="divides the logits; 0: always the likeliest token")
+    temperature: float = Field(1.0, ge=0, le=1000, description="divides the logits; 0: always the likeliest token")
     top_k: int = Field(0, ge=0, description="draw among the k likeliest tokens; 0: all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw among the fewest tokens of this total probability")
     seed: int = Field(0, ge=0, description="of the draws")
-    batch_size: int = Field(64, gt=0, description="completions a rank draws together")
+    batch_size: int = Field(64, gt=0, le=65536, description="completions a rank draws together")
+
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, temperature):
+        if 0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"{temperature} is as good as 0, and logits over it overflow; give 0")
+        return temperature
 
 
 class SampleSection(GenerationSection):
     prompts: str | list[str | dict[str, Any]] = Field(
         description="sample: file, folder or Hub id of prompts or preference data, or list of them with weights"
     )
-    to: str = Field(min_length=1, description="sample: the folder to fill")
-    n: int = Field(2, gt=0, description="sample: completions a prompt")
+    to: FilePath = Field(min_length=1, description="sample: the folder to fill")
+    n: int = Field(2, gt=0, le=65536, description="sample: completions a prompt")
     score: str | None = Field(
         None, description="module:function, regex:PATTERN or a reward model; null: no scores, no pairs"
     )
@@ -41,8 +52,8 @@ class SampleSection(GenerationSection):
         "drop", description="completions that ran into max_new_tokens: not in pairs, or as if they had ended there"
     )
     engine: Literal["transformers", "vllm"] = Field("transformers", description="vllm: where it is installed")
-    shard_rows: int = Field(256, gt=0, description="prompts a file: the most that a killed rank draws again")
-    threads: int = Field(1, gt=0, description="CPU threads a rank; decides last bits, so it does not follow the ranks")
+    shard_rows: int = Field(256, gt=0, le=2**20, description="prompts a file: the most that a killed rank draws again")
+    threads: int = Field(1, gt=0, le=1024, description="CPU threads a rank; decides last bits, so not by the ranks")
 
     @field_validator("prompts")
     @classmethod
@@ -77,22 +88,22 @@ class EvaluateSection(GenerationSection):
     policy: str | list[str | dict[str, Any]] = Field(
         description="model to evaluate, or a list of them, each a path or {path: ..., name: ..., beta: ...}"
     )
-    against: str | None = Field(None, description="the reference π_ref; null: only what needs none")
+    against: FilePath | None = Field(None, description="the reference π_ref; null: only what needs none")
     prompts: str | list[str | dict[str, Any]] | None = Field(
         None, description="prompts to complete, given as sample.prompts, each once; null: those of data.eval"
     )
-    n: int = Field(1, ge=0, description="evaluate: completions a prompt; 0: none, data.eval alone is looked at")
+    n: int = Field(1, ge=0, le=65536, description="evaluate: completions a prompt; 0: none, data.eval alone")
     score: str | None = Field(None, description="rewards of completions, given as sample.score; null: none")
-    baseline: str | None = Field(
+    baseline: FilePath | None = Field(
         None, description="win rate against this model, or a file of prompt, completion; null: evaluate.against"
     )
     judge: str | None = Field(
         None, description="module:function(prompts, first, second) -> preference for first, 0 to 1; null: higher score"
     )
-    bootstrap: int = Field(1000, gt=0, description="resamples behind the win rate's interval")
+    bootstrap: int = Field(1000, gt=0, le=10**6, description="resamples behind the win rate's interval")
     layout: Literal["packed", "padded"] = Field("packed", description="of log-probs, as train.layout")
     micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
-    threads: int = Field(1, gt=0, description="CPU threads a rank; decides last bits, so it does not follow the ranks")
+    threads: int = Field(1, gt=0, le=1024, description="CPU threads a rank; decides last bits, so not by the ranks")
 
     @field_validator("prompts")
     @classmethod
@@ -108,12 +119,9 @@ class EvaluateSection(GenerationSection):
             if not isinstance(item, dict):
                 continue
             if set(item) - {"path", "name", "beta"} or not isinstance(item.get("path"), str):
-                raise ValueError(f"{item} is not a policy; write {{path: ..., name: ..., beta: 0.1}}")
-            for text in (item["path"], item.get("name", "")):
-                if any("\ud800" <= character <= "\udfff" for character in str(text)):
-                    raise ValueError(f"{text!r} holds half a surrogate pair, which no file can; write it as Unicode")
+                raise ValueError(f"{shorten(item)} is not a policy; write {{path: ..., name: ..., beta: 0.1}}")
             if not isinstance(item.get("name", ""), str):
-                raise ValueError(f"name {item['name']!r} of {item['path']} must be text; put it in quotes")
+                raise ValueError(f"name {shorten(item['name'])} of {item['path']} must be text; put it in quotes")
             if "beta" in item:
                 item["beta"] = above_zero("beta", item["beta"], item["path"])
         return given

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpo_ds.config import TrainSection, did_you_mean
 from dpo_ds.config.deepspeed_keys import MATHEMATICS, SECTIONS, TOP_KEYS, ZERO_KEYS, with_defaults
+from dpo_ds.config.text_file import read_text
 from dpo_ds.errors import ConfigError
 
 AUTO = "auto"
@@ -39,21 +40,22 @@ def read(path: str, key: str = "deepspeed.config") -> dict:
     """
     if path == "none" and not Path(path).exists():
         raise ConfigError(f"--{key} none: training needs a DeepSpeed engine; ds_configs/ holds tested files")
+    text = read_text(path, key, missing="no such file; ds_configs/ holds tested ones")
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except FileNotFoundError:
-        raise ConfigError(f"--{key} {path}: no such file; ds_configs/ holds tested ones") from None
-    except OSError as error:
-        raise ConfigError(f"--{key} {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--{key} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        values = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except RecursionError:
+        raise ConfigError(f"--{key} {path}: nested too deeply for a DeepSpeed config") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"--{key} {path}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
-    except ValueError as error:
-        raise ConfigError(f"--{key} {path}: {error}") from None
+    except ValueError as error:  # ours, or Python's of a number of 4300 digits
+        raise ConfigError(f"--{key} {path}: {str(error).split('; use sys')[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--{key} {path}: holds a {type(values).__name__}, a DeepSpeed config is an object {{...}}")
     return values
+
+
+def _no_number(word: str):
+    raise ValueError(f"{word} is no number that a DeepSpeed config can hold")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_ds.config.section import Section, checked_source
+from dpo_ds.config.section import FilePath, Section, checked_source
+from dpo_ds.errors import shorten
 
 
 class LoraSection(Section):
-    r: int = Field(0, ge=0, description="rank of the adapters; 0: train all weights")
+    r: int = Field(0, ge=0, le=65536, description="rank of the adapters; 0: train all weights")
     alpha: float | None = Field(None, gt=0, description="adapters count alpha / r times; 2 r if not given")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input while training")
-    target_modules: str | list[str] = Field("all-linear", description="names of linear layers, never the head")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="names of linear layers, or a regular expression of whole names; never the head"
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _compiles(cls, given):
+        try:
+            re.compile(given if isinstance(given, str) else "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{shorten(given)} is no regular expression ({error})") from None
+        return given
 
 
 class ModelOptions(Section):
@@ -26,7 +39,7 @@ class ModelOptions(Section):
 class SampleModelSection(ModelOptions):
     """A model as it lies in its folder."""
 
-    path: str = Field(description="Hugging Face folder or Hub id")
+    path: FilePath = Field(description="Hugging Face folder or Hub id")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     from_config: bool = Field(False, description="random weights from the folder's config.json, for tests")
 
@@ -42,7 +55,7 @@ class PromptDataSection(Section):
         "auto", description="auto, explicit, implicit, hh, sharegpt, alpaca, orca; sft: completion, messages, text"
     )
     columns: dict[str, str] = Field(default_factory=dict, description="renames: {chosen: better, rejected: worse}")
-    max_length: int = Field(2048, gt=1, description="tokens of prompt plus one completion")
+    max_length: int = Field(2048, gt=1, le=2**26, description="tokens of prompt plus one completion")
     max_prompt_length: int = Field(
         1024, gt=0, description="tokens of the prompt; not given, at most half of a data.max_length up to 1024"
     )
@@ -56,7 +69,7 @@ class PromptDataSection(Section):
     def _half_for_the_prompt(cls, values):
         """Gives the prompt half of max_length where that alone is given and the other's default would leave no room."""
         length = str(values.get("max_length")) if isinstance(values, dict) else ""  # the command line gives text
-        if length.isdigit() and 1 < int(length) <= cls.model_fields["max_prompt_length"].default:
+        if re.fullmatch("[0-9]{1,9}", length) and 1 < int(length) <= cls.model_fields["max_prompt_length"].default:
             return {"max_prompt_length": int(length) // 2} | values
         return values
 
@@ -94,18 +107,18 @@ class ReferenceSection(Section):
         description="live: a second, inference-only engine; cached: from reference.cache; adapter: LoRA off; "
         "none: only, and by default, for the losses that need no reference",
     )
-    path: str | None = Field(None, description="the reference model; model.path if not given")
-    cache: str | None = Field(None, description="folder that dpo-ds precompute fills and reference.kind cached reads")
+    path: FilePath | None = Field(None, description="the reference model; model.path if not given")
+    cache: FilePath | None = Field(None, description="folder that dpo-ds precompute fills, for reference.kind cached")
     update_every: int = Field(0, ge=0, description="steps between updates of a live reference (TR-DPO); 0: frozen")
     update_alpha: float = Field(0.6, gt=0, le=1, description="share of the policy in such an update")
 
 
 class InferenceSection(Section):
-    config: str = Field(description="a DeepSpeed JSON file; absent and auto keys are filled from this config")
+    config: FilePath = Field(description="a DeepSpeed JSON file; absent and auto keys are filled from this config")
 
 
 class DeepSpeedSection(InferenceSection):
-    reference_config: str | None = Field(
+    reference_config: FilePath | None = Field(
         None, description="the reference's JSON file; derived from config if not given"
     )
 
@@ -114,6 +127,6 @@ class CheckpointSection(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
     keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
     asynchronous: bool = Field(True, description="write from a copy in host memory while training goes on")
-    resume: str = Field("auto", description="auto: the newest complete one, else start; never; or a checkpoint folder")
+    resume: FilePath = Field("auto", description="auto: the newest complete one, else start; never; or a folder")
     save_before_end_seconds: int = Field(0, ge=0, description="save and exit 75 so long before the time limit; 0: off")
     time_limit_seconds: int = Field(0, ge=0, description="of this process; 0: Slurm's SLURM_JOB_END_TIME alone")

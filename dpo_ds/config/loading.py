@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from dpo_ds.config import yaml_file
 from dpo_ds.config.commands import COMMANDS, RECORDED
 from dpo_ds.config.section import Section, did_you_mean, is_section
-from dpo_ds.errors import ConfigError
+from dpo_ds.errors import ConfigError, shorten
 
 
 def keys(config: type[Section], prefix: str = "") -> dict[str, Any]:
@@ -41,7 +41,7 @@ def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tupl
     """
     config = COMMANDS[command]
     values, notes = ({}, []) if yaml_path is None else _read_yaml(command, config, Path(yaml_path))
-    known = keys(config)
+    known, in_file = keys(config), set(_dotted(values))
     for key, text in overrides.items():
         if key not in known:
             raise ConfigError(f"unknown key --{key}; {did_you_mean(key, known)}")
@@ -52,12 +52,15 @@ def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tupl
                 node[section] = {}
             node = node[section]
             if not isinstance(node, dict):
-                raise ConfigError(f"{yaml_path}: {section}: {node!r} is no section, so --{key} has no place in it")
+                raise ConfigError(
+                    f"{yaml_path}: {section}: {shorten(node)} is no section, so --{key} has no place in it"
+                )
         node[leaf] = _from_text(text, known[key].annotation, key)
     try:
         return config.model_validate(values), notes
     except ValidationError as error:
-        raise ConfigError(_first_line(error, known, overrides, yaml_path)) from None
+        given = {key: f"{yaml_path}: {key}" for key in in_file} | {key: f"--{key}" for key in overrides}
+        raise ConfigError(_first_line(error, known, given)) from None
 
 
 def to_plain(config: Section) -> dict:
@@ -101,7 +104,7 @@ def _read_yaml(command: str, config: type[Section], path: Path) -> tuple[dict, l
             values[name] = {} if value is None else value  # `train:` with nothing under it
             if not isinstance(values[name], dict):
                 example = next(key for key in keys(config) if key.startswith(f"{name}."))
-                raise ConfigError(f"{path}: {name} is {value!r}, expected keys below it, such as {example}")
+                raise ConfigError(f"{path}: {name} is {shorten(value)}, expected keys below it, such as {example}")
     for key in list(_unknown(values, config)):
         if key in elsewhere and key not in values:
             unused.append(key)
@@ -110,7 +113,7 @@ def _read_yaml(command: str, config: type[Section], path: Path) -> tuple[dict, l
         if key in keys(config):
             raise ConfigError(f"{path}: {key!r} is written with a dot; nest it: {key.replace('.', ': {', 1)}: ...}}")
         known = keys(config) if "." in key else config.model_fields
-        raise ConfigError(f"{path}: unknown key {key!r}; {did_you_mean(key, known)}")
+        raise ConfigError(f"{path}: unknown key {shorten(key)}; {did_you_mean(key, known)}")
     return values, [f"{path}: {command} does not use {', '.join(unused)}"] if unused else []
 
 
@@ -146,24 +149,47 @@ def _from_text(text: str, annotation: Any, key: str) -> Any:
     if annotation is not str and text[:1] in ("[", "{"):
         try:
             return yaml_file.parse(text)
-        except yaml_file.YAMLError:
-            raise ConfigError(f"--{key} {text}: not a YAML list or mapping") from None
+        except yaml_file.YAMLError as error:
+            problem = yaml_file.problem_of(error)
+            raise ConfigError(f"--{key} {shorten(text)}: not a YAML list or mapping ({problem})") from None
     return text
 
 
-def _first_line(error: ValidationError, known: dict, overrides: dict, yaml_path: str | None) -> str:
-    """pydantic's first finding as one line: where it was given, the key, the value, the rule."""
-    finding = error.errors()[0]
-    location = [str(part) for part in finding["loc"]]
-    dotted = ".".join(location)
-    key = next((known_key for known_key in known if f"{dotted}.".startswith(f"{known_key}.")), dotted)
-    rule = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+def _dotted(values: dict, prefix: str = "") -> typing.Iterator[str]:
+    """Yields the key of every value, and of every section."""
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+
+
+def _first_line(error: ValidationError, known: dict, given: dict[str, str]) -> str:
+    """Returns pydantic's first finding as one line: where it was given, the key, the value, the rule.
+
+    given: by key, how a value was given that was not left to its default; of a section, where it stands in a file.
+    """
+    findings = error.errors()
+    finding = findings[0]
     if finding["type"] == "missing":
-        needs = [k for k in known if k == key or k.startswith(f"{key}.")]
-        required = [k for k in needs if known[k].is_required()]
-        return f"{', '.join(required or [key])} is required; give it as --{(required or [key])[0]} or in --config"
-    if finding["type"] == "value_error":
-        line = rule if rule.startswith(key) or "." not in key else f"{key}: {rule}"
-        return f"{yaml_path}: {line}" if yaml_path and key not in overrides else line
-    where = f"--{key}" if key in overrides else f"{yaml_path}: {key}"
-    return f"{where}: {finding['input']!r} should be {rule}"
+        missing = [_key_of(finding, known) for finding in findings if finding["type"] == "missing"]
+        needed = [key for key in known if known[key].is_required()]
+        required = [key for key in needed if any(f"{key}.".startswith(f"{prefix}.") for prefix in missing)]
+        if len(required) == 1:
+            return f"{required[0]} is required; give it as --{required[0]} or in --config"
+        return f"{', '.join(required)} are required; give them as --{required[0]} ..., or in --config"
+    key = _key_of(finding, known)
+    rule = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    rule = "a number of fewer digits" if finding["type"] == "int_parsing_size" else rule
+    if finding["type"] != "value_error":
+        return f"{given.get(key, key)}: {shorten(finding['input'])} should be {rule}"
+    if key in known:
+        return f"{given.get(key, key)}: {rule.removeprefix(f'{key}: ').removeprefix(f'{key} ')}"
+    named = [name for name in given if name in known and f" {name} " in f" {rule} "]
+    places = {given[name].removesuffix(name) for name in named}  # "--", or the file
+    return f"{places.pop()}{rule}" if len(places) == 1 and "--" not in places else rule
+
+
+def _key_of(finding, known: dict) -> str:
+    """Returns the key that a finding is about, or the section."""
+    dotted = ".".join(str(part) for part in finding["loc"])
+    return next((key for key in known if f"{dotted}.".startswith(f"{key}.")), dotted)

@@ -7,11 +7,15 @@ from typing import Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from dpo_ds.config.section import Section, did_you_mean
+from dpo_ds.errors import shorten
 
 LossName = Literal[
     "dpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "simpo", "orpo", "cpo",
 ]  # fmt: skip
+
+
+LEAST = 1e-6  # of what losses divide by, whose square float32 must hold
 
 
 class Default:
@@ -32,7 +36,10 @@ class LossSection(Section):
     name: LossName | list[LossName] = Field("dpo", description="the loss, or a list of them to add up")
     weights: list[float] | None = Field(None, description="of the losses that name lists; 1 each if not given")
     beta: float = Field(
-        Default.beta, gt=0, description="strength of the pull to the reference; orpo: weight of its odds ratio"
+        Default.beta,
+        ge=LEAST,
+        le=1000,
+        description="strength of the pull to the reference; orpo: weight of its odds ratio",
     )
     label_smoothing: float = Field(
         Default.label_smoothing,
@@ -43,7 +50,7 @@ class LossSection(Section):
     gamma: float | None = Field(None, ge=0, description=f"simpo: the margin to reach; {Default.gamma} if not given")
     alpha: float | None = Field(None, ge=0, description=f"cpo: weight of its SFT part; {Default.alpha} if not given")
     tau: float | None = Field(
-        None, gt=0, description=f"discopop: temperature of its modulation; {Default.tau} if not given"
+        None, ge=LEAST, description=f"discopop: temperature of its modulation; {Default.tau} if not given"
     )
     delta_decay: float | None = Field(
         None, ge=0, lt=1, description=f"bco_pair: of the moving average of rewards; {Default.delta_decay} if not given"
@@ -70,6 +77,13 @@ class LossSection(Section):
                 raise ValueError(f"unknown loss {given!r}; {nearest}")
         return name
 
+    @field_validator("weights")
+    @classmethod
+    def _none_below_zero(cls, weights):
+        if weights is not None and (min(weights, default=0) < 0 or not any(weights)):
+            raise ValueError(f"{shorten(weights)}: a weight is 0 or more, and one of them above 0")
+        return weights
+
     @model_validator(mode="after")
     def _parts_fit(self):
         if self.weights is not None and (isinstance(self.name, str) or len(self.weights) != len(self.names)):
@@ -89,4 +103,4 @@ class LossSection(Section):
 
 
 class ImplicitRewardSection(Section):
-    beta: float = Field(Default.beta, gt=0, description="of the implicit rewards")
+    beta: float = Field(Default.beta, ge=LEAST, le=1000, description="of the implicit rewards")

@@ -13,15 +13,15 @@ class TrainSection(Section):
     layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
     global_batch_size: int = Field(64, gt=0, description="pairs (sft: rows) an update, over all ranks")
     micro_batch_tokens: int = Field(8192, gt=0, description="tokens a rank holds in one forward, padding included")
-    epochs: float = Field(1, gt=0, description="passes over the data")
+    epochs: float = Field(1, gt=0, le=10**6, description="passes over the data")
     max_steps: int | None = Field(None, gt=0, description="given: it alone decides, epochs repeat as needed")
-    learning_rate: float = Field(5e-7, ge=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(5e-7, ge=0, le=100, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0")
-    weight_decay: float = Field(0.0, ge=0, description="on matrices, not on biases and norms")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="on matrices, not on biases and norms")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm; 0: off")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
-    adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
+    adam_eps: float = Field(1e-8, gt=0, le=1, description="of AdamW")
     seed: int = Field(0, ge=0, description="of the order of the data")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
     activation_checkpointing: bool = Field(False, description="recompute each layer in backward")
@@ -37,8 +37,8 @@ class TrainSection(Section):
 class PrecomputeSection(Section):
     layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
     micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
-    shard_rows: int = Field(512, gt=0, description="pairs a file: the most that a killed rank computes again")
-    threads: int = Field(1, gt=0, description="CPU threads a rank; decides last bits, so it does not follow the ranks")
+    shard_rows: int = Field(512, gt=0, le=2**20, description="pairs a file: the most that a killed rank computes again")
+    threads: int = Field(1, gt=0, le=1024, description="CPU threads a rank; decides last bits, so not by the ranks")
 
 
 class RewardSection(Section):

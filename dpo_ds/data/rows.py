@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dpo_ds.errors import DataError
+from dpo_ds.errors import DataError, shorten
 
 Messages = list[dict[str, Any]]  # {"role", "content"} and, on some, "tool_calls", "name", ...
 
@@ -119,11 +119,6 @@ def unreadable(error: ValueError | RecursionError) -> BadRow:
     if isinstance(error, RecursionError):
         return BadRow("nested too deep", "lists and objects are nested too deep to be read")
     return BadRow("number too long", f"a whole number has more than {sys.get_int_max_str_digits()} digits")
-
-
-def shorten(value: Any, width: int = 60) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def as_message(name: str, value: Any) -> dict[str, Any]:

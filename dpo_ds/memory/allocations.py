@@ -19,7 +19,7 @@ from dpo_ds.batch import Segment
 from dpo_ds.config import DataSection, Section, load
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
-from dpo_ds.errors import ConfigError, UserError
+from dpo_ds.errors import ConfigError, UserError, shorten
 from dpo_ds.losses import with_reference_of_loss
 from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
 from dpo_ds.models.loading import check_model
@@ -38,6 +38,7 @@ DEFAULTS = {  # DeepSpeedZeroConfig's, kept equal by a test
     "zero_hpz_partition_size": 1,
 }
 NVME_PARAM = {"buffer_count": 5, "buffer_size": 100_000_000, "max_in_cpu": 1_000_000_000}
+MOST_RANKS = 1 << 20
 NVME_OPTIMIZER = {"buffer_count": 4}
 
 
@@ -305,6 +306,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="that they are spread over evenly")
     given = parser.parse_args(argv)
     try:
+        for key in ("ranks", "nodes"):
+            if not 0 < getattr(given, key) <= MOST_RANKS:
+                raise ConfigError(f"--{key} {shorten(getattr(given, key))}: must be from 1 to {MOST_RANKS}")
         if given.ranks % given.nodes:
             raise ConfigError(f"--ranks {given.ranks}: not a multiple of --nodes {given.nodes}")
         run, _ = load(given.command, given.config, {})

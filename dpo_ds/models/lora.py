@@ -20,8 +20,14 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft puts before transformers' names
 
 
-def check_lora(section: LoraSection) -> None:
-    """Raises ConfigError where adapters are asked for and peft is not installed."""
+def check_lora(section: LoraSection, width: int) -> None:
+    """Checks that adapters which are asked for can be had by a model of this hidden width.
+
+    Raises:
+        ConfigError: peft is not installed, or a rank that no layer's adapter can have.
+    """
+    if section.r > width:
+        raise ConfigError(f"--model.lora.r {section.r} is beyond the model's width of {width}: that is no low rank")
     if section.r and find_spec("peft") is None:
         raise ConfigError(f"--model.lora.r {section.r} needs peft: pip install 'dpo-ds[lora]'")
 

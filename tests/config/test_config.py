@@ -201,7 +201,7 @@ def test_one_file_serves_sft_and_train_and_says_what_is_unused(tmp_path):
         (["train", *REQUIRED, "--train.max_steps", "3.5"], ["--train.max_steps", "'3.5'", "integer"]),
         (["train", *REQUIRED, "--train.max_steps", "0"], ["--train.max_steps", "'0'", "greater than 0"]),
         (["train", *REQUIRED, "--loss.beta", "nan"], ["--loss.beta", "'nan'", "finite"]),
-        (["train", *REQUIRED, "--loss.beta", "-0.1"], ["--loss.beta", "'-0.1'", "greater than 0"]),
+        (["train", *REQUIRED, "--loss.beta", "-0.1"], ["--loss.beta", "'-0.1'", "greater than or equal to 0.000001"]),
         (["train", *REQUIRED, "--loss.label_smoothing", "0.5"], ["less than 0.5"]),
         (["train", *REQUIRED, "--loss.name", "dop"], ["unknown loss 'dop'", "did you mean 'dpo'?"]),
         (["train", *REQUIRED, "--train.schedule", "cubic"], ["--train.schedule", "'cubic'", "'linear'"]),
@@ -209,7 +209,7 @@ def test_one_file_serves_sft_and_train_and_says_what_is_unused(tmp_path):
         (["train", *REQUIRED, "--data.train", "[]"], ["data.train", "empty list"]),
         (["train", *REQUIRED, "--data.train", "[{path: a, weight: 0}]"], ["weight 0 of a"]),
         (["train", *REQUIRED, "--data.train", "[{file: a}]"], ["is not a source"]),
-        (["train", *REQUIRED, "--data.columns", "{a"], ["--data.columns {a", "not a YAML"]),
+        (["train", *REQUIRED, "--data.columns", "{a"], ["--data.columns '{a'", "not a YAML"]),
         (
             ["train", *REQUIRED, "--data.max_length", "9", "--data.max_prompt_length", "9"],
             ["max_prompt_length 9 must be below"],
@@ -235,7 +235,8 @@ def test_each_mistake_is_one_line_with_the_value_and_the_remedy(argv, parts):
         (b"train: [1]\n", ["train is [1]", "expected keys below it"]),
         (b"train: {seed: 1}\ntrain: {epochs: 2}\n", ["run.yaml:2:1", "'train' is given twice"]),
         (b"train.seed: 1\n", ["'train.seed' is written with a dot"]),
-        (b"train: {max_steps: yes}\n", ["max_steps", "'true' is neither a number nor text"]),
+        (b"train: {max_steps: yes}\n", ["max_steps", "'yes' should be a valid integer"]),
+        (b"train: {max_steps: true}\n", ["max_steps", "'true' is neither a number nor text"]),
         (b"model: {path: \xff}\n", ["not UTF-8 at byte 14"]),
     ],
 )
