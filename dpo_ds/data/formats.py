@@ -353,12 +353,12 @@ def _whole(row: Row, side: str) -> Messages:
             first = next((i for i, message in enumerate(turns) if not _is_system(message)), len(turns))
             turns = [*turns[:first], {"role": "user", "content": row.text("prompt")}, *turns[first:]]
         elif prompt.strip() not in (text.strip() for text in asked):
-            raise _contradiction(prompt, side, asked[0])
+            raise _contradiction(prompt, side, turns, asked[0])
     elif prompt and not isinstance(prompt, str):
         prompt = row.messages("prompt")
         begins = turns[: len(prompt)] == prompt or _without_system(turns)[: len(prompt)] == prompt
         if not begins and any(message["role"] != "assistant" for message in _before_the_answer(turns)):
-            raise _contradiction(prompt[0]["content"], side, turns[0]["content"])
+            raise _contradiction(prompt[0]["content"], side, turns, turns[0]["content"])
         turns = turns if begins else prompt + turns
     return with_system(row, side, turns)
 
@@ -374,13 +374,13 @@ def _without_system(turns: Messages) -> Messages:
 
 
 def _going_on(prompt: Messages, side: str, turns: Messages) -> Messages:
-    """Returns the turns of a side, which must answer and must not ask anew what `prompt` ends in."""
-    _require_answer(side, turns)
+    """Returns the turns of a side, which must not ask anew what `prompt` ends in."""
     if prompt and turns and prompt[-1]["role"] == "user" and (turns[0]["role"] == "user" or _is_system(turns[0])):
-        raise _contradiction(prompt[-1]["content"], side, turns[0]["content"])
+        raise _contradiction(prompt[-1]["content"], side, turns, turns[0]["content"])
     return turns
 
 
-def _contradiction(prompt: str, side: str, beginning: str) -> BadRow:
+def _contradiction(prompt: str, side: str, turns: Messages, beginning: str) -> BadRow:
+    _require_answer(side, turns)  # a side without one is the greater mistake
     problem = f"'prompt' is {shorten(prompt)}, but {side!r} begins with {shorten(beginning)}"
     return BadRow("prompt contradicts", f"{problem}; mend one, or leave one out with --data.ignore_columns '[prompt]'")
