@@ -51,7 +51,7 @@ def ours(work: Workload, results: Connection, layout: str, reference: str) -> No
         replaced[cached, "spot_check"] = lambda *_: []
     for (module, name), stand_in in replaced.items():
         mock.patch.object(module, name, stand_in).start()
-    train.start("train", work.config(layout, reference))
+    train.start(work.config(layout, reference))
 
 
 def no_other_layout(layout_notes: Callable, key: str, refusal: str) -> list[str]:
