@@ -18,6 +18,7 @@ from dpo_ds.data.rows import unreadable
 from dpo_ds.errors import DataError
 
 CHUNK = 1 << 20  # bytes
+MAX_BLANK = 1 << 26  # characters between two values: a few bytes of gzip unpack to billions
 CUT_OFF = 16  # characters: an error this near the end of what is read may be a token cut by it, such as "\u12"
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DECODER = json.JSONDecoder()
@@ -62,9 +63,13 @@ class JsonArray:
 
     def _peek(self) -> str:
         """The next character that is not white space; empty at the end."""
+        blank = 0
         while True:
             found = NO_SPACE.search(self.text, self.at)
-            self.at = found.start() if found else len(self.text)
+            blank, self.at = blank - self.at, found.start() if found else len(self.text)
+            blank += self.at
+            if blank > MAX_BLANK:
+                raise self._error(f"{blank >> 20} MiB of white space", self.at)
             if found or not self._more():
                 return self.text[self.at : self.at + 1]
 

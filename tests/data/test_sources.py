@@ -246,6 +246,14 @@ def test_gzip_of_blank_lines_without_end(tmp_path, name):
     assert "1,000,000 blank lines before it; this is no data" in error_of(tmp_path / name)
 
 
+def test_white_space_without_end_in_an_array(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "MAX_BLANK", 1 << 21)
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(b'[{"a": 1},' + b" \n" * (1 << 21)))
+    assert re.search(r"x.json.gz:\d+: not JSON at column \d: \d MiB of white space; ", error_of(tmp_path / "x.json.gz"))
+    (tmp_path / "y.json.gz").write_bytes(gzip.compress(b'[{"a": 1},' + b" \n" * (1 << 19) + b'{"a": 2}]'))
+    assert len(rows_of(tmp_path / "y.json.gz")) == 2
+
+
 def test_a_line_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_LINE", 1 << 20)
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n{"a": "' + b"x" * (1 << 21)))
