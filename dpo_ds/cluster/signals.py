@@ -33,6 +33,16 @@ class Stopped(BaseException):  # not an Exception: a user's scoring function may
         return f"stopped{f' after step {self.step}' if self.step else ''}: {self}; {self.remedy}"
 
 
+@contextlib.contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Has the line of a command that is stopped say what is kept, and how to go on."""
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.remedy = what
+        raise
+
+
 class _Taken:
     """Keeps what this process has been told, by signals or by another rank."""
 

@@ -24,8 +24,8 @@ def protect() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _Lasting):
-            setattr(sys, name, _Lasting(stream))
+        if not isinstance(stream, _Lasting):
+            setattr(sys, name, _Lasting(stream or open(os.devnull, "w", encoding="utf-8")))
 
 
 def finish() -> None:

@@ -6,6 +6,7 @@ micro-batches depend on nothing but its pairs, so that its bytes are the same wh
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 
 from dpo_ds.batch import PAIR, PreferencePair
 from dpo_ds.checkpoint.manifest import versions
-from dpo_ds.cluster import collectives
+from dpo_ds.cluster import collectives, signals
 from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, leftovers, make_writable, refuse_foreign
@@ -101,9 +102,9 @@ def start(run: PrecomputeConfig) -> int:
         speaker(launch)([f"{run.reference.cache}: complete, {work.manifest.values['rows']} pairs; nothing to compute"])
         work.lock.close()
         return 0
-    with process_group(launch) as device:
+    kept = f"finished shards stay in {run.reference.cache}, and the same command goes on from there"
+    with signals.keeping(kept), contextlib.closing(work.lock), process_group(launch) as device:
         fill(run, work, launch, device)
-    work.lock.close()
     return 0
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dpo_ds.training.output_dir import keep_metrics_until
+from dpo_ds.cluster import rendezvous
+from dpo_ds.training.output_dir import METRICS, keep_metrics_until
 
 WINDOW = 20  # steps whose mean is judged
 FALL = 0.1  # of the chosen completions' log-prob where the run began
@@ -29,13 +33,10 @@ class Tracker:
     """
 
     def __init__(self, output_dir: Path, resumed_step: int, total_steps: int, watch: ChosenFalls | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = output_dir / "metrics.jsonl"
+        path = output_dir / METRICS
         keep_metrics_until(path, resumed_step)
-        self._jsonl = path.open("ab", buffering=0)
-        self._told = False
-        self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._logs = [_Lines(path), _Board(output_dir / "tensorboard", resumed_step)]
+        self._told: set[str] = set()
         self._total, self._watch = total_steps, watch
         self._first = resumed_step
         self._started = self._last_line = time.monotonic()
@@ -75,26 +76,97 @@ class Tracker:
             print(text, flush=True)
 
     def close(self) -> None:
-        self._jsonl.close()
-        self._tensorboard.close()
+        for log in self._logs:
+            self._guarded(log, log.close, "at the end")
         if self._bar is not None:
             self._bar.close()
 
     def _record(self, line: dict) -> None:
-        """A full disk costs lines, told once, and never the run; no line stays half-written."""
-        data, end = (json.dumps(line) + "\n").encode(), self._jsonl.seek(0, os.SEEK_END)
+        for log in self._logs:
+            self._guarded(log, partial(log.add, line), f"from step {line['step']} on")
+
+    def _guarded(self, log: _Lines | _Board, call: Callable[[], str | None], since: str) -> None:
+        """A full disk, or a file that somebody removes, costs lines, told once a log, and never the run."""
         try:
-            if self._jsonl.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            for name, value in line.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, line["step"])
+            problem = call()
         except OSError as error:
-            if self._jsonl.tell() < end + len(data):
-                self._jsonl.truncate(end)
-            if not self._told:
-                self._told = True
-                self.say(f"metrics of step {line['step']} are lost ({error.strerror}); training goes on")
+            problem = error.strerror or str(error)
+        if problem is not None and log.name not in self._told:
+            self._told.add(log.name)
+            self.say(f"{log.name} loses lines {since} ({problem}); training goes on")
+
+
+GONE = "somebody has removed what was there, and a new one begins"
+
+
+class _Lines:
+    """metrics.jsonl, a line an object; no line stays half-written."""
+
+    name = METRICS
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("ab", buffering=0)
+
+    def add(self, line: dict) -> str | None:
+        """Returns what went wrong although the line is written."""
+        problem = self._reopened()
+        data, end = (json.dumps(line) + "\n").encode(), self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            if self._file.seek(0, os.SEEK_END) > end:
+                self._file.truncate(end)
+            raise
+        return problem
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _reopened(self) -> str | None:
+        """Says so where the name leads to another file, or to none, than the one that is open."""
+        own = os.fstat(self._file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            there = self._path.stat()
+            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+                return None
+        file = self._path.open("ab", buffering=0)
+        self._file.close()
+        self._file = file
+        return GONE
+
+
+class _Board:
+    """TensorBoard's file of events."""
+
+    name = "tensorboard/"
+
+    def __init__(self, folder: Path, resumed_step: int):
+        self._folder = folder
+        self._open(resumed_step + 1)
+
+    def add(self, line: dict) -> str | None:
+        """Returns what went wrong although the numbers are written."""
+        problem = None
+        if not self._path.exists():
+            with contextlib.suppress(OSError):  # it cannot write what it still has
+                self._writer.close()
+            self._open(line["step"])
+            problem = GONE
+        for name, value in line.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, line["step"])
+        return problem
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _open(self, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        before = set(self._folder.glob("events.*"))
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_step)
+        (self._path,) = set(self._folder.glob("events.*")) - before
 
 
 def _is_terminal() -> bool:
@@ -121,6 +193,7 @@ class Progress:
 
     def add(self, count: int, done: int) -> None:
         self.count, self.done = self.count + count, self.done + done
+        rendezvous.peers().progress()
         if self._bar is not None:
             self._bar.update(done)
         elif self._talks and time.monotonic() - self._last_line >= LINE_SECONDS:

@@ -130,6 +130,63 @@ def test_a_rank_that_hangs_or_fails_alone_is_named(forks, tmp_path):
     assert codes == [0, 0, 0] and output == "", output
 
 
+COMMANDS = {
+    "sample": {"sample__n": 16, "sample__max_new_tokens": 120, "sample__shard_rows": 1, "sample__batch_size": 16},
+    "precompute": {"precompute__shard_rows": 1, "precompute__micro_batch_tokens": 600},
+    "evaluate": {"evaluate__n": 64, "evaluate__max_new_tokens": 120, "evaluate__batch_size": 8},
+}
+
+
+def start_command(forks, world: Path, command: str, out: Path):
+    """A command that has no step, on two ranks, under way: a shard is there, or the first model begins to speak."""
+    own = {"sample": {"model.path": world / "model", "sample.prompts": world / "train.jsonl", "sample.to": out}}
+    long = world / "many.jsonl"
+    long.write_text((world / "train.jsonl").read_text() * 20)
+    own["precompute"] = {"model.path": world / "model", "data.train": long, "reference.cache": out}
+    own["evaluate"] = {"evaluate.policy": world / "model", "data.eval": world / "train.jsonl", "output_dir": out}
+    keys = own[command] | {key.replace("__", "."): value for key, value in COMMANDS[command].items()}
+    keys["deepspeed.config"] = "none"
+    words = [command, *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
+    ranks = forks.start(words, 2, world / f"{out.name}.logs", DPO_DS_CACHE=str(world / "cache"))
+    began = time.monotonic()
+    while not (any(out.rglob("shard-*.parquet")) or (command == "evaluate" and "completions each" in ranks.output())):
+        if time.monotonic() - began > 100:
+            ranks.kill()
+            ranks.codes()
+            raise AssertionError(ranks.output())
+        time.sleep(0.02)
+    time.sleep(0.5)
+    return ranks
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("signum, rank", [(signal.SIGINT, 1), (signal.SIGHUP, 0)], ids=["INT to 1", "HUP to 0"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_signal_to_any_rank_ends_a_command_without_steps_in_a_line(forks, world, command, signum, rank):
+    out = world / f"{command}-{rank}"
+    ranks = start_command(forks, world, command, out)
+    os.kill(ranks.pids[rank], signum)
+    assert ranks.codes() == [75, 75], ranks.output()
+    kept = f"finished shards stay in {out}, and the same command goes on from there"
+    kept = "the same command starts it again" if command == "evaluate" else kept
+    output = ranks.output()
+    assert output.count(f"dpo-ds: stopped: {signum.name} received; {kept}\n") == 1 and "Traceback" not in output, output
+    if command == "evaluate":
+        assert status(out)["state"] == "stopped" and status(out)["exit_code"] == 75
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_rank_that_dies_in_a_command_without_steps_is_named(forks, world, command):
+    out = world / f"{command}-killed"
+    ranks = start_command(forks, world, command, out)
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    assert ranks.codes() == [1, -signal.SIGKILL], ranks.output()
+    assert "dpo-ds: error: rank 1 died: its process ended without a word; this job ends" in ranks.output()
+    if command == "evaluate":
+        assert status(out)["reason"] == "rank 1 died: its process ended without a word"
+
+
 def interrupt_all(launcher: subprocess.Popen) -> None:
     """Ctrl-C: SIGINT to the launcher, its helper and the ranks; the launcher signals the ranks a second time."""
     os.killpg(launcher.pid, signal.SIGINT)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dpo_ds.batch import PreferencePair, sum_per_sequence
-from dpo_ds.cluster import collectives
+from dpo_ds.cluster import collectives, rendezvous
 from dpo_ds.config import EvaluateSection
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.data.prompts import Prompt
@@ -64,6 +64,7 @@ def draw(
     from dpo_ds.cluster.collectives import raising_together  # deepspeed comes in with a model alone
 
     generator = Generator(model, tokenizer, settings, together)
+    generator.report = lambda tokens, completions: rendezvous.peers().progress()
     rank, ranks = collectives.rank(), collectives.world_size()
     size = max(1, BATCHES * settings.batch_size // settings.n)
     chunks = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
@@ -83,6 +84,7 @@ def sums_of_logps(model, pairs, layout: Layout) -> np.ndarray:
     for start in range(0, len(pairs), ROWS):
         rows = np.arange(start, min(start + ROWS, len(pairs)))
         for places in plan(Lengths.of(pairs, rows), layout, ranks)[rank]:
+            rendezvous.peers().progress()
             batch = layout.collate([pairs[int(row)] for row in rows[places]]).to(model.device)
             found = sum_per_sequence(model.token_logps(batch), batch.target_counts)
             sums[torch.from_numpy(rows[places])] = found.view(len(places), sides).double()

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo_ds.cluster import collectives
+from dpo_ds.cluster import collectives, signals
 from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign
@@ -61,7 +61,8 @@ def start(run: SampleConfig) -> int:
     launch = from_environment()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     work = prepare(run, launch)
-    with contextlib.closing(work.lock), process_group(launch) as device:
+    kept = f"finished shards stay in {run.sample.to}, and the same command goes on from there"
+    with signals.keeping(kept), contextlib.closing(work.lock), process_group(launch) as device:
         fill(run, work, launch, device)
     return 0
 
