@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -15,9 +16,10 @@ from dpo_ds.cluster import collectives, shared_files
 from dpo_ds.config import Section, flatten, keys, to_plain
 from dpo_ds.config.deepspeed import is_bf16
 from dpo_ds.errors import ConfigError
-from dpo_ds.models.fingerprint import MODEL, model_id
+from dpo_ds.models.fingerprint import MODEL, model_as_recorded
 
-PAIRS = 256  # pairs whose tokens are read
+DATA, REFERENCE = "the data in data.train", "the model in reference.path"
+PAIRS = 256  # pairs whose tokens an old checkpoint's identity is of
 START_OVER = "use another output_dir, or --checkpoint.resume never to start over"
 # Keys that may differ between a run and its resumption; all others decide what is computed.
 MAY_CHANGE = (
@@ -144,8 +146,8 @@ def _none_left(folder: Path, problem: str) -> str:
 
 
 def data_id(dataset) -> str:
-    """Identifies prepared pairs by every length and margin, in order, and the tokens of pairs spread evenly over the
-    data.
+    """Identifies prepared pairs as checkpoints did before every token counted: by every length and margin, in order,
+    and the tokens of pairs spread evenly over the data.
     """
     digest = hashlib.sha256(b"" if dataset.margins is None else dataset.margins)
     for lengths in (dataset.prompt_lengths, dataset.chosen_lengths, dataset.rejected_lengths):
@@ -157,14 +159,20 @@ def data_id(dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity_of(run: Section, model_config, policy_config: dict, dataset) -> dict[str, str]:
-    """Returns what a checkpoint remembers of model, reference, data and precision; messages name these keys."""
+def identity_of(
+    run: Section, model_config, policy_config: dict, dataset, recorded: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """Returns what a checkpoint remembers of model, reference, data and precision; messages name these keys.
+
+    recorded: a checkpoint's, in whose form digests are given: older ones read samples of the bytes.
+    """
+    is_old = len(recorded.get(DATA, "")) == 16
     known = {
-        MODEL: model_id(run.model.path, model_config),
-        "the data in data.train": data_id(dataset),
+        MODEL: model_as_recorded(recorded.get(MODEL), run.model.path, model_config),
+        DATA: data_id(dataset) if is_old else dataset.content(),
         "the precision": "bf16" if is_bf16(policy_config) else "fp32",
     }
     reference = getattr(run, "reference", None)
     if reference is not None and reference.path is not None:
-        known["the model in reference.path"] = model_id(reference.path, model_config)
+        known[REFERENCE] = model_as_recorded(recorded.get(REFERENCE), reference.path, model_config)
     return known

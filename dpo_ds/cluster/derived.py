@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,23 +50,29 @@ def usable(root: Path) -> Iterator[None]:
 
 
 def content_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file: read once on this machine, then remembered under the file's status.
+    """Returns the SHA-256 of a file, read once on this machine."""
+    return remembered([path], "bytes", lambda: sha256(path))
 
-    The status is path, size, inode and both times: other content under an old size and modification time has a
-    new inode or change time. A file that has changed just now is read again next time.
+
+def remembered(paths: Sequence[Path], what: str, compute: Callable[[], str]) -> str:
+    """Returns `compute()`, a SHA-256 that depends on these files alone: computed once on this machine.
+
+    It is remembered under the files' status, which is path, size, inode and both times: other content under an old
+    size and modification time has a new inode or change time. A file that has changed just now is read again next time.
     """
-    before = path.stat()
-    status = [socket.gethostname(), str(path.resolve()), before.st_size, before.st_ino]
-    status += [before.st_mtime_ns, before.st_ctime_ns]
-    remembered = cache_root() / "digests" / hashlib.sha256(json.dumps(status).encode()).hexdigest()[:32]
+    before = [path.stat() for path in paths]
+    status: list = [socket.gethostname(), what]
+    for path, file in zip(paths, before, strict=True):
+        status += [str(path.resolve()), file.st_size, file.st_ino, file.st_mtime_ns, file.st_ctime_ns]
+    memory = cache_root() / "digests" / hashlib.sha256(json.dumps(status).encode()).hexdigest()[:32]
     with suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch(r"[0-9a-f]{64}", known := remembered.read_text(encoding="utf-8")):
+        if re.fullmatch(r"[0-9a-f]{64}", known := memory.read_text(encoding="utf-8")):
             return known
-    begun, digest = time.time(), sha256(path)
-    if begun - max(before.st_mtime, before.st_ctime) > SETTLED_SECONDS:
+    begun, digest = time.time(), compute()
+    if begun - max(max(file.st_mtime, file.st_ctime) for file in before) > SETTLED_SECONDS:
         with suppress(OSError):  # then it is read again next time
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            write_text(remembered, digest)
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_text(memory, digest)
     return digest
 
 

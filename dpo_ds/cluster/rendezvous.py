@@ -253,10 +253,10 @@ def different_config(everyone: list[dict]) -> str:
 def different_content(ready: dict[int, dict[str, str]], hosts: dict[int, str]) -> str:
     """Returns what a node prepared otherwise than rank 0's, or ""; ranks that were not first on theirs found less."""
     for rank, found_there in sorted(ready.items()):
-        for what, digest in found_there.items():
-            mine = ready[0].get(what)
-            if mine is not None and mine != digest:
-                here, there = f"{mine} on {hosts[0]} (rank 0)", f"{digest} on {hosts[rank]} (rank {rank})"
+        for what in sorted(ready[0].keys() | found_there.keys()) if found_there else ():
+            mine, yours = (found.get(what, "missing") for found in (ready[0], found_there))
+            if mine != yours:
+                here, there = f"{mine} on {hosts[0]} (rank 0)", f"{yours} on {hosts[rank]} (rank {rank})"
                 return f"{what} is {here}, {there}; all nodes must have the same content"
     return ""
 

@@ -22,7 +22,7 @@ from dpo_ds.config import ExportConfig, ModelSection
 from dpo_ds.errors import ConfigError
 from dpo_ds.models import lora
 from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, write_rest, write_shards, write_words
-from dpo_ds.models.fingerprint import MODEL, model_id
+from dpo_ds.models.fingerprint import MODEL, model_as_recorded
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
 from dpo_ds.training.output_dir import read_metrics
@@ -134,7 +134,8 @@ def _check_mergeable(checkpoint: Checkpoint, section: ModelSection, config) -> N
         raise ConfigError(
             f"--merge: {checkpoint.path} has no adapters, all its weights were trained; leave --merge out"
         )
-    now, then = model_id(section.path, config), checkpoint.manifest["identity"][MODEL]
+    then = checkpoint.manifest["identity"][MODEL]
+    now = model_as_recorded(then, section.path, config)
     if now != then:
         raise ConfigError(f"--merge: {MODEL} is now {now}, in {checkpoint.path} it was {then}; put the same model back")
 

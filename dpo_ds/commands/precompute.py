@@ -22,7 +22,7 @@ from dpo_ds.cluster import collectives, signals
 from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, leftovers, make_writable, refuse_foreign
-from dpo_ds.commands.preflight import check_fit, check_reference_model, prepare_data
+from dpo_ds.commands.preflight import check_fit, check_reference_model, prepare_data, tell_content
 from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data import PairDataset
@@ -142,6 +142,8 @@ def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
             check_shards(manifest)
     prepared = prepare_data(run.data, tokenizer, PAIR, launch)
     check_fit(prepared, text_config, speaker(launch))
+    models = {"model.path": run.model.path, "reference.path": run.reference.path}
+    tell_content(launch, models, tokenizer, prepared, {"DeepSpeed's configuration": filled})
     datasets = list(prepared.values())
     keys = np.concatenate([data_keys(data, build=launch.is_first_on_node) for data in datasets])
     new = missing_rows(keys, manifest)

@@ -5,15 +5,17 @@ Every rank runs it; the first of each node prepares the data, the others wait fo
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from dpo_ds import data
 from dpo_ds.checkpoint import resume
-from dpo_ds.cluster import stopping
+from dpo_ds.checkpoint.manifest import Checkpoint
+from dpo_ds.cluster import rendezvous, stopping
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.process_group import Say, speaker, this_machine
 from dpo_ds.config import (
@@ -26,7 +28,9 @@ from dpo_ds.config import (
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import steps_per_epoch
 from dpo_ds.data.prompts import Prompt
+from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
+from dpo_ds.models.fingerprint import file_digests
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.lora import check_lora
 from dpo_ds.reference import cached
@@ -74,12 +78,10 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     _check_an_epoch(prepared["train"].sources, run)
     if launch.is_first:
         _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
-    known = resume.identity_of(run, model_config, policy_config, prepared["train"])
-    if manifest is not None:
-        recorded = candidates[0].manifest["identity"].get(CACHE) if candidates else None
-        known[CACHE] = recorded if recorded in manifest.ids else manifest.id  # a cache may have grown since
-    if candidates:
-        resume.check_identity(candidates[0], known)
+    known = _check_identity(run, launch, model_config, policy_config, prepared["train"], candidates, manifest)
+    reference = getattr(run, "reference", None)
+    models = {"model.path": run.model.path, "reference.path": None if reference is None else reference.path}
+    tell_content(launch, models, tokenizer, prepared, {"DeepSpeed's configuration": policy_config})
     rows = None if manifest is None else cached.find_rows(run, manifest, list(prepared.values()), launch)
     return Prepared(
         tokenizer,
@@ -93,6 +95,50 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
         rows,
         prepared.get(CALIBRATION),
     )
+
+
+def _check_identity(
+    run: SftConfig, launch: Launch, model_config, policy_config: dict, pairs, candidates: Sequence[Checkpoint], manifest
+) -> dict[str, str]:
+    """Returns what a checkpoint will remember, after comparing it with what the one to resume from does.
+
+    Every byte of models and data is read, once on a machine, so the first rank of each node alone does.
+    """
+    if not launch.is_first_on_node:
+        return {}
+    known = resume.identity_of(run, model_config, policy_config, pairs)
+    recorded = candidates[0].manifest["identity"] if candidates else {}
+    if manifest is not None:
+        cache = recorded.get(CACHE)
+        known[CACHE] = cache if cache in manifest.ids else manifest.id  # a cache may have grown since
+    if candidates:
+        alike = resume.identity_of(run, model_config, policy_config, pairs, recorded)
+        resume.check_identity(candidates[0], known | alike)
+    return known
+
+
+def tell_content(
+    launch: Launch, models: Mapping[str, str | None], tokenizer, datasets: Mapping[str, data.PairDataset],
+    others: Mapping[str, object] | None = None,
+) -> None:  # fmt: skip
+    """Notes what this node has, by content, before the ranks compare it (rendezvous.wait_for_all).
+
+    models: their paths by key. others: anything that must be equal, by what it is.
+    """
+    if not launch.is_first_on_node or launch.local_world_size >= launch.world_size:
+        return
+    for key, path in models.items():
+        for name, digest in file_digests(path).items() if path is not None else ():
+            rendezvous.found(f"--{key} {Path(path) / name}", digest[:16])
+    rendezvous.found("the tokenizer", _short(fingerprint(tokenizer)))
+    for split, pairs in datasets.items():
+        rendezvous.found(f"the tokenised {split} data", f"{len(pairs)} rows {pairs.content()[:16]}")
+    for what, value in (others or {}).items():
+        rendezvous.found(what, _short(json.dumps(value, sort_keys=True)))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def prepare_data(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_ds.batch import PreferencePair
+from dpo_ds.cluster.derived import remembered
 from dpo_ds.data.rows import Location
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -77,7 +79,8 @@ class PairDataset:
         self._files: list[str] = self.census.pop("location_files")
         ends = self.census.pop("source_ends")
         self.sources = list(zip([0, *ends[:-1]], ends, weights, strict=True))
-        self._table = pa.ipc.open_stream(pa.memory_map(str(folder / ARROW))).read_all()
+        self._path = folder / ARROW
+        self._table = pa.ipc.open_stream(pa.memory_map(str(self._path))).read_all()
         self._rows = [self._table.column(name) for name in (*PARTS, *MASKS)]
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
             self._whole(f"{part}_length") for part in PARTS
@@ -93,6 +96,21 @@ class PairDataset:
         chosen_mask, rejected_mask = (mask.astype(bool) for mask in values[len(PARTS) :])
         index = self.first_index + int(i) % len(self)
         return PreferencePair(prompt, chosen, rejected, chosen_mask, rejected_mask, index)
+
+    def content(self) -> str:
+        """Returns the SHA-256 of all tokens, masks and margins, wherever the rows came from."""
+        return remembered([self._path], "pairs", self._content)
+
+    def _content(self) -> str:
+        digests = {name: hashlib.sha256() for name in (*PARTS, *MASKS, MARGIN)}
+        for batch in self._table.to_batches():
+            for name in (*PARTS, *MASKS):  # lists: where each ends decides, too
+                column = batch.column(name)
+                offsets = np.from_dlpack(column.offsets)
+                digests[name].update(np.diff(offsets).astype(np.int64))
+                digests[name].update(np.ascontiguousarray(np.from_dlpack(column.values)[offsets[0] : offsets[-1]]))
+        digests[MARGIN].update(b"" if self.margins is None else np.ascontiguousarray(self.margins))
+        return hashlib.sha256("".join(digest.hexdigest() for digest in digests.values()).encode()).hexdigest()
 
     def token_ids(self) -> Iterator[tuple[np.ndarray, ...]]:
         """prompt, chosen and rejected of every row in turn, int32 each, without a copy."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from transformers.utils import cached_file
 
+from dpo_ds.cluster.derived import content_digest, remembered
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
 
@@ -40,6 +41,10 @@ def weights_digest(section: ModelSection, path: str) -> str:
         ModelError: no weights there, or a safetensors file that is damaged.
     """
     files = weight_files(section, path)
+    return remembered(files, "tensors", lambda: _digest_of_tensors(files))
+
+
+def _digest_of_tensors(files: list[Path]) -> str:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter lock
         if files[0].suffix == ".bin":
             hashes = [f"{file.name} {digest}" for file, digest in zip(files, pool.map(file_digest, files), strict=True)]
@@ -101,9 +106,30 @@ def _tensors(file: Path) -> Iterator[Tensor]:
         yield Tensor(file, name, f"{entry['dtype']} {entry['shape']}", start, stop)
 
 
+def file_digests(path: str) -> dict[str, str]:
+    """Returns the SHA-256 of each file of a model's folder that decides what it computes, by name; none of a Hub id."""
+    patterns = ("config.json", "adapter_config.json", *WEIGHTS)
+    files = sorted({file for pattern in patterns for file in Path(path).glob(pattern)})
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip([file.name for file in files], pool.map(content_digest, files), strict=True))
+
+
+def model_digest(path: str, config) -> str:
+    """Identifies a folder by every byte of its config and weights, a Hub id by its commit."""
+    if not Path(path).is_dir():
+        return f"{path}@{getattr(config, '_commit_hash', None)}"
+    lines = [f"{name} {digest}" for name, digest in file_digests(path).items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def model_as_recorded(recorded: str | None, path: str, config) -> str:
+    """Returns `model_digest`, or `model_id` where a checkpoint that is older than the former has recorded it."""
+    return model_id(path, config) if recorded is not None and len(recorded) == 16 else model_digest(path, config)
+
+
 def model_id(path: str, config) -> str:
-    """Identifies a folder by its config and every weights file's name, size, first and last MiB, a Hub id by its
-    commit.
+    """Identifies a folder as checkpoints did before every byte counted: by its config and every weights file's name,
+    size, first and last MiB.
     """
     folder = Path(path)
     if not folder.is_dir():

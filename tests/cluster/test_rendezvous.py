@@ -68,6 +68,8 @@ def test_a_rank_that_found_less_agrees():
     said = "weights is b on alpha (rank 0), c on beta (rank 2); all nodes must have the same content"
     assert rendezvous.different_content(ready, hosts) == said
     assert rendezvous.different_content(ready | {2: ready[0]}, hosts) == ""
+    said = "weights is b on alpha (rank 0), missing on beta (rank 2); all nodes must have the same content"
+    assert rendezvous.different_content(ready | {2: {"data": "a"}}, hosts) == said
 
 
 def test_two_processes_that_call_themselves_rank_1(forks, tmp_path):

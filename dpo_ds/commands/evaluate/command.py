@@ -27,7 +27,7 @@ from dpo_ds.commands.evaluate.judging import Judge, give_preferences, give_score
 from dpo_ds.commands.evaluate.measure import Sequences, draw, numbered, sums_of_logps
 from dpo_ds.commands.evaluate.results import BASELINE, REFERENCE, Measured, Outcome
 from dpo_ds.commands.precompute import NO_DEEPSPEED
-from dpo_ds.commands.preflight import check_fit, check_room
+from dpo_ds.commands.preflight import check_fit, check_room, tell_content
 from dpo_ds.config import EvaluateConfig, ModelSection
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import Layout
@@ -125,6 +125,11 @@ def prepare(run: EvaluateConfig, launch: Launch) -> Work:
         rivals = read_baseline(wanted.baseline, [prompt.text for prompt in prompts], run.data.columns, tokenizer)
     elif wanted.baseline not in (None, wanted.against):
         baseline_model = _baseline_model(run, source, options, prompts, say)
+    models = {f"evaluate.policy ({policy.name})": policy.path for policy in wanted.policies}
+    texts = [[prompt.text for prompt in prompts], rivals]
+    others = {"the prompts and the baseline's completions": texts, "DeepSpeed's configuration": engine}
+    pairs_of = {} if pairs is None else {"eval": pairs}
+    tell_content(launch, models | {"evaluate.against": wanted.against}, tokenizer, pairs_of, others)
     notes = _notes(run)
     say(notes)
     return Work(run, engine, tokenizer, hidden_size, prompts, pairs, scorer, judge, rivals, baseline_model, notes)

@@ -22,7 +22,7 @@ from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign
 from dpo_ds.commands.precompute import NO_DEEPSPEED
-from dpo_ds.commands.preflight import check_room
+from dpo_ds.commands.preflight import check_room, tell_content
 from dpo_ds.commands.sample.folder import Folder, completion_rows, is_a_sample
 from dpo_ds.config import SampleConfig
 from dpo_ds.config import deepspeed as ds_config
@@ -96,12 +96,14 @@ def prepare(run: SampleConfig, launch: Launch) -> Work:
     prompts = read_prompts(sample.prompts, options=run.data, tokenizer=tokenizer, limit=run.data.limit)
     say([f"{sample.prompts}: {prompts.summary()}"])
     check_room(prompts.rows, model_config.get_text_config(), "sample", sample.max_new_tokens, say)
+    texts = [prompt.text for prompt in prompts.rows]
+    tell_content(launch, {"model.path": run.model.path}, tokenizer, {}, {"the prompts": texts, "the engine": engine})
     folder = None
     if launch.is_first:
         settings = {
             "model.path": "random weights" if run.model.from_config else weights_digest(run.model, run.model.path)[:12],
             "tokenizer": _digest(fingerprint(tokenizer)),
-            "sample.prompts": _digest("\0".join(prompt.text for prompt in prompts.rows)),
+            "sample.prompts": _digest("\0".join(texts)),
             "sample.score": None if scorer is None else scorer.identity(),
             **{f"sample.{key}": getattr(sample, key) for key in KEYS},
             "data.max_prompt_length": run.data.max_prompt_length,
