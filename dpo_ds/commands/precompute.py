@@ -171,12 +171,14 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
     """Model, shards, manifest; all ranks together, or, as replicas, each on its own from the first shard on."""
     from dpo_ds.cluster.collectives import from_rank_0
     from dpo_ds.cluster.process_group import leave
+    from dpo_ds.models.compile import settle_compilation
     from dpo_ds.models.engine import layout_notes, load_frozen, settle_layout
 
     say = speaker(launch)
     model = load_frozen(reference_section(run), work.engine, device)
     layout_name, refusal = settle_layout(run.precompute.layout, [model])
     say(layout_notes("precompute.layout", refusal))
+    settle_compilation(run.model.compile, [model], say)
     layout = Layout(layout_name, PAIR, run.precompute.micro_batch_tokens, work.hidden_size)
 
     work.lock.share(collectives.barrier)

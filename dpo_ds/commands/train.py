@@ -51,6 +51,7 @@ def train(
     from dpo_ds.checkpoint import shards
     from dpo_ds.data.batching import Layout
     from dpo_ds.models import export
+    from dpo_ds.models.compile import settle_compilation
     from dpo_ds.models.engine import Policy, layout_notes, settle_layout
     from dpo_ds.reference.cached import spot_check
     from dpo_ds.training.trainer import EVALUATION_DUE, Trainer, total_steps
@@ -63,6 +64,7 @@ def train(
     objective = task.objective(policy, prepared, device)
     layout_name, refusal = settle_layout(run.train.layout, [policy, *objective.frozen_models()])
     say(layout_notes("train.layout", refusal))
+    settle_compilation(run.model.compile, [policy, *objective.frozen_models()], say)
     layout = Layout(layout_name, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
     if prepared.cached is not None:
         say(spot_check(run, policy, prepared.cached, layout))

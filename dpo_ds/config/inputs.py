@@ -45,6 +45,9 @@ class SampleModelSection(ModelOptions):
 
 
 class ModelSection(SampleModelSection):
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile of each decoder layer; auto: on a GPU where there is a compiler"
+    )
     lora: LoraSection = LoraSection()
 
 

@@ -14,7 +14,7 @@ from dpo_ds.errors import shorten
 
 
 def is_bool(field) -> bool:
-    return field.annotation is bool
+    return field.annotation is bool or bool in typing.get_args(field.annotation)
 
 
 LARGEST = 2**32 - 1  # of any number: what seeds may be, and more steps, tokens or seconds than anybody has

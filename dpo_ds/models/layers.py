@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -27,6 +26,8 @@ def make_units(model: nn.Module, zero: dict) -> str:
     """Makes every decoder layer a leaf to ZeRO-3, unless its configuration `zero` names leaf modules itself; to be
     called before the engine takes the model. Returns why this model cannot have it, "" where it can.
     """
+    from deepspeed.utils import set_z3_leaf_module
+
     if "leaf_module" in zero:
         return ""
     layers = decoder_layers(model)
@@ -36,11 +37,11 @@ def make_units(model: nn.Module, zero: dict) -> str:
     for layer in layers:
         set_z3_leaf_module(layer, True)
         if any(parameter.requires_grad for parameter in layer.parameters()):
-            layer.register_forward_pre_hook(_with_gradients_at_the_input, with_kwargs=True)
+            layer.register_forward_pre_hook(with_gradients_at_the_input, with_kwargs=True)
     return "" if layers else "it has no list of decoder layers"
 
 
-def _with_gradients_at_the_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+def with_gradients_at_the_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
     """Lets the backward hook of a leaf fire when all of its parameters have their gradients.
 
     torch runs it at the gradient of the inputs that come by position, and before everything else where none of them
@@ -53,6 +54,11 @@ def _with_gradients_at_the_input(layer: nn.Module, args: tuple, kwargs: dict[str
         args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
     hidden = args[0]
     return (args if hidden.requires_grad else (hidden.requires_grad_(), *args[1:])), kwargs
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Returns whether its decoder layers run compiled, as far as they could be until now (`models/compile`)."""
+    return any("forward" in vars(layer) for layer in decoder_layers(model))
 
 
 def _parameters_beside(layers: list[nn.Module], module: nn.Module) -> Iterator[nn.Parameter]:

@@ -22,12 +22,14 @@ from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import weights_digest
+from dpo_ds.models.layers import is_compiled
 from dpo_ds.models.packed.backends import backend_for
 from dpo_ds.reference import Reference
 from dpo_ds.reference.cache import Manifest, check_shards, read_manifest
 from dpo_ds.reference.store import Store, data_rows, open_store
 
 SPOT_CHECK_PAIRS = 8
+EAGER = {"layers": "eager"}  # where a build says nothing of its layers
 SPOT_CHECK_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # mean nats a token of one completion
 
 
@@ -140,9 +142,10 @@ def kernels(model, layout: str) -> dict[str, str]:
         softcap = bool(getattr(settings, "attn_logit_softcapping", None))
         attention = backend_for(model.device, dtype, width, softcap=softcap)
     logprobs = "triton" if model.device.type == "cuda" else "chunked"
+    layers = {"layers": "compiled"} if is_compiled(model.causal_lm) else {}
     return {
         "dtype": str(dtype).removeprefix("torch."), "layout": layout, "attention": attention, "logprobs": logprobs,
-        "device": model.device.type,
+        "device": model.device.type, **layers,
     }  # fmt: skip
 
 
@@ -156,8 +159,8 @@ def spot_check(run: TrainConfig, policy, cached: CachedRows, layout: Layout) -> 
     """
     if run.reference.path not in (None, run.model.path):
         return [f"reference.cache: not checked against the policy, which starts from {run.model.path}"]
-    now = kernels(policy, layout.name)
-    builds = cached.manifest.values["builds"]
+    now = EAGER | kernels(policy, layout.name)
+    builds = [EAGER | build for build in cached.manifest.values["builds"]]
     changed = {name: sorted({build[name] for build in builds} - {value}) for name, value in now.items()}
     notes = [f"reference.cache: computed with {name} {', '.join(olds)}, this run has {now[name]}"
              for name, olds in changed.items() if olds]  # fmt: skip

@@ -1,0 +1,139 @@
+"""Compiles decoder layers with torch.compile, which fuses the small operators between a layer's products and attention.
+
+Each layer's own forward is compiled, inside ZeRO-3's hooks and inside activation checkpointing, so that neither is ever
+traced. All layers of a class share one code object, and the number of tokens is dynamic: a model has one graph to train
+with and one for forwards without gradients, again for every other kind of layer. Packed attention is one opaque
+operator in them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.utils import z3_leaf_module
+from torch import nn
+from torch._dynamo.callback import callback_handler
+from torch._dynamo.exc import TorchDynamoException
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo_ds.cluster.process_group import Say
+from dpo_ds.models.layers import decoder_layers
+
+if TYPE_CHECKING:
+    from dpo_ds.models.engine import LoadedModel
+
+OPTIONS = {
+    "deterministic": True,  # no kernel is chosen by timing it: a run that is resumed has the same ones
+    "emulate_precision_casts": True,  # rounds where eager code does, so that all graphs of a layer agree
+}
+GRAPHS = 64  # of one class: to train, to evaluate, of the reference, each for every kind of layer; torch allows 8
+CACHES = ("past_key_values", "past_key_value", "layer_past")  # keyword arguments
+
+
+def settle_compilation(wanted: bool | str, models: Sequence[LoadedModel], say: Say) -> None:
+    """Lets every decoder layer of these models run compiled, where `wanted` says so: true, or auto on a GPU. A graph is
+    made when it is first needed, which takes a while and is told; so is why a model's layers stay as they are.
+
+    To be called once the layout is settled: the checks before that run the layers in ways that nothing else does.
+    """
+    for model in models:
+        if wanted is True or (wanted == "auto" and model.device.type == "cuda"):
+            if refusal := _use_compiled_layers(model.causal_lm, model.device, say):
+                say([f"{type(model.causal_lm).__name__} is not compiled: {refusal}"])
+
+
+def _use_compiled_layers(causal_lm: nn.Module, device: torch.device, say: Say) -> str:
+    """Returns why this model keeps its layers as they are, "" where it does not."""
+    layers = decoder_layers(causal_lm)
+    if not layers:
+        return "it has no list of decoder layers"
+    if any(hasattr(p, "ds_id") for p in causal_lm.parameters()) and not all(map(z3_leaf_module, layers)):
+        return "ZeRO-3 has hooks within its layers"
+    if reason := missing_compiler(device):
+        return reason
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    _Clock.tells(say)
+    compiled = CompiledLayers(layers, say)
+    for layer in layers:
+        layer.forward = partial(compiled, layer)
+    return ""
+
+
+@cache
+def missing_compiler(device: torch.device) -> str:
+    """Returns why nothing can be compiled for `device` here, "" where a small function and its gradient could be."""
+    x = torch.ones(4, 2, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda x: (x.sin() * 2).sum(), dynamic=True, options=OPTIONS)(x).backward()
+    except Exception as error:  # whatever compilers, drivers and caches on disk run into
+        return _first_line(error)
+    return ""
+
+
+@cache
+def _compiled(forward: Callable) -> Callable:
+    return torch.compile(forward, dynamic=True, options=OPTIONS)
+
+
+class CompiledLayers:
+    """Calls the forward of a layer's class: compiled for whole sequences, as it was written for all else."""
+
+    def __init__(self, layers: list[nn.Module], say: Say):
+        self._layers, self._say = layers, say
+
+    def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = type(layer).forward
+        if checkpoints := isinstance(layer, GradientCheckpointingLayer):
+            forward = forward.__wrapped__  # the class puts checkpointing around what it was given
+        if _is_whole_sequence(args, kwargs):
+            forward = partial(self._run, forward)
+        if checkpoints and layer.gradient_checkpointing and layer.training:
+            return layer._gradient_checkpointing_func(partial(forward, layer, **kwargs), *args)
+        return forward(layer, *args, **kwargs)
+
+    def _run(self, forward: Callable, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return _compiled(forward)(layer, *args, **kwargs)
+        except TorchDynamoException as error:  # before the graph has run
+            for each in self._layers:
+                vars(each).pop("forward", None)
+            self._say([f"{type(layer).__name__} cannot be compiled, its layers run as they are: {_first_line(error)}"])
+            return forward(layer, *args, **kwargs)
+
+
+def _is_whole_sequence(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call is of the kind that graphs are made for: no cache to generate with, and more than the one token of
+    a micro-batch without pairs, of which torch would make a graph of its own.
+    """
+    return bool(args) and args[0].shape[1] > 1 and all(kwargs.get(name) is None for name in CACHES)
+
+
+class _Clock:
+    """Tells how long each compilation took, as torch announces them."""
+
+    _only: _Clock | None = None
+
+    def __init__(self):
+        self.say: Say = print
+        self._started = 0.0
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._end)
+
+    @classmethod
+    def tells(cls, say: Say) -> None:
+        cls._only = cls._only or cls()
+        cls._only.say = say
+
+    def _start(self, _) -> None:
+        self._started = time.perf_counter()
+
+    def _end(self, _) -> None:
+        self.say([f"compiled a decoder layer in {time.perf_counter() - self._started:.1f} s"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,114 @@
+"""Compiled decoder layers against the same layers in eager mode: numbers, how many graphs, and what happens without a
+compiler.
+"""
+
+
+from unittest import mock
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dpo_ds.batch import packed_batch
+from dpo_ds.demo.tiny import random_model, tiny_config
+from dpo_ds.models import compile as compilation
+from dpo_ds.models.attention import use_packed_attention
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.compile import CompiledLayers, settle_compilation
+from dpo_ds.models.engine import Replica
+from dpo_ds.models.layers import is_compiled
+from tests.tiny import VOCAB, random_pairs
+
+CPU = torch.device("cpu")
+FAMILIES = {"llama": (1, {}), "gemma2": (2, {"sliding_window": 5}), "gpt2": (1, {})}  # kinds of layers
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def passes(model: LogProbModel, batches) -> list[torch.Tensor]:
+    """Token log-probs of every batch, without and with gradients, and the gradients."""
+    found = []
+    for batch in batches:
+        with torch.no_grad():
+            found.append(model.eval()(batch))
+        logps = model.train()(batch)
+        logps.square().mean().backward()
+        found += [logps.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request):
+    """The same model in eager mode and compiled, with what was said, the kinds of its layers."""
+    kinds, changes = FAMILIES[request.param]
+    zero_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if request.param == "gpt2" else {}
+    config = tiny_config(request.param, VOCAB, hidden=32, layers=4, **changes, **zero_dropout)
+    eager, compiled = (LogProbModel(random_model(config, seed=0)) for _ in range(2))
+    said = []
+    for model in (eager, compiled):
+        assert use_packed_attention(model.causal_lm) is None
+    settle_compilation(True, [type("Model", (), {"causal_lm": compiled.causal_lm, "device": CPU})], said.extend)
+    assert is_compiled(compiled.causal_lm) and not is_compiled(eager.causal_lm)
+    return eager, compiled, said, kinds
+
+
+def test_layers_agree_and_all_batches_share_their_graphs(pair):
+    eager, compiled, said, kinds = pair
+    batches = [packed_batch(random_pairs(count, seed=count)) for count in (3, 1, 6)]
+    before = graphs()
+    for ours, theirs in zip(passes(compiled, batches), passes(eager, batches), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * max(1.0, theirs.norm())
+    assert graphs() - before == 2 * kinds  # with gradients and without
+    assert sum(line.startswith("compiled a decoder layer in") for line in said) >= 2 * kinds
+
+
+def test_a_single_token_and_a_cache_make_no_graph(pair):
+    eager, compiled, _, _ = pair
+    batch = packed_batch([])
+    before = graphs()
+    assert len(compiled(batch)) == 0
+    for model in (eager, compiled):
+        model.causal_lm.set_attn_implementation("eager")
+    ids = torch.arange(1, 8)[None]
+    ours, theirs = (m.causal_lm.eval().generate(ids, max_new_tokens=4, do_sample=False) for m in (compiled, eager))
+    for model in (eager, compiled):
+        use_packed_attention(model.causal_lm)
+    assert torch.equal(ours, theirs) and graphs() == before
+
+
+def test_checkpointing_recomputes_compiled_layers(pair):
+    eager, compiled, _, _ = pair
+    batch = packed_batch(random_pairs(4))
+    compiled.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run = CompiledLayers._run
+    with mock.patch.object(CompiledLayers, "_run", autospec=True, side_effect=run) as calls:
+        found = passes(compiled, [batch])
+    compiled.causal_lm.gradient_checkpointing_disable()
+    for ours, theirs in zip(found, passes(eager, [batch]), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * max(1.0, theirs.norm())
+    assert calls.call_count == 3 * 4  # four layers: without gradients, with them, and again in backward
+
+
+def test_what_fails_to_compile_runs_eagerly_and_says_so_once(monkeypatch):
+    model = LogProbModel(random_model(tiny_config("llama", VOCAB, hidden=32, layers=3)))
+    use_packed_attention(model.causal_lm)
+    batch, said = packed_batch(random_pairs(3)), []
+    expected = model(batch)
+    settle_compilation(True, [Replica(model, CPU)], said.extend)
+
+    def broken(*_, **__):
+        raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no such instruction"), None)
+
+    monkeypatch.setattr(compilation, "_compiled", lambda forward: broken)
+    assert torch.equal(model(batch), expected) and torch.equal(model(batch), expected)
+    assert len(said) == 1 and "LlamaDecoderLayer cannot be compiled" in said[0] and not is_compiled(model.causal_lm)
+
+
+def test_auto_leaves_a_cpu_alone():
+    model = LogProbModel(random_model(tiny_config("llama", VOCAB, hidden=32)))
+    for wanted in ("auto", False):
+        settle_compilation(wanted, [Replica(model, CPU)], pytest.fail)
+    assert not is_compiled(model.causal_lm)
