@@ -7,16 +7,23 @@ always gets one pair a micro-batch and no accumulation: where a global batch end
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_ds.config import TrainSection, did_you_mean
-from dpo_ds.config.deepspeed_keys import MATHEMATICS, SECTIONS, TOP_KEYS, ZERO_KEYS, with_defaults
+from dpo_ds.config.deepspeed_keys import (
+    ADAMW,
+    IMPLEMENTATION,
+    MATHEMATICS,
+    SECTIONS,
+    TYPED,
+    check_keys,
+    with_defaults,
+)
 from dpo_ds.config.text_file import read_text
-from dpo_ds.errors import ConfigError
+from dpo_ds.errors import ConfigError, shorten
 
 AUTO = "auto"
 LEAST_BUCKET = 2**24  # elements: width 4096 squared; smaller messages cost more time than they save memory
@@ -130,17 +137,10 @@ def is_bf16(filled: dict) -> bool:
 def _check_common(config: dict, path: str, machine: Machine) -> list[str]:
     for section in SECTIONS:
         if section in config and not isinstance(config[section], dict) and config[section] != AUTO:
-            raise ConfigError(f"{path}: {section} is {config[section]!r}, DeepSpeed expects an object {{...}}")
+            raise ConfigError(f"{path}: {section} is {shorten(config[section])}, DeepSpeed expects an object {{...}}")
         if config.get(section) == AUTO:
             del config[section]
-    for section in ("optimizer", "scheduler"):
-        params = config.get(section, {}).get("params", {})
-        if not isinstance(params, dict):
-            raise ConfigError(f"{path}: {section}.params is {json.dumps(params)}, DeepSpeed expects an object {{...}}")
     zero = config.get("zero_optimization", {})
-    for key in zero:
-        if key not in ZERO_KEYS:
-            raise ConfigError(f"{path}: unknown key 'zero_optimization.{key}'; {did_you_mean(key, sorted(ZERO_KEYS))}")
     stage = zero.get("stage", AUTO)
     if stage != AUTO and (stage != 3 or type(stage) is not int):
         shown = json.dumps(stage)
@@ -158,12 +158,13 @@ def _check_common(config: dict, path: str, machine: Machine) -> list[str]:
             raise ConfigError(f"{path}: amp and torch_autocast are refused, they hide a type; use bf16 or fp32")
     if zero.get("compute_grad_norm") is False:
         raise ConfigError(f"{path}: zero_optimization.compute_grad_norm false is refused, the norm is logged")
-    for key in config.keys() - TOP_KEYS:
-        if close := difflib.get_close_matches(key, TOP_KEYS, n=1, cutoff=0.75):
-            raise ConfigError(f"{path}: unknown key {key!r}; did you mean {close[0]!r}?")
     config.pop("fp16", None)
-    slow = config.get("bf16", {}).get("enabled") is True and not machine.has_bf16
-    return [f"{path}: bf16 on a {machine.device} without bf16 arithmetic is about ten times slower than fp32"] * slow
+    for section in TYPED.keys() & config.keys():
+        config[section] = _without_auto(config[section])
+    notes = check_keys(config, path)
+    if config.get("bf16", {}).get("enabled") is True and not machine.has_bf16:
+        notes.append(f"{path}: bf16 on a {machine.device} without bf16 arithmetic is about ten times slower than fp32")
+    return notes
 
 
 def _check_batch(config: dict, path: str, run: TrainSection, machine: Machine) -> list[str]:
@@ -217,6 +218,15 @@ def _optimizer(config: dict, path: str, run: TrainSection, machine: Machine) -> 
         _take_literal(params, path, f"optimizer.params.{key}", f"train.{name}", getattr(run, name))
         params[key] = getattr(run, name)
     params["betas"] = list(params["betas"])
+    for key, value in ADAMW.items():
+        if params.pop(key, AUTO) not in (AUTO, value):
+            raise ConfigError(f"{path}: optimizer.params.{key} must be {json.dumps(value)} in AdamW; leave it out")
+    for key in params.keys() - ours.keys() - set(IMPLEMENTATION):
+        nearest = did_you_mean(key, [*ours, *IMPLEMENTATION])
+        raise ConfigError(f"{path}: unknown key 'optimizer.params.{key}' of AdamW; {nearest}")
+    of_torch = {"fused", "foreach"} & params.keys()
+    if of_torch and machine.device != "cpu" and not params.get("torch_adam"):
+        raise ConfigError(f"{path}: optimizer.params.{min(of_torch)} is torch's; give torch_adam true beside it")
     if machine.device == "cpu":
         params["torch_adam"] = True  # FusedAdam is built with a compiler at the first start
         params.setdefault("fused", not params.get("foreach"))  # torch's own, one pass over the memory

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
+import traceback
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,7 +21,7 @@ from transformers import PreTrainedModel
 from dpo_ds.batch import PAIR, Batch, padded_batch
 from dpo_ds.cluster import collectives
 from dpo_ds.config import ModelSection
-from dpo_ds.errors import ConfigError, ModelError
+from dpo_ds.errors import ConfigError, ModelError, shorten
 from dpo_ds.logprobs import TokenStatistics
 from dpo_ds.models.attention import canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.models.causal_lm import LogProbModel
@@ -262,9 +264,26 @@ def _initialize(model: LogProbModel, ds_config: dict, **kwargs):
         print(f"dpo-ds: {type(model.causal_lm).__name__}: each module fetched alone, slower: {refusal}", flush=True)
     try:
         return deepspeed.initialize(model=model, config=ds_config, **kwargs)[0]
-    except (deepspeed.DeepSpeedConfigError, ValidationError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"DeepSpeed refuses its configuration: {' '.join(lines[:3])}") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if "/torch/distributed/" in frame.filename:  # another rank has gone; that is no mistake in a file
+            raise
+        if os.environ.get("DPO_DS_VERBOSE"):
+            traceback.print_exc()
+        raise ConfigError(
+            f"DeepSpeed refuses deepspeed.config or the model: {_told(error)} (DPO_DS_VERBOSE=1 shows where)"
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    """Returns what DeepSpeed says in one line, with the key where it names one."""
+    if isinstance(error, ValidationError):
+        finding = error.errors()[0]
+        key = ".".join(str(part) for part in finding["loc"])
+        return f"{error.title}: {key} is {shorten(finding['input'])}: {finding['msg']}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def own_slice(slices: Sequence[Tensor], numel: int) -> Tensor:
