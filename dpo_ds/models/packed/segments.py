@@ -88,6 +88,7 @@ class SegmentTable:
         self.length = segments[-1].end
         with torch.inference_mode(False):
             self.handle = torch.tensor([number for segment in segments for number in segment], dtype=torch.int64)
+        torch._dynamo.maybe_mark_dynamic(self.handle, 0)  # or one graph for the number of pairs that came first
         self._masks: dict[tuple, Tensor] = {}
         self._indices: dict[tuple, PackIndex] = {}
 
