@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from dpo_ds.batch import PAIR, Batch
 from dpo_ds.cluster import launch, process_group
-from dpo_ds.commands import train
+from dpo_ds.commands import cli, train
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.models import attention, engine
@@ -38,7 +38,10 @@ class DrawnRows:
         return torch.full((len(batch.targets),), -10.0)
 
 
-def ours(work: Workload, results: Connection, layout: str, reference: str) -> None:
+def ours(
+    work: Workload, results: Connection, layout: str, reference: str, changes: dict | None = None,
+    zero: dict | None = None,
+) -> None:  # fmt: skip
     """`dpo-ds train` itself; the stopwatch stands in for its tracker. It is ended before it saves anything."""
     watch = Stopwatch(work, results)
     replaced = {
@@ -51,7 +54,7 @@ def ours(work: Workload, results: Connection, layout: str, reference: str) -> No
         replaced[cached, "spot_check"] = lambda *_: []
     for (module, name), stand_in in replaced.items():
         mock.patch.object(module, name, stand_in).start()
-    train.start(work.config(layout, reference))
+    cli.main(work.command(layout, reference, changes or {}, zero or {}))
 
 
 def no_other_layout(layout_notes: Callable, key: str, refusal: str) -> list[str]:
@@ -108,8 +111,10 @@ def trl(work: Workload, results: Connection, precompute: bool) -> None:
     trainer.train()
 
 
-def bare(work: Workload, results: Connection) -> None:
-    """Forward and backward of this rank's packed micro-batches on a plain model: no DeepSpeed, update or other rank."""
+def bare(work: Workload, results: Connection, update: bool = False) -> None:
+    """Forward and backward of this rank's packed micro-batches on a plain model, and AdamW's update of it if asked for:
+    no DeepSpeed and no other rank.
+    """
     watch = Stopwatch(work, results)
     place, data = launch.from_environment(), work.dataset()
     torch.set_num_threads(place.threads)
@@ -119,6 +124,7 @@ def bare(work: Workload, results: Connection) -> None:
     refusal = attention.use_packed_attention(causal_lm)
     assert refusal is None, refusal
     model = LogProbModel(causal_lm)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=work.learning_rate, fused=True)
     layout = Layout("packed", PAIR, work.micro_batch_tokens, causal_lm.config.hidden_size)
     for rows in work.batches(data):
         loss_sum = 0.0
@@ -127,7 +133,9 @@ def bare(work: Workload, results: Connection) -> None:
             loss = -logsigmoid(BETA * batch.pair_logps(model(batch)).logratio).sum()
             loss.backward()
             loss_sum += loss.item()
-        model.zero_grad()
+        if update:
+            optimizer.step()
+        optimizer.zero_grad()
         watch.step({"loss": loss_sum / work.pairs_per_rank})
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_ds.cluster.launch import free_port
+from tests.benchmarks.machine import HAS_GPU
 
 FOREVER = 10**6  # seconds
 TAIL = 5000  # characters of a process's output in the message of its failure
@@ -76,7 +77,8 @@ class Job:
         for rank in range(work.ranks):
             ours, theirs = context().Pipe()
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(work.ranks), "MASTER_PORT": port}
-            place |= {"LOCAL_WORLD_SIZE": str(work.ranks), "MASTER_ADDR": "127.0.0.1"}
+            share = work.ranks if HAS_GPU else max(work.ranks, os.cpu_count())  # on a CPU a rank gets one thread
+            place |= {"LOCAL_WORLD_SIZE": str(share), "MASTER_ADDR": "127.0.0.1"}
             log = self.log if rank == 0 else folder / f"{name}, rank {rank}.log"
             self.ranks.append(context().Process(target=_rank, args=(run, work, theirs, place, log)))
             self.ranks[-1].start()
@@ -122,7 +124,8 @@ def measure(
             started = time.monotonic()
             jobs[name] = Job(name, run, work, folder)
             rounds[name] = [jobs[name].report(seconds)]
-            print(f"ready after {time.monotonic() - started:.0f} s: {name}", flush=True)
+            cpu = rounds[name][0]["cpu_seconds"]
+            print(f"ready after {time.monotonic() - started:.0f} s, {cpu:.0f} s of CPU: {name}", flush=True)
             if not together:
                 for _ in range(work.rounds):
                     take_round(jobs[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from dpo_ds.batch import PAIR
-from dpo_ds.config import DataSection, TrainConfig
+from dpo_ds.config import DataSection
 from dpo_ds.config.deepspeed import LEAST_BUCKET
 from dpo_ds.data import PairDataset, prepare
 from dpo_ds.data.batching import global_batches
@@ -101,27 +102,28 @@ class Workload:
         batches = global_batches(data.sources, 0, self.global_batch_size, first_step=1)
         return [rows for _, rows in itertools.islice(batches, self.total_steps)]
 
-    def config(self, layout: str, reference: str) -> TrainConfig:
-        return TrainConfig.model_validate(
-            {
-                "model": {"path": self.model, "from_config": self.from_config},
-                "data": {"train": self.pairs, "on_bad_row": "skip"},
-                # CPO without its SFT part is DPO's loss without a reference.
-                "loss": {"beta": BETA} | ({"name": "cpo", "alpha": 0} if reference == "none" else {}),
-                "train": {
-                    "layout": layout,
-                    "global_batch_size": self.global_batch_size,
-                    "micro_batch_tokens": self.micro_batch_tokens,
-                    "learning_rate": self.learning_rate,
-                    "schedule": "constant",
-                    "max_steps": self.total_steps + 1,  # the end is the harness's to say
-                    "activation_checkpointing": self.activation_checkpointing,
-                },
-                "deepspeed": {"config": self.deepspeed},
-                "reference": {"kind": "cached", "cache": self.cache} if reference == "cached" else {},
-                "output_dir": f"{self.folder}/{layout}-{reference}",
-            }
-        )
+    def command(self, layout: str, reference: str, changes: dict[str, str], zero: dict) -> list[str]:
+        """The arguments of `dpo-ds` that train so. changes: further keys; zero: of the DeepSpeed JSON's
+        zero_optimization.
+        """
+        output_dir = Path(self.folder, f"{layout}-{reference}-{zlib.crc32(repr((changes, zero)).encode())}")
+        given = DEEPSPEED | {"bf16": {"enabled": self.bf16}}
+        deepspeed = output_dir.with_suffix(".json")
+        deepspeed.write_text(json.dumps(given | {"zero_optimization": given["zero_optimization"] | zero}))
+        keys = {
+            "model.path": self.model, "model.from_config": self.from_config, "data.train": self.pairs,
+            "data.on_bad_row": "skip", "loss.beta": BETA, "train.layout": layout,
+            "train.global_batch_size": self.global_batch_size, "train.micro_batch_tokens": self.micro_batch_tokens,
+            "train.learning_rate": self.learning_rate, "train.schedule": "constant",
+            "train.max_steps": self.total_steps + 1,  # the end is the harness's to say
+            "train.activation_checkpointing": self.activation_checkpointing,
+            "deepspeed.config": deepspeed, "output_dir": output_dir,
+        }  # fmt: skip
+        if reference == "none":  # CPO without its SFT part is DPO's loss without a reference
+            keys |= {"loss.name": "cpo", "loss.alpha": 0}
+        if reference == "cached":
+            keys |= {"reference.kind": "cached", "reference.cache": self.cache}
+        return ["train", *(word for key, value in (keys | changes).items() for word in (f"--{key}", str(value)))]
 
     def make(self, tokenizer: PreTrainedTokenizerFast, shape: dict) -> None:
         """Tokenizer, model, DeepSpeed JSON and tokenised pairs on disk. shape: keys of a Llama's config."""
