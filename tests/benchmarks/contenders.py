@@ -164,7 +164,7 @@ CONTENDERS = {
     "TRL, precomputed reference": Contender(partial(trl, precompute=True), 3, "DPO loss"),
     "packed, cached reference": Contender(partial(ours, layout="packed", reference="cached"), 3, "DPO loss"),
     "packed, no reference": Contender(partial(ours, layout="packed", reference="none"), 3, "loss without a reference"),
-    "bare forward+backward": Contender(bare, 3, "loss without a reference"),
+    "bare forward+backward": Contender(bare, 3, "loss of rank 0's share"),
     "precompute": Contender(precompute_pass.ours, 1, "mean log-prob of chosen"),
     "precompute, replicas": Contender(partial(precompute_pass.ours, engine="none"), 1, "mean log-prob of chosen"),
     "TRL, precompute": Contender(precompute_pass.trl, 1, "mean log-prob of chosen"),
