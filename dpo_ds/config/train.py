@@ -15,7 +15,7 @@ class TrainSection(Section):
     micro_batch_tokens: int = Field(8192, gt=0, description="tokens a rank holds in one forward, padding included")
     epochs: float = Field(1, gt=0, le=10**6, description="passes over the data")
     max_steps: int | None = Field(None, gt=0, description="given: it alone decides, epochs repeat as needed")
-    learning_rate: float = Field(5e-7, ge=0, le=100, description="peak learning rate of AdamW")
+    learning_rate: float = Field(5e-7, ge=0, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0")
     weight_decay: float = Field(0.0, ge=0, le=100, description="on matrices, not on biases and norms")
