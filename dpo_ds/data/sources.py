@@ -112,6 +112,8 @@ def open_source(path: str, split: str = "train") -> Files | HuggingFace:
             return _saved(local, split, named)
         return _folder(local, split, named)
     if local.exists():
+        if not local.is_file():  # to open a FIFO may be to wait for ever
+            raise DataError(f"{path}: neither a file nor a folder; write its rows into a file, they are read twice")
         if _kind(local) is None:
             raise DataError(f"{path}: not a file that can be read as data; known: {', '.join(KINDS)}")
         if named is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import tracemalloc
 
@@ -470,3 +471,9 @@ def test_a_row_that_cannot_be_converted_can_be_skipped(tmp_path, name):
 def test_unreadable_file(tmp_path):
     (tmp_path / "x.jsonl").symlink_to(tmp_path / "nowhere")
     assert "no such file" in error_of(tmp_path / "x.jsonl")
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="rows.jsonl: neither a file nor a folder"):
+        open_source(str(tmp_path / "rows.jsonl"))
