@@ -126,12 +126,12 @@ def test_only_one_job_fills_a_folder(world, cache):
     first, holder = FolderLock(folder, 0, "reference.cache"), f"process {os.getpid()} on {socket.gethostname()}"
     first.take(print)
     codes, output = world.run("precompute", 1, "locked")
-    assert codes == [2] and f"--reference.cache {folder}: {holder} is filling it; wait for its end" in output, output
+    assert codes == [2] and f"--reference.cache {folder}: {holder} is at work there; wait for its end" in output, output
     first.close()
     later = FolderLock(folder, 1, "reference.cache")
     later.share(lambda: None)
     codes, output = world.run("precompute", 1, "locked")
-    assert codes == [2] and "another process is filling it" in output, output
+    assert codes == [2] and "another process is at work there" in output, output
     later.close()
     codes, output = world.run("precompute", 1, "locked")
     assert codes == [0] and "complete, 60 pairs" in output, output
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(world, cache):
     assert f"weights {ours} of {folder / 'model'}, but {model} now has" in message
     assert "computed with the weights" in refused(command="precompute", model__path=model)
 
-    small = shutil.copytree(folder / "model", folder / "small")
+    small = shutil.copytree(folder / "model", folder / "small_model")
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     message = refused(command="precompute", model__path=small, cache="small")

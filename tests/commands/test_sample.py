@@ -117,7 +117,7 @@ def test_only_one_job_fills_a_folder(world, sampled):
     lock, holder = FolderLock(folder, 0, "sample.to"), f"process {os.getpid()} on {socket.gethostname()}"
     lock.take(print)
     codes, output = world.run("locked", 1)
-    assert codes == [2] and f"--sample.to {folder}: {holder} is filling it; wait for its end" in output, output
+    assert codes == [2] and f"--sample.to {folder}: {holder} is at work there; wait for its end" in output, output
     assert half.exists()
     lock.close()
     codes, output = world.run("locked", 1)
