@@ -149,23 +149,28 @@ def share(data: PairDataset, rows: np.ndarray, layout: Layout, place: launch.Lau
 @dataclass(frozen=True)
 class Contender:
     """run(workload, results) trains. forwards: forward passes' worth of FLOPs that a step needs, backward counting two.
-    told: what its `loss` is; those that tell the same must agree.
+    told: what its `loss` is; those that tell the same must agree. usual: train_throughput.py runs it unasked.
     """
 
     run: Callable[[Workload, Connection], None]
     forwards: int
     told: str
+    usual: bool = True
 
 
+EAGER = partial(ours, layout="packed", reference="live", changes={"model.compile": "false"})
 CONTENDERS = {
     "packed, live reference": Contender(partial(ours, layout="packed", reference="live"), 4, "DPO loss"),
+    "packed, live reference, not compiled": Contender(EAGER, 4, "DPO loss", usual=False),
     "padded, live reference": Contender(partial(ours, layout="padded", reference="live"), 4, "DPO loss"),
     "TRL, live reference": Contender(partial(trl, precompute=False), 4, "DPO loss"),
     "TRL, precomputed reference": Contender(partial(trl, precompute=True), 3, "DPO loss"),
     "packed, cached reference": Contender(partial(ours, layout="packed", reference="cached"), 3, "DPO loss"),
     "packed, no reference": Contender(partial(ours, layout="packed", reference="none"), 3, "loss without a reference"),
     "bare forward+backward": Contender(bare, 3, "loss of rank 0's share"),
-    "precompute": Contender(precompute_pass.ours, 1, "mean log-prob of chosen"),
-    "precompute, replicas": Contender(partial(precompute_pass.ours, engine="none"), 1, "mean log-prob of chosen"),
-    "TRL, precompute": Contender(precompute_pass.trl, 1, "mean log-prob of chosen"),
+    "precompute": Contender(precompute_pass.ours, 1, "mean log-prob of chosen", usual=False),
+    "precompute, replicas": Contender(
+        partial(precompute_pass.ours, engine="none"), 1, "mean log-prob of chosen", usual=False
+    ),
+    "TRL, precompute": Contender(precompute_pass.trl, 1, "mean log-prob of chosen", usual=False),
 }

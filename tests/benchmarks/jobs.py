@@ -19,6 +19,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_ds.cluster.launch import free_port
 from tests.benchmarks.machine import HAS_GPU
 
@@ -32,15 +34,17 @@ class JobFailed(RuntimeError):
 
 
 def context():
-    return multiprocessing.get_context("spawn" if cuda_is_touched() else "fork")
+    return multiprocessing.get_context("spawn" if HAS_GPU and forks_lack_the_gpu() else "fork")
 
 
-def cuda_is_touched() -> bool:
-    """Tells whether anything in this process has initialised CUDA's driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
+def forks_lack_the_gpu() -> bool:
+    """Tells whether anything in this process has initialised CUDA, which a process does once for all its forks."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(torch.cuda._is_in_bad_fork())  # as torch sees it
+    if os.waitpid(pid, 0)[1]:
+        return True
+    driver = ctypes.CDLL("libcuda.so.1")  # whoever else it was
     return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 0  # else 3, CUDA_ERROR_NOT_INITIALIZED
 
 

@@ -116,6 +116,7 @@ def evaluate(work: Workload, rounds: dict[str, list[dict]], gpu: str = "") -> di
             "memory_bytes": max(each["memory_bytes"] for each in seen[1:]),
             "tokens_per_second": statistics.median(tokens / seconds),
             "mfu": statistics.median(CONTENDERS[name].forwards * flops / seconds) / peak / work.ranks if peak else None,
+            "warm_up_seconds": seen[0]["seconds"],
             "first_loss": seen[0]["losses"][0],
             "times": {
                 other: statistics.median(np.array([each["seconds"] for each in theirs[1:]]) / seconds)
@@ -179,8 +180,8 @@ def main() -> None:
     parser.add_argument("--pairs-per-rank", type=int, default=16 if HAS_GPU else 8)
     parser.add_argument("--micro-batch-tokens", type=int, default=16384 if HAS_GPU else 8192, help="ours")
     parser.add_argument("--peer-pairs", type=int, help="pairs in a forward of TRL's; all of a rank's if not given")
-    training = [name for name, contender in CONTENDERS.items() if contender.forwards > 1]
-    parser.add_argument("--only", nargs="+", default=training, choices=CONTENDERS, metavar="NAME")
+    usual = [name for name, contender in CONTENDERS.items() if contender.usual]
+    parser.add_argument("--only", nargs="+", default=usual, choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--in-turn", action="store_true", help="one contender after the other, for want of memory")
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
