@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from tests.benchmarks import jobs, machine  # noqa: E402
 
-TESTS = ("tests/logprobs/test_triton.py", "tests/models/test_attention.py", "tests/models/packed/test_on_gpu.py")
+TESTS = ("tests/logprobs/test_triton.py", "tests/models/packed/test_on_gpu.py")  # they use a GPU where there is one
 EIGHT_BILLION = dict(  # Llama 3 8B's, with 8 of its 32 layers
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256,
@@ -59,19 +59,42 @@ class Run:
 def correctness(run: Run) -> dict:
     """Runs the tests that use a GPU where there is one."""
     chosen = ["-k", "accuracy and float32"] if run.small else []
-    options = ["-q", "--tb=short", "--maxfail=5", "--disable-warnings", "-p", "no:cacheprovider"]
+    options = ["-q", "--tb=short", "--durations=1", "--disable-warnings", "-p", "no:cacheprovider"]
     argv = [*options, *chosen, *(str(ROOT / name) for name in TESTS)]
     log = run.out / "correctness.log"
-    jobs.call(run_pytest, argv, log=log, seconds=run.seconds, shown=True)
-    return {"table": "\n".join(log.read_text(errors="replace").splitlines()[-1:])}
+    jobs.call(run_tests, argv, log=log, seconds=run.seconds, shown=True)
+    return {"table": log.read_text(errors="replace")}
 
 
-def run_pytest(argv: Sequence[str]) -> None:
+def run_tests(argv: list[str]) -> None:
+    """Runs tests on several cores: most of their time is the compiling of kernels. SystemExit if any fails."""
+    shares = max(1, min(12, os.cpu_count()))
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"{share}.log") for share in range(shares)]
+        processes = [
+            jobs.context().Process(target=run_share, args=(argv, share, shares, log)) for share, log in enumerate(logs)
+        ]
+        for process in processes:
+            process.start()
+        for process, log in zip(processes, logs, strict=True):
+            process.join()
+            text = log.read_text(errors="replace")
+            print(text if process.exitcode else text.splitlines()[-1], flush=True)
+    if any(process.exitcode for process in processes):
+        raise SystemExit("tests failed")
+
+
+def run_share(argv: list[str], share: int, shares: int, log: Path) -> None:
     import pytest
 
-    os.chdir(ROOT)  # where its settings are
-    if code := pytest.main(list(argv)):
-        raise SystemExit(f"pytest ended with {code!r}")
+    class EveryNth:
+        def pytest_collection_modifyitems(self, items: list) -> None:
+            items[:] = items[share::shares]
+
+    jobs.send_output(log)
+    os.chdir(ROOT)  # where pytest's settings are
+    code = pytest.main(argv, plugins=[EveryNth()])
+    sys.exit(0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else code)
 
 
 def head(run: Run) -> dict:

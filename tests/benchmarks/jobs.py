@@ -171,8 +171,13 @@ def _rank(run: Callable, work, results: Connection, place: dict[str, str], log: 
 
 
 def _become(log: Path) -> None:
-    """A process group of its own, so that `_end` ends whatever it starts; all output goes to `log`."""
+    """Gives a process a group of its own, so that `_end` ends whatever it starts, and its output to `log`."""
     os.setpgid(0, 0)
+    send_output(log)
+
+
+def send_output(log: Path) -> None:
+    """Sends all further output of this process to the end of a file."""
     with log.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
