@@ -67,9 +67,11 @@ class ForkServer:
 
     def start(
         self, argv: list[str], ranks: int, folder: Path, *, module: str = "dpo_ds.commands.cli", timeout: float = 120,
-        only: dict[int, dict[str, str]] | None = None, **env: str,
+        only: dict[int, dict[str, str]] | None = None, finalize: bool = False, **env: str,
     ) -> Ranks:  # fmt: skip
-        """only: environment of single ranks, beside `env` of all of them."""
+        """only: environment of single ranks, beside `env` of all of them. finalize: ranks end as programs do, with all
+        that the interpreter and C++ do at the end.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("rank-*.log"):
             old.unlink()
@@ -81,6 +83,7 @@ class ForkServer:
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | env | (only or {}).get(rank, {})
             places.append({name: str(value) for name, value in place.items()})
         job = {"module": module, "argv": list(map(str, argv)), "places": places, "folder": str(folder)}
+        job["finalize"] = finalize
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return Ranks(self._process, json.loads(self._process.stdout.readline()), folder, timeout)
@@ -122,7 +125,9 @@ def _fork(job: dict, place: dict[str, str]) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code or 0)
+        if not job["finalize"]:
+            os._exit(code or 0)
+    raise SystemExit(code or 0)
 
 
 def serve() -> None:
