@@ -1,7 +1,8 @@
 """`python -m dpo_ds`, which the deepspeed launcher, torchrun and srun start, and the script `dpo-ds`."""
 
+import atexit
 import os
-import sys
+import traceback
 from typing import NoReturn
 
 from dpo_ds.cluster import signals, terminal
@@ -19,10 +20,26 @@ def program() -> NoReturn:
         code = signals.EXIT_STOPPED
         if os.environ.get("RANK", "0") == "0":
             print(f"dpo-ds: {stopped.line()}", flush=True)
-    finally:
-        signals.ignore()
+    except SystemExit as leaving:  # --help, --version
+        code = leaving.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    end(code)
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process in order: what Python has registered for its end, what is still to be printed, and no more.
+
+    The interpreter itself is not taken down: DeepSpeed keeps the process groups after they were destroyed, so that their
+    threads (pt_gloo_runloop) live on, and one that lets go of a tensor takes the interpreter's lock. While the
+    interpreter ends, Python answers that with pthread_exit, which unwinds C++ frames that must not be unwound:
+    "terminate called without an active exception", SIGABRT (exit code 250 over ssh), after a run that was fine.
+    """
+    signals.ignore()
+    atexit._run_exitfuncs()  # it has no public name
     terminal.finish()
-    sys.exit(code)
+    os._exit(code)
 
 
 if __name__ == "__main__":

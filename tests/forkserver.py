@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
 
+from dpo_ds.__main__ import end
 from dpo_ds.cluster.launch import free_port
 from tests.ranks import ROOT
 
@@ -69,8 +70,7 @@ class ForkServer:
         self, argv: list[str], ranks: int, folder: Path, *, module: str = "dpo_ds.commands.cli", timeout: float = 120,
         only: dict[int, dict[str, str]] | None = None, finalize: bool = False, **env: str,
     ) -> Ranks:  # fmt: skip
-        """only: environment of single ranks, beside `env` of all of them. finalize: ranks end as programs do, with all
-        that the interpreter and C++ do at the end.
+        """only: environment of single ranks, beside `env` of all of them. finalize: ranks end as programs do.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("rank-*.log"):
@@ -127,7 +127,7 @@ def _fork(job: dict, place: dict[str, str]) -> int:
         sys.stderr.flush()
         if not job["finalize"]:
             os._exit(code or 0)
-    raise SystemExit(code or 0)
+    end(code or 0)
 
 
 def serve() -> None:

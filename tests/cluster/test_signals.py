@@ -81,6 +81,23 @@ def test_the_first_seconds_of_a_program(tmp_path, signum, delay):
     assert "Traceback" not in errors
 
 
+def test_a_program_ends_in_order_whatever_threads_are_left(tmp_path):
+    """What was printed and registered for the end comes through; a thread in C++ or one without end does not matter."""
+    code = "import atexit, sys, threading, time; from dpo_ds.__main__ import end; "
+    code += f"atexit.register(lambda: open({str(tmp_path / 'registered')!r}, 'w').close()); "
+    code += "threading.Thread(target=time.sleep, args=(60,)).start(); print('last words'); end(3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "last words\n", "")
+    assert (tmp_path / "registered").exists()
+
+
+@pytest.mark.parametrize("words, code", [(["--version"], 0), (["train", "--help"], 0), ([], 2), (["trian"], 2)])
+def test_commands_without_work_end_with_their_code(words, code):
+    command = [sys.executable, "-m", "dpo_ds", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == code and (done.stdout if words != ["trian"] else done.stderr)
+
+
 # `python -m dpo_ds`, which says when its first line has run, and whose import comes to no end.
 PROGRAM = """
 import sys, time

@@ -1,7 +1,7 @@
 """Runs short jobs of two ranks, on a machine that has other work, and counts how they end.
 
-`python -m tests.faults.ends 200`: every rank must end with 0 once its work is done, through all that the interpreter
-and the C++ libraries do at the end of a process. Exit code 1 if any does not; its output is printed.
+`python -m tests.faults.ends 200`: every rank must end with 0 once its work is done, whatever threads of C++ libraries
+are still about. Exit code 1 if any does not; its output is printed.
 """
 
 from __future__ import annotations
