@@ -229,9 +229,6 @@ def _leave_status(argv: Sequence[str], mistake: str) -> None:
 
     Without an earlier run it is written for torchrun's sake, which returns 1 whatever the ranks do.
     """
-    from dpo_ds.cluster.shared_files import is_at_work
-    from dpo_ds.training.output_dir import is_a_runs, write_status
-
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     given.add_argument("--output_dir")
     given.add_argument("--config")
@@ -246,6 +243,11 @@ def _leave_status(argv: Sequence[str], mistake: str) -> None:
         folder = Path(config.path_of(output_dir))
     except ValueError:  # the mistake may be this very path
         return
+    if not (folder / "STATUS.json").is_file() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    from dpo_ds.cluster.shared_files import is_at_work
+    from dpo_ds.training.output_dir import is_a_runs, write_status  # torch comes in with it
+
     if not is_a_runs(folder):
         if "TORCHELASTIC_RUN_ID" not in os.environ or any(folder.glob("*")):
             return
