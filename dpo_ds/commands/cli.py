@@ -117,7 +117,7 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
     yaml_path, print_config = overrides.pop("config"), overrides.pop("print_config")
     if "verify" in overrides:
         return VERIFY, config.VerifyConfig(verify=overrides["verify"]), [], False
-    run, notes = config.load(command, yaml_path, overrides)
+    run, notes = config.load(command, yaml_path and os.path.expanduser(yaml_path), overrides)
     if command == "train":
         from dpo_ds.losses import with_reference_of_loss
 

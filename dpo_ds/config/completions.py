@@ -138,7 +138,7 @@ class EvaluateSection(GenerationSection):
         if self.n == 0 and (self.score or self.judge or self.baseline):
             raise ValueError("evaluate.n 0 draws no completions, so there is nothing to score or to compare")
         if self.judge and not (self.baseline or self.against):
-            raise ValueError(f"evaluate.judge {self.judge} compares with evaluate.baseline or .against; give one")
+            raise ValueError(f"evaluate.judge {self.judge[:60]} compares with evaluate.baseline or .against; give one")
         if self.baseline and not (self.judge or self.score):
             raise ValueError(f"evaluate.baseline {self.baseline} is compared by evaluate.score or .judge; give one")
         return self

@@ -15,6 +15,7 @@ from typing import Any
 from dpo_ds.config import TrainSection, did_you_mean
 from dpo_ds.config.deepspeed_keys import (
     ADAMW,
+    AUTO,
     IMPLEMENTATION,
     MATHEMATICS,
     SECTIONS,
@@ -25,7 +26,6 @@ from dpo_ds.config.deepspeed_keys import (
 from dpo_ds.config.text_file import read_text
 from dpo_ds.errors import ConfigError, shorten
 
-AUTO = "auto"
 LEAST_BUCKET = 2**24  # elements: width 4096 squared; smaller messages cost more time than they save memory
 SCHEDULE_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
@@ -143,20 +143,20 @@ def _check_common(config: dict, path: str, machine: Machine) -> list[str]:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", AUTO)
     if stage != AUTO and (stage != 3 or type(stage) is not int):
-        shown = json.dumps(stage)
+        shown = _as_json(stage)
         why = {1: "ZeRO-1 and 2 accumulate gradients wrongly (DeepSpeed#7718)", 0: "it shards nothing"}
         reason = why.get(min(stage, 1), "") if type(stage) is int else "it must be the number 3"
         raise ConfigError(f"{path}: zero_optimization.stage {shown} is refused, {reason}; set it to 3 or leave it out")
     for section in ("fp16", "bf16"):
         enabled = config.get(section, {}).get("enabled", AUTO)
         if enabled != AUTO and not isinstance(enabled, bool):
-            raise ConfigError(f'{path}: {section}.enabled is {json.dumps(enabled)}, must be true, false or "auto"')
+            raise ConfigError(f'{path}: {section}.enabled is {_as_json(enabled)}, must be true, false or "auto"')
     if config.get("fp16", {}).get("enabled") is True:
         raise ConfigError(f"{path}: fp16 is refused, its range is too small for log-probs; use bf16 or fp32")
     for section in ("amp", "torch_autocast"):
         if config.pop(section, {}).get("enabled", False) not in (False, AUTO):
             raise ConfigError(f"{path}: amp and torch_autocast are refused, they hide a type; use bf16 or fp32")
-    if zero.get("compute_grad_norm") is False:
+    if not zero.get("compute_grad_norm", True):
         raise ConfigError(f"{path}: zero_optimization.compute_grad_norm false is refused, the norm is logged")
     config.pop("fp16", None)
     for section in TYPED.keys() & config.keys():
@@ -175,7 +175,7 @@ def _check_batch(config: dict, path: str, run: TrainSection, machine: Machine) -
     )
     for number in (total, micro, accumulation):
         if number != AUTO and type(number) is not int:
-            raise ConfigError(f'{path}: batch size {json.dumps(number)} must be a whole number or "auto"')
+            raise ConfigError(f'{path}: batch size {_as_json(number)} must be a whole number or "auto"')
     if total != AUTO and total != run.global_batch_size:
         raise ConfigError(
             f"{path}: train_batch_size {total} contradicts train.global_batch_size {run.global_batch_size}; "
@@ -201,17 +201,18 @@ def _take_literal(node: dict, path: str, key: str, run_key: str, value: Any) -> 
     given = node.pop(key.rsplit(".", 1)[-1], AUTO)
     if given == AUTO:
         return
-    equal = list(given) == list(value) if isinstance(given, list) else given == value
-    if not equal:
-        shown = list(value) if isinstance(value, tuple) else value
-        raise ConfigError(f'{path}: {key} {given} contradicts {run_key} {shown}; make them equal or write "auto"')
+    value = list(value) if isinstance(value, tuple) else value
+    if isinstance(given, bool) or given != value:
+        raise ConfigError(
+            f'{path}: {key} {shorten(given)} contradicts {run_key} {value}; make them equal or write "auto"'
+        )
 
 
 def _optimizer(config: dict, path: str, run: TrainSection, machine: Machine) -> dict:
     given = config.pop("optimizer", {})
     kind = given.get("type", AUTO)
     if kind not in (AUTO, "AdamW"):
-        raise ConfigError(f'{path}: optimizer.type {kind!r} is not supported; use "AdamW" or leave it out')
+        raise ConfigError(f'{path}: optimizer.type {shorten(kind)} is not supported; use "AdamW" or leave it out')
     params = dict(given.get("params", {}))
     ours = {"lr": "learning_rate", "betas": "adam_betas", "eps": "adam_eps", "weight_decay": "weight_decay"}
     for key, name in ours.items():
@@ -242,9 +243,11 @@ def _check_scheduler(config: dict, path: str, run: TrainSection) -> list[str]:
     _take_literal(params, path, "scheduler.params.warmup_max_lr", "train.learning_rate", run.learning_rate)
     _take_literal(params, path, "scheduler.params.warmup_num_steps", "train.warmup_steps", run.warmup_steps)
     kind = given.get("type", AUTO)
+    if not isinstance(kind, str):
+        raise ConfigError(f"{path}: scheduler.type is {shorten(kind)}, must be a name")
     if SCHEDULE_OF.get(kind) == run.schedule or kind == AUTO:
         return []
-    return [f"{path}: scheduler {kind} is not used; the learning rate follows train.schedule {run.schedule}"]
+    return [f"{path}: scheduler {kind[:60]} is not used; the learning rate follows train.schedule {run.schedule}"]
 
 
 def _fill_zero(config: dict, hidden_size: int) -> dict:
@@ -286,6 +289,11 @@ def _batch_of_one(machine: Machine) -> dict:
         "timers": {"throughput": {"enabled": False}},  # it synchronises every forward
         "checkpoint": {"tag_validation": "Fail"},
     }
+
+
+def _as_json(value: Any, width: int = 60) -> str:
+    shown = json.dumps(value)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def _without_auto(node: Any) -> Any:

@@ -7,13 +7,14 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, create_model, model_validator
 
 from dpo_ds.config.section import did_you_mean
 from dpo_ds.errors import ConfigError, shorten
 
+AUTO = "auto"
 TOP_KEYS = frozenset(
-    """activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
+    """activation_checkpointing aio amp bf16 checkpoint comet comms_logger communication_data_type compile
     csv_monitor data_types dataloader_drop_last datastates disable_allgather disable_python_gc dump_state flops_profiler
     fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor log_level
     managed_gradient_accumulation memory_breakdown optimizer prescale_gradients scheduler
@@ -29,6 +30,7 @@ MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 _SHARDS = "weights are spread by ZeRO-3 alone"
 _REMOVED = "DeepSpeed 0.19 has it no more"
 REFUSED = {
+    "autotuning": "its tuner would start runs of its own",
     "elasticity": f"{_REMOVED}, and a run here resumes on any number of ranks",
     "tensor_parallel": _SHARDS,
     "expert_parallel": _SHARDS,
@@ -142,7 +144,7 @@ SWITCHES = """contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduc
     parameter_alignment zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
     memory_efficient_linear pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings
     enable_sanity_checks save_muon_momentum_buffer_in_memory""".split()
-COUNTS = """stage reduce_bucket_size allgather_bucket_size sub_group_size prefetch_bucket_size
+COUNTS = """stage allgather_bucket_size sub_group_size prefetch_bucket_size
     param_persistence_threshold model_persistence_threshold max_live_parameters max_reuse_distance
     module_granularity_threshold zero_hpz_partition_size""".split()
 
@@ -156,6 +158,7 @@ Zero = create_model(
     __base__=Options,
     **{name: (bool, _named(name)) for name in SWITCHES},
     **{name: (Count, _named(name)) for name in COUNTS},
+    reduce_bucket_size=(Annotated[Count, Field(gt=0)], 1),
     offload_param=(OffloadParam, None),
     offload_optimizer=(OffloadOptimizer, None),
     leaf_module=(LeafModule, None),
@@ -173,9 +176,41 @@ class DataTypes(Options):
     keep_in_fp32_modules: list[str] = []
 
 
-TYPED: dict[str, type[Options]] = {"zero_optimization": Zero, "bf16": BF16, "data_types": DataTypes}
+class CommsLogger(Options):
+    enabled: bool = False
+    prof_all: bool = True
+    prof_ops: list = []
+    verbose: bool = False
+    debug: bool = False
 
 
+_PLAIN = {
+    **dict.fromkeys(("communication_data_type", "seq_parallel_communication_data_type"), (Type | None, None)),
+    "gradient_predivide_factor": (Annotated[float, Field(gt=0, allow_inf_nan=False)], 1.0),
+    **dict.fromkeys(("steps_per_print", "vocabulary_size"), (Count | None, None)),
+    "log_level": (str | None, None),
+    **dict.fromkeys(
+        """dataloader_drop_last disable_allgather disable_python_gc dump_state memory_breakdown prescale_gradients
+        use_node_local_storage wall_clock_breakdown zero_allow_untested_optimizer
+        zero_force_ds_cpu_optimizer""".split(),
+        (StrictBool, False),
+    ),
+}
+Plain = create_model("Plain", __base__=Options, **_PLAIN)  # what is no section, beside what the run config says
+
+
+class FlopsProfiler(Options):
+    model_config = ConfigDict(extra="allow")
+    enabled: StrictBool = False
+
+
+TYPED: dict[str, type[Options]] = {
+    "zero_optimization": Zero,
+    "bf16": BF16,
+    "data_types": DataTypes,
+    "comms_logger": CommsLogger,
+    "flops_profiler": FlopsProfiler,
+}
 ZERO_KEYS = frozenset(Zero.model_fields) | {field.alias for field in Zero.model_fields.values() if field.alias}
 
 
@@ -196,6 +231,8 @@ def check_keys(config: dict, path: str) -> list[str]:
     for section, model in TYPED.items():
         if section in config:
             _check_types(config[section], model, section, path)
+    plain = {key: value for key, value in config.items() if key in Plain.model_fields and value != AUTO}
+    _check_types(plain, Plain, "", path)
     for section in ("optimizer", "scheduler"):
         params = config.get(section, {}).get("params", {})
         if not isinstance(params, dict):
@@ -204,6 +241,9 @@ def check_keys(config: dict, path: str) -> list[str]:
         if config.get(key, MATHEMATICS[key]) != MATHEMATICS[key]:
             given = shorten(config[key])
             raise ConfigError(f"{path}: {key} {given} is refused, the loss is a mean over the pairs of all ranks")
+    bf16 = config.get("bf16", {})
+    if bf16.get("bf16_optimizer_states") and not bf16.get("bf16_master_weights_and_grads"):
+        raise ConfigError(f"{path}: bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads true beside it")
     if zero.get("zenflow"):
         raise ConfigError(f"{path}: zero_optimization.zenflow is refused, it updates some weights steps later")
     return notes
@@ -237,7 +277,8 @@ def _check_types(given: dict, model: type[Options], section: str, path: str) -> 
         model.model_validate(given)
     except ValidationError as error:
         finding = error.errors()[0]
-        key = ".".join([section, *(str(part) for part in finding["loc"] if part not in ("str", "list[str]"))])
+        branches = ("str", "list[str]")  # of a union
+        key = ".".join([*filter(None, [section]), *(str(part) for part in finding["loc"] if part not in branches)])
         if finding["type"] == "extra_forbidden":
             known = model.model_fields if "." not in key.removeprefix(f"{section}.") else {}
             known = sorted(ZERO_KEYS) if model is Zero and known else known

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dpo_ds.config import yaml_file
 from dpo_ds.config.commands import COMMANDS, RECORDED
-from dpo_ds.config.section import Section, did_you_mean, is_section
+from dpo_ds.config.section import Section, did_you_mean, is_section, kind
 from dpo_ds.errors import ConfigError, shorten
 
 
@@ -170,16 +170,17 @@ def _first_line(error: ValidationError, known: dict, given: dict[str, str]) -> s
     """
     findings = error.errors()
     finding = findings[0]
-    if finding["type"] == "missing":
-        missing = [_key_of(finding, known) for finding in findings if finding["type"] == "missing"]
-        needed = [key for key in known if known[key].is_required()]
-        required = [key for key in needed if any(f"{key}.".startswith(f"{prefix}.") for prefix in missing)]
-        if len(required) == 1:
-            return f"{required[0]} is required; give it as --{required[0]} or in --config"
+    missing = [_key_of(finding, known) for finding in findings if finding["type"] == "missing"]
+    needed = [key for key in known if known[key].is_required()]
+    required = [key for key in needed if any(f"{key}.".startswith(f"{prefix}.") for prefix in missing)]
+    if finding["type"] == "missing" and len(required) == 1:
+        return f"{required[0]} is required; give it as --{required[0]} or in --config"
+    if finding["type"] == "missing" and required:
         return f"{', '.join(required)} are required; give them as --{required[0]} ..., or in --config"
     key = _key_of(finding, known)
     rule = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     rule = "a number of fewer digits" if finding["type"] == "int_parsing_size" else rule
+    rule = kind(known[key]) if finding["type"] in ("missing", "too_long") else rule
     if finding["type"] != "value_error":
         return f"{given.get(key, key)}: {shorten(finding['input'])} should be {rule}"
     if key in known:

@@ -74,7 +74,7 @@ class LossSection(Section):
             if given not in get_args(LossName):
                 nearest = did_you_mean(str(given), get_args(LossName))
                 nearest = "TRL's sigmoid is 'dpo' here" if given == "sigmoid" else nearest
-                raise ValueError(f"unknown loss {given!r}; {nearest}")
+                raise ValueError(f"unknown loss {shorten(given)}; {nearest}")
         return name
 
     @field_validator("weights")

@@ -19,6 +19,7 @@ def is_bool(field) -> bool:
 
 LARGEST = 2**32 - 1  # of any number: what seeds may be, and more steps, tokens or seconds than anybody has
 NAME_BYTES, PATH_BYTES = 255, 4096  # Linux's limits
+MOST_LISTED = 24  # names in a message
 DEEPEST = 8  # lists and mappings in each other; sources are two
 
 
@@ -157,4 +158,7 @@ def did_you_mean(word: str, choices: typing.Iterable[str]) -> str:
     by_leaf = {choice.rsplit(".", 1)[-1]: choice for choice in reversed(choices)}
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     close = close or [by_leaf[leaf] for leaf in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf, n=1)]
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(choices)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    more = f" and {len(choices) - MOST_LISTED} more" if len(choices) > MOST_LISTED else ""
+    return f"known: {', '.join(choices[:MOST_LISTED])}{more}"

@@ -15,7 +15,20 @@ from pydantic import ValidationError
 from dpo_ds.config import TrainSection
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
-from dpo_ds.config.deepspeed_keys import BF16, MATHEMATICS, LeafModule, OffloadOptimizer, OffloadParam, Zero
+from dpo_ds.config.deepspeed_keys import (
+    ADAMW,
+    BF16,
+    IMPLEMENTATION,
+    MATHEMATICS,
+    REFUSED,
+    TOP_KEYS,
+    ZERO_KEYS,
+    DataTypes,
+    LeafModule,
+    OffloadOptimizer,
+    OffloadParam,
+    Zero,
+)  # fmt: skip
 from dpo_ds.errors import ConfigError
 
 # Attributes of DeepSpeedConfig. What fill_policy always sets, what MATHEMATICS holds, and what decides nothing that is
@@ -171,3 +184,31 @@ def test_what_the_file_says_stands_beside_what_is_filled_in():
     config = seen_by_deepspeed(given)
     assert str(config.communication_data_type) == "torch.float32"
     assert (config.zero_config.zero_quantized_weights, config.zero_config.zero_quantized_gradients) == (True, False)
+
+
+ODD = [0, -1, 1.5, 10**30, True, False, "", "x", "auto", [1], {}, {"a": 1}, {"enabled": "yes"}, "9" * 5000]
+SECTIONS_OF = {"offload_param": OffloadParam, "offload_optimizer": OffloadOptimizer, "leaf_module": LeafModule}
+OPTIMIZER = ("lr", "betas", *IMPLEMENTATION, *ADAMW, "other")
+
+
+def odd_files():
+    """Yields a file for every key that there is and every odd value."""
+    for value in ODD:
+        yield from ({key: value} for key in (*TOP_KEYS, *REFUSED, "other") if key != "compile")
+        yield from ({"zero_optimization": {key: value}} for key in ZERO_KEYS)
+        for section, model in SECTIONS_OF.items():
+            yield from ({"zero_optimization": {section: {key: value}}} for key in (*model.model_fields, "other"))
+        yield from ({"bf16": {key: value}} for key in (*BF16.model_fields, "other"))
+        yield from ({"data_types": {key: value}} for key in (*DataTypes.model_fields, "other"))
+        yield from ({"optimizer": {"params": {key: value}}} for key in OPTIMIZER)
+        yield from ({section: {key: value}} for section in ("optimizer", "scheduler") for key in ("type", "params"))
+
+
+def test_what_is_not_refused_with_one_line_deepspeed_takes():
+    for given in odd_files():
+        try:
+            filled, _ = ds_config.fill_policy(given, "ds.json", TrainSection(), Machine(2, "cpu", False), 64)
+        except ConfigError as refused:
+            assert "\n" not in str(refused) and len(str(refused)) < 900, given
+        else:
+            DeepSpeedConfig(filled | {"train_batch_size": 1})

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
+from dpo_ds import config
 from dpo_ds.commands import cli
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config import yaml_file
@@ -92,6 +94,8 @@ def test_yaml_that_cannot_be_used(tmp_path, text, parts):
         (["train", *REQUIRED, "--output_dir", "x/" * 3000], ["--output_dir", "too long"]),
         (["train", *REQUIRED, "--model.path", "~nosuchuser/m"], ["--model.path", "no user 'nosuchuser'"]),
         (["train", *REQUIRED, "--output_dir", "\udc80"], ["--output_dir", "holds half a surrogate pair"]),
+        (["train", *REQUIRED, "--train.adam_betas", "[0.9]"], ["--train.adam_betas", "should be [float, float]"]),
+        (["train", *REQUIRED, "--train.adam_betas", "[1, 2, 3]"], ["adam_betas", "should be [float, float]"]),
         (["train"], ["model.path, data.train, deepspeed.config, output_dir are required"]),
         (["evaluate", *EVALUATE, "--evaluate.n", str(10**12)], ["--evaluate.n", "65536"]),
         (["evaluate", *EVALUATE, "--evaluate.bootstrap", str(10**12)], ["--evaluate.bootstrap", "1000000"]),
@@ -156,6 +160,12 @@ def test_json_that_cannot_be_used(tmp_path, text, part):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+def test_home_in_config_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("train: {seed: 7}")
+    assert cli.parse(["train", *REQUIRED, "--config=~/run.yaml"])[1].train.seed == 7
+
+
 def test_a_terminal_that_is_ascii():
     env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(
@@ -171,3 +181,32 @@ def test_the_memory_command_takes_ranks_that_can_be(tmp_path, ranks, capsys):
     assert stop.value.code == 2 and f"--ranks {ranks}: must be from 1 to" in capsys.readouterr().err
 
 
+
+
+NASTY = [
+    "", " ", "0", "-1", "1e308", "nan", "9" * 5000, "[", "]", "[]", "{}", "[[]]", "{a: {b: c}}", "{[a]: b}", "{1: 2}",
+    "null", "~x", "true", "a\nb", "\0", "\ud800", "x" * 5000, "[&a [*a]]", "!!python/object:x {}", "1:30", "²", "--",
+    "regex:(",
+    "[null]", "[{path: 3}]", "[{}]", "[{path: a, weight: [1], beta: {}}]", "[0.9]", "[-1, 2, 3]",
+]  # fmt: skip
+NEEDED = {
+    "train": REQUIRED, "sft": REQUIRED, "reward": REQUIRED, "evaluate": EVALUATE, "sample": SAMPLE,
+    "export": ["--source", "s", "--to", "t"],
+    "precompute": [*REQUIRED[:-2], "--reference.cache", "r"],
+}  # fmt: skip
+
+
+def test_no_value_of_any_key_is_a_traceback_or_a_page():
+    """Every key with every odd value: it is taken, or one line of a length that can be read says why not."""
+    assert NEEDED.keys() == config.COMMANDS.keys()
+    seen = set()
+    for command, words in NEEDED.items():
+        needed = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+        for key in config.keys(config.COMMANDS[command]).keys() - seen:
+            seen.add(key)
+            for value in NASTY:
+                try:
+                    run, _ = config.load(command, None, needed | {key: value})
+                    yaml.safe_dump(config.to_plain(run))
+                except ConfigError as refused:
+                    assert "\n" not in str(refused) and len(str(refused)) < 900, (key, value)
