@@ -4,6 +4,9 @@ A tile of logits is a matmul of ROWS rows of hidden states and COLUMNS rows of t
 DESCRIPTORS the two are tensor descriptors (Hopper's and Blackwell's bulk copies: one thread asks for a whole tile, what
 lies outside the tensor comes as zeros), else pointers.
 
+Sizes that change from one micro-batch to the next are not specialised: a kernel is compiled once, not again for a
+number of rows that 16 divides.
+
 Legend: N rows, D hidden width, V vocabulary, S splits of it, T tiles of columns.
 """
 
@@ -73,7 +76,7 @@ def _logits(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "splits", "kept_columns"])
 def fold_kernel(
     hidden, weight, bias, targets, partials, target_logits, kept, kept_tops,
     N, V, D, splits, kept_columns, kept_stride, scale, softcap,
@@ -110,13 +113,14 @@ def fold_kernel(
         shrink = tl.exp(moved)
         gap = y - new_top[:, None]
         e = tl.exp(gap)
+        sum_e = tl.sum(e, 1)  # first: with STATISTICS registers would spill otherwise
         if STATISTICS:
             moment = shrink * (moment + moved * total) + tl.sum(e * gap, 1)
             square = shrink * shrink * square + tl.sum(e * e, 1)
-        total = shrink * total + tl.sum(e, 1)
+        total = shrink * total + sum_e
         top = new_top
         if KEEP:  # without a branch, which a flattened loop cannot hold: a descriptor drops what lies outside
-            tops = kept_tops + tl.cast(N, tl.int64) * (start // COLUMNS) + rows
+            tops = kept_tops + N.to(tl.int64) * (start // COLUMNS) + rows
             tl.store(tops, top, mask=within & (start < kept_columns))
             if DESCRIPTORS:
                 kept.store([tile * ROWS, start], e.to(tl.bfloat16))
@@ -124,7 +128,7 @@ def fold_kernel(
                 at = kept + rows.to(tl.int64)[:, None] * kept_stride + columns[None, :]
                 tl.store(at, e.to(tl.bfloat16), mask=within[:, None] & (start < kept_columns))
     at = partials + split.to(tl.int64) * N + rows
-    plane = tl.cast(splits, tl.int64) * N  # splits of 1 comes as a constant
+    plane = splits.to(tl.int64) * N
     tl.store(at, top, mask=within)
     tl.store(at + plane, total, mask=within)
     if STATISTICS:
@@ -132,14 +136,14 @@ def fold_kernel(
         tl.store(at + 3 * plane, square, mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def combine_kernel(
     partials, target_logits, logps, lse, entropies, hits, log_sum_p2s, N, splits,
     STATISTICS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     within = rows < N
-    plane = tl.cast(splits, tl.int64) * N  # splits of 1 comes as a constant
+    plane = splits.to(tl.int64) * N
     top = tl.full((ROWS,), -3.0e38, dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     moment = tl.zeros((ROWS,), dtype=tl.float32)
@@ -169,7 +173,7 @@ def combine_kernel(
         tl.store(log_sum_p2s + rows, tl.log(square) - 2.0 * log_total, mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "splits"])
 def logit_gradient_kernel(
     hidden, weight, bias, targets, lse, grad, d_logits, N, V, D, splits, stride, scale, softcap,
     SPLIT: tl.constexpr, GROUP: tl.constexpr,
@@ -201,7 +205,7 @@ def logit_gradient_kernel(
             tl.store(at, dy.to(d_logits.dtype.element_ty), mask=(rows < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tops_stride"])
 def kept_gradient_kernel(
     kept, kept_tops, target_logits, targets, lse, grad, N, stride, tops_stride, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

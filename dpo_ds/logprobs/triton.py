@@ -23,21 +23,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dpo_ds.logprobs.chunked import PADDING, TILES, Tiles, accumulator_dtype, recomputed_logps
 from dpo_ds.logprobs.kernels import combine_kernel, fold_kernel, kept_gradient_kernel, logit_gradient_kernel
 
-GROUP_ROWS = 32  # row tiles that run side by side, so that their hidden states stay in the second-level cache
-
 
 @dataclass(frozen=True)
 class Launch:
-    """How a matmul kernel is launched: its tile's sizes, columns of the vocabulary that one program goes through, and
-    whether tiles come by tensor descriptors where the tensors are aligned for them."""
+    """How a matmul kernel is launched: the sizes of its tile first."""
 
     rows: int
     columns: int
     depth: int
     num_warps: int
     num_stages: int
-    split: int = 4096
-    descriptors: bool = False
+    split: int = 4096  # columns of the vocabulary that one program goes through
+    group: int = 32  # row tiles that run side by side, so that their hidden states stay in the second-level cache
+    descriptors: bool = False  # tiles come by tensor descriptors, where the tensors are aligned for them
 
     def __post_init__(self):
         assert self.split % self.columns == 0, (
@@ -48,8 +46,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launches:
+    """Of the pass that turns what was kept into the gradient there are rows and warps; its columns are the fold's."""
+
     fold: Launch
     gradient: Launch
+    kept_rows: int = 32
+    kept_warps: int = 4
 
 
 # By (compute capability's major, bytes of an element); tests/benchmarks/logprobs.py --gpu-check tries others. What is
@@ -125,12 +127,12 @@ class TritonKernel:
         splits = triton.cdiv(V, launch.split)
         partials = hidden_ND.new_empty((4 if with_statistics else 2, splits, N), dtype=torch.float32)
         target_N = hidden_ND.new_empty(N, dtype=torch.float32)
-        operands, options = self._operands(launch, hidden_ND, weight_VD, bias_V, exp_NC)
+        operands, settings = self._operands(launch, hidden_ND, weight_VD, bias_V, exp_NC)
         hidden, weight, bias, exp = operands
         fold_kernel[(triton.cdiv(N, launch.rows) * splits,)](
             hidden, weight, bias, targets_N, partials, target_N, exp, top_TN,
             N, V, D, splits, C, exp_NC.stride(0) if C else 0, self.scale, self.softcap or 1.0,
-            STATISTICS=with_statistics, KEEP=C > 0, **options,
+            STATISTICS=with_statistics, KEEP=C > 0, **settings,
         )  # fmt: skip
         pointers = results if with_statistics else [*results, None, None, None]
         combine_kernel[(triton.cdiv(N, 128),)](
@@ -147,22 +149,23 @@ class TritonKernel:
         else:
             d_logits_BC = _padded_tile(hidden_BD, B, C, hidden_BD.dtype)
         splits = triton.cdiv(C, launch.split)
-        operands, options = self._operands(launch, hidden_BD, weight_CD, bias_C, d_logits_BC)
+        operands, settings = self._operands(launch, hidden_BD, weight_CD, bias_C, d_logits_BC)
         hidden, weight, bias, d_logits = operands
         logit_gradient_kernel[(triton.cdiv(B, launch.rows) * splits,)](
             hidden, weight, bias, targets_B, lse_B.contiguous(), grad_B.contiguous(), d_logits,
             B, C, D, splits, d_logits_BC.stride(0), self.scale, self.softcap or 1.0,
-            **options,
+            **settings,
         )  # fmt: skip
         return d_logits_BC
 
     def kept_logit_gradient(self, exp_BC, top_BT, target_logit_B, targets_B, lse_B, grad_B) -> Tensor:
         """`logit_gradient` from the exponentials of the forward pass, in their place."""
         B, C = exp_BC.shape
-        rows, columns = 32, self.launches.fold.columns
+        rows, columns = self.launches.kept_rows, self.launches.fold.columns
         kept_gradient_kernel[(triton.cdiv(C, columns), triton.cdiv(B, rows))](
             exp_BC, top_BT, target_logit_B, targets_B, lse_B.contiguous(), grad_B.contiguous(),
-            B, exp_BC.stride(0), top_BT.stride(1), self.scale, ROWS=rows, COLUMNS=columns,
+            B, exp_BC.stride(0), top_BT.stride(1), self.scale,
+            ROWS=rows, COLUMNS=columns, num_warps=self.launches.kept_warps,
         )  # fmt: skip
         return exp_BC if exp_BC.is_cuda else exp_BC.float()  # a CPU's matmuls are given float32
 
@@ -179,8 +182,14 @@ class TritonKernel:
             weight = TensorDescriptor.from_tensor(weight, [launch.columns, launch.depth])
             if tile is not None:
                 tile = TensorDescriptor.from_tensor(tile, [launch.rows, launch.columns])
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        return (hidden, weight, bias, tile), fixed | options
+        return (hidden, weight, bias, tile), fixed | options(launch)
+
+
+def options(launch: Launch) -> dict:
+    """Returns what the compiler is told besides. Where it may fuse a product and a sum into one rounding, it does so as
+    the code around is: a token's log-prob would differ in its last bit with statistics, or where exponentials are kept.
+    """
+    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
 
 
 def constants(launch: Launch, shape, descriptors: bool, compiled: bool = True, **features: bool) -> dict:
@@ -196,7 +205,7 @@ def constants(launch: Launch, shape, descriptors: bool, compiled: bool = True, *
         "DESCRIPTORS": descriptors,
         "INTERPRETED": not compiled,
         "SPLIT": launch.split,
-        "GROUP": GROUP_ROWS,
+        "GROUP": launch.group,
         "ROWS": launch.rows,
         "COLUMNS": launch.columns,
         "DEPTH": launch.depth,

@@ -1,7 +1,7 @@
 """Token log-probs: time, memory and error of ours against what others offer, on the CPU or a CUDA GPU.
 
     python tests/benchmarks/logprobs.py [--shapes 4096,512,131072 ...] [--rounds 3] [--json FILE]
-    python tests/benchmarks/logprobs.py --tune --shapes 16384,4096,131072      (CUDA: tile sizes)
+    python tests/benchmarks/logprobs.py --gpu-check [--shapes 16384,4096,131072]      (one minute: head_check.py)
 
 It runs on the GPU where there is one. Opponents: naive log_softmax + gather, torch.compile of it, torch's
 linear_cross_entropy, TRL's fused head (extra `bench`), Liger's fused cross-entropy; one that is not installed or cannot
@@ -228,22 +228,6 @@ def table(shape, results) -> str:
     return "\n".join(lines)
 
 
-def tune(shape, dtype) -> None:
-    """Forward and backward time of every tile size; the best belongs into dpo_ds.logprobs.triton.LAUNCHES."""
-    from dpo_ds.logprobs import triton as backend
-
-    key = torch.cuda.get_device_capability()[0], dtype.itemsize
-    print("| rows columns depth warps stages | forward s | fwd+bwd s |\n| --- | --- | --- |")
-    for sizes in product((64, 128), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4)):
-        backend.LAUNCHES[key] = backend.Launch(*sizes)
-        try:
-            r = measure("ours", shape, "cuda", dtype)
-        except Exception as error:  # too much shared memory or too many registers
-            print(f"| {sizes} | {type(error).__name__} | |")
-            continue
-        print(f"| {sizes} | {r['forward_s']:.4f} | {r['total_s']:.4f} |", flush=True)
-
-
 def environment(device) -> dict:
     versions = {}
     for package in ("torch", "triton", "trl", "liger-kernel"):
@@ -261,6 +245,11 @@ def _cpu_name():
 
 
 def main() -> None:
+    if "--gpu-check" in sys.argv:  # before anything touches CUDA: it forks
+        from tests.benchmarks import head_check
+
+        head_check.main([argument for argument in sys.argv[1:] if argument != "--gpu-check"])
+        return
     if sys.argv[1:2] == ["--child"]:
         method, shape, dtype = sys.argv[2:]
         print(json.dumps(attempt(method, [int(x) for x in shape.split(",")], "cpu", getattr(torch, dtype))))
@@ -272,14 +261,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16" if device == "cuda" else "float32")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     shapes = [[int(x) for x in shape.split(",")] for shape in args.shapes]
-    if args.tune:
-        for shape in shapes:
-            tune(shape, dtype)
-        return
     report = {"environment": environment(device), "dtype": args.dtype, "rounds": args.rounds, "cases": []}
     print(json.dumps(report["environment"]))
     for shape in shapes:

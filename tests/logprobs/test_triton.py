@@ -141,16 +141,17 @@ def passes(monkeypatch, kept_bytes, inputs, targets, grad, backwards=1, **option
 
 @here
 def test_kept_and_recomputed_agree(monkeypatch):
-    """Log-probs to the bit; gradients to the rounding of an exponential and of its product to 8 bits, 2^-9 each. The
-    budget of 40 x 512 x 2 bytes keeps 512 of 700 columns; a second backward pass finds them spent."""
+    """Log-probs to the bit; gradients to the rounding of an exponential and of its product to 8 bits, which in the
+    interpreter cuts up to 2^-8 off. The budget of 40 x 512 x 2 bytes keeps 512 of 700 columns; a second backward pass
+    finds them spent."""
     inputs, targets, grad = (lambda *x: (x[:3], *x[3:]))(*case(37, 40, 700, torch.bfloat16, spread=1.0))
-    recomputed, (wanted,) = passes(monkeypatch, 0, inputs, targets, grad, scale=0.5)
+    recomputed, (wanted,) = passes(monkeypatch, 0, inputs, targets, grad, scale=0.7)
     for kept_bytes in (1 << 30, 40 * 512 * 2):
-        logps, (first, second) = passes(monkeypatch, kept_bytes, inputs, targets, grad, 2, scale=0.5)
+        logps, (first, second) = passes(monkeypatch, kept_bytes, inputs, targets, grad, 2, scale=0.7)
         assert torch.equal(logps, recomputed)
         for a, b, c in zip(first, second, wanted, strict=True):
-            assert (a - c).float().norm() <= 2**-8 * c.float().norm()
-            assert (b - c).float().norm() <= 2**-8 * c.float().norm()
+            assert (a - c).float().norm() <= 2**-7 * c.float().norm()
+            assert (b - c).float().norm() <= 2**-7 * c.float().norm()
         assert not all(torch.equal(a, c) for a, c in zip(first, wanted, strict=True))  # they were kept
 
 
