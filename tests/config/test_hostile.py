@@ -11,10 +11,11 @@ import yaml
 
 from dpo_ds import config
 from dpo_ds.commands import cli
+from dpo_ds.config import LoraSection, yaml_file
 from dpo_ds.config import deepspeed as ds_config
-from dpo_ds.config import yaml_file
 from dpo_ds.errors import ConfigError
 from dpo_ds.memory import allocations
+from dpo_ds.models.lora import check_lora
 
 REQUIRED = ["--model.path", "m", "--data.train", "d", "--deepspeed.config", "c", "--output_dir", "o"]
 EVALUATE = ["--evaluate.policy", "p", "--data.eval", "d", "--deepspeed.config", "c", "--output_dir", "o"]
@@ -158,6 +159,12 @@ def test_json_that_cannot_be_used(tmp_path, text, part):
     with pytest.raises(ConfigError, match=part) as caught:
         ds_config.read(str(path))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_adapters_are_of_low_rank():
+    check_lora(LoraSection(r=64), width=64)
+    with pytest.raises(ConfigError, match="--model.lora.r 65 is beyond the model's width of 64"):
+        check_lora(LoraSection(r=65), width=64)
 
 
 def test_home_in_config_too(tmp_path, monkeypatch):
