@@ -157,6 +157,20 @@ def test_only_a_pass_that_will_be_differentiated_keeps_anything(monkeypatch):
     assert kept == [1, 0, 0, 0]  # one chunk
 
 
+def test_cublas_may_not_round_parts_of_a_sum_while_gradients_are_computed(monkeypatch):
+    flags, seen = torch.backends.cuda.matmul, []
+    original = chunked.ChunkedKernel.kept_logit_gradient
+
+    def gradient(self, *arguments):
+        seen.append(flags.allow_bf16_reduced_precision_reduction)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(chunked.ChunkedKernel, "kept_logit_gradient", gradient)
+    hidden, weight, _, targets, grad = case(5, 4, 100)
+    token_logps(hidden, weight, targets, backend="chunked").backward(grad)
+    assert seen == [False] and flags.allow_bf16_reduced_precision_reduction
+
+
 def test_backward_repeats_bit_for_bit(tiles):
     hidden, weight, bias, targets, grad = case(50, 16, 300, torch.float32)
     logps = token_logps(hidden, weight, targets, bias=bias, backend="chunked")
