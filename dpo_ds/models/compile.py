@@ -14,6 +14,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import z3_leaf_module
 from torch import nn
 from torch._dynamo.callback import callback_handler
@@ -57,6 +58,7 @@ def _use_compiled_layers(causal_lm: nn.Module, device: torch.device, say: Say) -
         return reason
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     _Clock.tells(say)
+    _undo_deepspeeds_linear()
     compiled = CompiledLayers(layers, say)
     for layer in layers:
         layer.forward = partial(compiled, layer)
@@ -72,6 +74,15 @@ def missing_compiler(device: torch.device) -> str:
     except Exception as error:  # whatever compilers, drivers and caches on disk run into
         return _first_line(error)
     return ""
+
+
+def _undo_deepspeeds_linear() -> None:
+    """Takes back what zero.Init put in the place of F.linear, so that no weight is kept from forward to backward.
+
+    A graph keeps none, and torch 2.11 traces that function with each parameter's number: one graph for every layer.
+    """
+    if torch.nn.functional.linear is zero3_linear_wrap:
+        torch.nn.functional.linear = torch._C._nn.linear
 
 
 @cache

@@ -88,9 +88,12 @@ def _seen(blocks, query_rows, key_rows, causal: bool) -> dict[int, list[int]]:
     return seen
 
 
-@pytest.mark.parametrize(("lengths", "merged"), [((512, 1, 128), True), ((511, 1, 128), False), ((512, 1, 129), False)])
+SPLITS = [((2048, 1, 256), True), ((2047, 1, 128), False), ((2048, 1, 257), False)]
+
+
+@pytest.mark.parametrize(("lengths", "merged"), SPLITS)
 def test_what_is_merged_by_length(lengths, merged):
-    """From 512 prompt tokens on, if they are four times rejected's: the pair's own lengths and nothing else."""
+    """From 2048 prompt tokens on, if they are eight times rejected's: the pair's own lengths and nothing else."""
     assert is_merged(Segment(0, *lengths)) is merged
 
 
