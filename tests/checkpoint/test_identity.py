@@ -20,6 +20,7 @@ from dpo_ds.demo.tiny import train_tokenizer
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import MODEL, model_as_recorded, model_digest, model_id
 from tests.small_jobs import make_world, train_command
+from tests.workers.nodes import change
 
 OPTIONS = DataSection(train="pairs.jsonl", max_length=64, max_prompt_length=32)
 CONFIG = SimpleNamespace(_commit_hash=None)
@@ -156,24 +157,3 @@ def world(tmp_path_factory) -> Path:
         (folder / name).mkdir()
     make_world(folder / "first", hidden=16, layers=1)
     return folder
-
-
-def change(other: Path, what: str) -> None:
-    """Makes the second node's copy another in one respect."""
-    rows = [json.loads(line) for line in (other / "train.jsonl").read_text().splitlines()]
-    if what == "texts":
-        rows[7]["chosen"], rows[7]["rejected"] = rows[7]["rejected"], rows[7]["chosen"]
-    if what == "rows":
-        rows = rows[:-1]
-    write_jsonl(other / "train.jsonl", rows)
-    if what == "weights":
-        file = other / "model" / "model.safetensors"
-        weights = load_file(file)
-        name = next(iter(weights))
-        weights[name] = -weights[name]
-        save_file(weights, file, metadata={"format": "pt"})
-    if what == "tokenizer":
-        file = other / "model" / "tokenizer_config.json"
-        settings = json.loads(file.read_text())
-        settings["chat_template"] = "{{ messages }}"
-        file.write_text(json.dumps(settings))

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from dpo_ds.checkpoint import faultpoints
-from tests.small_jobs import exact, run, start, status, wait_for, wait_for_step, weights
+from dpo_ds.cluster.launch import free_port
+from tests.ranks import ROOT
+from tests.small_jobs import exact, run, start, status, train_command, wait_for, wait_for_step, weights
+from tests.workers.nodes import change
 
 STEPS, EVERY = 12, 2
 KEYS = {"train__max_steps": STEPS, "checkpoint__every": EVERY}
@@ -175,6 +184,135 @@ def disk_filled_beside(job: Job, out: str, rng: random.Random) -> str:
         subprocess.run(["umount", disk], check=True)
 
 
+def two_jobs_in_a_folder(job: Job, out: str, rng: random.Random) -> str:
+    """A second job is refused while the first is at work, even where that stands still, and changes nothing."""
+    ranks = start(job.forks, job.world, out, **KEYS)
+    wait_for_step(job.world / out, rng.randint(1, STEPS - 4))
+    for pid in ranks.pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        command = [sys.executable, "-m", "dpo_ds", *train_command(job.world, out, **KEYS)]
+        env = os.environ | {"DPO_DS_CACHE": str(job.world / "cache"), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    finally:
+        for pid in ranks.pids:
+            os.kill(pid, signal.SIGCONT)
+    codes, output = ranks.codes(), ranks.output()
+    check(second.returncode == 2, f"the second job ended with {second.returncode}\n{second.stderr}")
+    check(f"process {ranks.pids[0]} on " in second.stderr, f"the first job is not named\n{second.stderr}")
+    check(codes == [0, 0], f"the first job ended with {codes}\n{output}")
+    _is_undisturbed(job, out, output)
+    return "the second refused, the first bit-equal"
+
+
+def suspended(job: Job, out: str, rng: random.Random) -> str:
+    """All ranks stand still for longer than one of them may be silent, or no rank may get on."""
+    env = {"DPO_DS_PEER_SECONDS": "2", "DPO_DS_HANG_SECONDS": "4"}
+    ranks = start(job.forks, job.world, out, env=env, **KEYS)
+    step, seconds = rng.randint(1, STEPS - 2), rng.uniform(5, 8)
+    wait_for_step(job.world / out, step)
+    for pid in ranks.pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    for pid in rng.sample(ranks.pids, len(ranks.pids)):
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(rng.uniform(0, 0.5))
+    codes, output = ranks.codes(), ranks.output()
+    check(codes == [0, 0], f"ended with {codes}\n{output}")
+    _is_undisturbed(job, out, output)
+    return f"{seconds:.1f} s after step {step}; bit-equal"
+
+
+def nobody_reads(job: Job, out: str, rng: random.Random) -> str:
+    """Standard output and error lead into a closed pipe or onto a full disk."""
+    where = rng.choice(["pipe", "full"])
+    command, logs = json.dumps(train_command(job.world, out, **KEYS)), job.world / f"{out}.logs"
+    cache = {"DPO_DS_CACHE": str(job.world / "cache")}
+    codes, output = job.forks.run([command, where], 2, logs, module="tests.workers.mute", **cache)
+    check(codes == [0, 0], f"{where}: ended with {codes}\n{output}")
+    _is_undisturbed(job, out, output)
+    return f"{where}; bit-equal"
+
+
+def strangers_on_ports(job: Job, out: str, rng: random.Random) -> str:
+    """Somebody else's programs speak on the ports where rank 0 listens for the others."""
+    port = free_port()
+    ranks = start(job.forks, job.world, out, env={"MASTER_PORT": str(port)}, **KEYS)
+    wait_for_step(job.world / out, 1)
+    listening = {c.laddr.port for c in psutil.Process(ranks.pids[0]).net_connections("tcp") if c.status == "LISTEN"}
+    held, spoken = [], 0
+    for number in sorted(listening):
+        for _ in range(rng.randint(1, 20)):
+            with contextlib.suppress(OSError):  # gloo listens elsewhere, and who is sent away may find the door closed
+                stranger = socket.create_connection(("127.0.0.1", number), timeout=0.3)
+                held.append(stranger)
+                is_ours = number == port or stranger.recv(100).startswith(b'{"nonce"')  # gloo waits in silence
+                if is_ours:
+                    stranger.sendall(rng.choice(SAYINGS) + rng.randbytes(rng.randint(0, 2000)))
+                    spoken += 1
+    codes, output = ranks.codes(), ranks.output()
+    for stranger in held:
+        stranger.close()
+    check(codes == [0, 0], f"ended with {codes}\n{output}")
+    _is_undisturbed(job, out, output)
+    return f"{spoken} of {len(held)} strangers spoke on {len(listening)} ports; bit-equal" if spoken else NOT_TRIED
+
+
+SAYINGS = (
+    b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01", b'{"fault": "you are all fired"}\n', b'{"end": "x", "code": 1}\n',
+    b'{"rank": 1, "nonce": "0", "proof": "0"}\n', b"hello 1\nat 1 1 0\nfault no\n", b"\n" * 99, b"",
+)  # fmt: skip
+
+
+def nodes_that_differ(job: Job, out: str, rng: random.Random) -> str:
+    """The second node's copy of the data, weights or tokenizer is another, or its command line: none of them begins."""
+    if os.geteuid() != 0:
+        return f"{NOT_TRIED}: needs root, for mounts"
+    what = rng.choice(["texts", "rows", "weights", "tokenizer", "seed"])
+    folder = job.world / f"{out}.nodes"
+    (folder / "seen").mkdir(parents=True)
+    for node in ("first", "second"):
+        (folder / node).mkdir()
+        for name in ("train.jsonl", "eval.jsonl"):
+            shutil.copy(job.world / name, folder / node / name)
+        shutil.copytree(job.world / "model", folder / node / "model")
+    change(folder / "second", what)
+    words = train_command(folder / "seen", out)
+    command = [word.replace(str(folder / "seen" / out), str(job.world / out)) for word in words]
+    everywhere = {"TESTS_NODE": str(folder / "first"), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    second = {1: {"TESTS_NODE": str(folder / "second"), "TESTS_SEED": "4" if what == "seed" else ""}}
+    codes, output = job.forks.run(
+        [json.dumps([command, str(folder / "seen")])], 2, folder / "logs", module="tests.workers.nodes", only=second,
+        **everywhere,
+    )  # fmt: skip
+    shutil.rmtree(folder)
+    check(codes == [2, 2], f"{what}: ended with {codes}\n{output}")
+    check(output.count("dpo-ds: error: ") == 1 and "(rank 1); all " in output, f"{what}: not named\n{output}")
+    check(not (job.world / out / "metrics.jsonl").exists(), f"{what}: training began")
+    job.resume(out)
+    return f"{what}; refused"
+
+
+FORGERIES = ("[]", "3", "null", "{}", "[" * 5000, '{"format": 1, "step": -1}', '{"files": {"../../x": {}}}', "\ud83d")
+
+
+def forged_manifest(job: Job, out: str, rng: random.Random) -> str:
+    """The newest checkpoint's manifest is JSON, but none of ours: the one before is taken, and a line says so."""
+    step = rng.choice([4, 6, 8])
+    folder = job.copy_at(out, step)
+    text = rng.choice(FORGERIES)
+    (folder / f"step-{step:08d}" / "MANIFEST.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    output = job.resume(out)
+    check("trying the one before" in output, f"no line on {text[:40]!r}\n{output}")
+    check(f"resumed from {folder}/step-{step - EVERY:08d}" in output, f"{text[:40]!r}: from elsewhere\n{output}")
+    return f"{text[:40]!r}; resumed from step {step - EVERY}"
+
+
+def _is_undisturbed(job: Job, out: str, output: str) -> None:
+    check(exact(job.world / out) == job.metrics, f"other metrics\n{output}")
+    check(weights(job.world / out) == job.weights, f"other weights\n{output}")
+
+
 def check(holds: bool, complaint: str) -> None:
     if not holds:
         raise Broken(complaint)
@@ -215,10 +353,12 @@ def _damage(checkpoint: Path, rng: random.Random) -> str:
     return f"{path.name} of {checkpoint.name} {kind}"
 
 
-FAULTS = (  # in turn; every second one is a kill inside a save
+FAULTS = (  # in turn; many are a kill inside a save
     killed_inside_a_save, killed_at_a_random_moment, killed_beside_a_save, damaged_on_disk,
     killed_inside_a_save, killed_at_a_random_moment, killed_beside_a_save, stale_pointer,
     killed_inside_a_save, killed_at_a_random_moment, killed_inside_a_save, disk_full,
     killed_beside_a_save, damaged_on_disk, killed_inside_a_save, all_damaged,
     killed_inside_a_save, killed_at_a_random_moment, killed_beside_a_save, disk_filled_beside,
+    killed_inside_a_save, two_jobs_in_a_folder, nodes_that_differ, nobody_reads,
+    killed_inside_a_save, suspended, strangers_on_ports, forged_manifest,
 )  # fmt: skip
