@@ -178,10 +178,12 @@ def _own_state(engine, shards: Shards) -> dict:
 def _known_classes() -> list:
     """Returns the classes that shards hold beside tensors and plain values; nothing else of a file is unpickled."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     numpys = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), np.array(0).__reduce__()[0]]  # shards of before 0.2
-    return [LossScaler, ZeroStageEnum, *numpys]
+    slices = PartitionedParamStatus  # an attribute of the slices that a reference which follows the policy saves
+    return [LossScaler, ZeroStageEnum, slices, *numpys]
 
 
 def random_state() -> dict:
