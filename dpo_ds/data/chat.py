@@ -63,7 +63,7 @@ def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list |
     """
     chat = _Chat(tokenizer, tools)
     messages = prompt + completion
-    with _blamed(tokenizer):
+    with _naming_the_template(tokenizer):
         text = chat.text(messages)
     as_text(RENDERED, text)  # names and tool calls may hold what is no Unicode
     trained, end = [], 0
@@ -86,13 +86,13 @@ def render_prompt(tokenizer: Any, prompt: Messages, tools: list | None) -> str:
     chat = _Chat(tokenizer, tools)
     if not prompt:  # templates give no generation prompt to a conversation without messages
         return chat.around([])[0] or ""
-    with _blamed(tokenizer):
+    with _naming_the_template(tokenizer):
         text = chat.text(prompt, generation_prompt=True)
     return as_text(RENDERED, text)
 
 
 @contextlib.contextmanager
-def _blamed(tokenizer: Any) -> Iterator[None]:
+def _naming_the_template(tokenizer: Any) -> Iterator[None]:
     """Raises what the template raises as BadRow or ModelError."""
     try:
         yield

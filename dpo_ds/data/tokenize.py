@@ -78,7 +78,7 @@ class PairTokenizer:
     def prompts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
         """Token ids of texts that a completion is to follow, [tokens] int64, and whether each was cut."""
         encodings = self.bare.encode_batch(texts, add_special_tokens=False)
-        return [self._cut_prompt(np.array(self._led(encoding.ids), dtype=np.int64)) for encoding in encodings]
+        return [self._cut_prompt(np.array(self._with_prefix(encoding.ids), dtype=np.int64)) for encoding in encodings]
 
     def _render(self, conversation: Conversation) -> list[Rendered] | BadRow:
         prompt = conversation.prompt
@@ -100,10 +100,10 @@ class PairTokenizer:
         for start, end in rendered.trained:
             trained |= (starts < end) & (ends > start)
         trained[:prompt] = False
-        led = self._led(ids)
-        trained = np.concatenate([np.zeros(len(led) - len(ids), dtype=bool), trained])
-        prompt += len(led) - len(ids)
-        ids = led
+        prefixed = self._with_prefix(ids)
+        trained = np.concatenate([np.zeros(len(prefixed) - len(ids), dtype=bool), trained])
+        prompt += len(prefixed) - len(ids)
+        ids = prefixed
         if not ids or ids[-1] != self.eos:
             ids = [*ids, self.eos]
             trained = np.append(trained, rendered.ends_in_answer)
@@ -122,8 +122,8 @@ class PairTokenizer:
             masks.append(np.zeros(0, dtype=bool))
         return Tokenized(PreferencePair(prompt, *completions, *masks), prompt_cut, cut)
 
-    def _led(self, ids: list[int]) -> list[int]:
-        """Behind what the tokenizer adds in front, unless it stands there already."""
+    def _with_prefix(self, ids: list[int]) -> list[int]:
+        """Returns the ids behind what the tokenizer adds in front, unless it stands there already."""
         return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
 
     def _cut_prompt(self, prompt: np.ndarray) -> tuple[np.ndarray, bool]:
