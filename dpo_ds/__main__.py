@@ -31,10 +31,11 @@ def program() -> NoReturn:
 def end(code: int) -> NoReturn:
     """Ends the process in order: what Python has registered for its end, what is still to be printed, and no more.
 
-    The interpreter itself is not taken down: DeepSpeed keeps the process groups after they were destroyed, so that
-    their threads (pt_gloo_runloop) live on, and one that lets go of a tensor takes the interpreter's lock. While the
-    interpreter ends, Python answers that with pthread_exit, which unwinds C++ frames that must not be unwound:
-    "terminate called without an active exception", SIGABRT (exit code 250 over ssh), after a run that was fine.
+    The interpreter itself is not taken down. A thread in a call of torch's C++ (a TCPStore's, say) that wants the
+    interpreter's lock back meanwhile is ended by pthread_exit, through C++ frames that must not be unwound: "terminate
+    called without an active exception", SIGABRT (exit code 250 over ssh), after a run that was fine. We keep no such
+    thread, the watch over the ranks has sockets of its own; but DeepSpeed keeps process groups that were destroyed, and
+    their threads (pt_gloo_runloop), and a user's scoring function may keep any.
     """
     signals.ignore()
     atexit._run_exitfuncs()  # it has no public name

@@ -91,6 +91,16 @@ def test_a_program_ends_in_order_whatever_threads_are_left(tmp_path):
     assert (tmp_path / "registered").exists()
 
 
+def test_a_thread_within_a_store_does_not_abort_a_program_at_its_end():
+    """With sys.exit it does, always: "terminate called without an active exception"."""
+    code = "import threading, time, torch.distributed as dist; from dpo_ds.__main__ import end; "
+    code += "store = dist.TCPStore('127.0.0.1', 0, 1, True, wait_for_workers=False); "
+    code += "threading.Thread(target=lambda: [store.set('alive', '1') for _ in iter(int, 1)], daemon=True).start(); "
+    code += "time.sleep(0.5); end(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0 and "terminate" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("words, code", [(["--version"], 0), (["train", "--help"], 0), ([], 2), (["trian"], 2)])
 def test_commands_without_work_end_with_their_code(words, code):
     command = [sys.executable, "-m", "dpo_ds", *words]
