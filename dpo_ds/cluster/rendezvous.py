@@ -13,11 +13,13 @@ import json
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -26,7 +28,7 @@ from dpo_ds.cluster import connection
 from dpo_ds.cluster.connection import Foreign
 from dpo_ds.cluster.launch import Launch, complete_environment
 from dpo_ds.cluster.watchdog import GRACE_SECONDS, PREPARING, WORKING, PeerWatch, Silent
-from dpo_ds.errors import ConfigError, CutOff
+from dpo_ds.errors import ConfigError, CutOff, UserError
 
 START_SECONDS = 600  # between the first rank's start and the last one's
 PREPARE_SECONDS = 24 * 3600  # between the first rank that has prepared its data and the last one
@@ -35,6 +37,7 @@ ANSWER_SECONDS = 30  # for what listens on rank 0's port to answer as a store do
 NOTE_SECONDS = 30  # without a missing rank until a line says so
 POLL_SECONDS = 0.2
 SHOWN = 60  # characters of a value in a message
+EXIT_USER = 2
 PACKAGES = ("torch", "deepspeed", "transformers")
 
 _meeting: Meeting | None = None
@@ -59,6 +62,13 @@ def peers() -> PeerWatch | Silent:
 
 
 SILENT = Silent()
+
+
+def give_up(mistake: UserError) -> NoReturn:
+    """Ends this process, from any of its threads, with a mistake that its main thread cannot tell of any more."""
+    if _meeting is None or _meeting.speaks(str(mistake)):
+        print(f"dpo-ds: error: {mistake}", file=sys.stderr, flush=True)
+    os._exit(EXIT_USER)
 
 
 def found(what: str, digest: str) -> None:

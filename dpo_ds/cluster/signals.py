@@ -75,7 +75,7 @@ def taken() -> Iterator[None]:
     try:
         yield
     finally:
-        _taken.at_once = False
+        _taken.at_once, _taken.error = False, None
         for number, handler in previous.items():
             signal.signal(number, handler)
 

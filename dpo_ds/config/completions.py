@@ -42,6 +42,9 @@ class SampleSection(GenerationSection):
     score: str | None = Field(
         None, description="module:function, regex:PATTERN or a reward model; null: no scores, no pairs"
     )
+    score_timeout: float = Field(
+        600, gt=0, le=10**6, description="seconds a call of the score's function or pattern may take"
+    )
     pairs: Literal["best_worst", "bradley_terry"] = Field(
         "best_worst", description="one pair a prompt; bradley_terry: every two completions, the better one drawn"
     )
@@ -99,6 +102,9 @@ class EvaluateSection(GenerationSection):
     )
     judge: str | None = Field(
         None, description="module:function(prompts, first, second) -> preference for first, 0 to 1; null: higher score"
+    )
+    score_timeout: float = Field(
+        600, gt=0, le=10**6, description="seconds a call of the score's function or pattern, or of the judge, may take"
     )
     bootstrap: int = Field(1000, gt=0, le=10**6, description="resamples behind the win rate's interval")
     layout: Literal["packed", "padded"] = Field("packed", description="of log-probs, as train.layout")

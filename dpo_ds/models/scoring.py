@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
+import itertools
 import math
+import numbers
 import os
 import re
 import sys
@@ -27,6 +30,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dpo_ds.batch import CHOSEN_ONLY
+from dpo_ds.cluster.foreign import Limit, Raised, guarded, time_limit
 from dpo_ds.config import ModelSection, did_you_mean
 from dpo_ds.data.formats import Conversation
 from dpo_ds.data.rows import shorten
@@ -40,7 +44,6 @@ REGEX = "regex:"
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 REWARD_BATCH = 32
 NO_LIMIT = 1 << 20  # tokens, for a model that names no number of positions
-CODE_FAILS = (Exception, SystemExit)  # somebody else's code fails in any way; a signal is not of its doing
 
 
 class Scorer(Protocol):
@@ -53,20 +56,23 @@ class Scorer(Protocol):
         """Returns what the scores depend on, as text: another one means other scores."""
 
 
-def load_scorer(spec: str, key: str) -> Scorer:
+def load_scorer(spec: str, key: str, seconds: float) -> Scorer:
     """The scorer that `--KEY SPEC` names; a reward model's weights are loaded at its first call.
+
+    seconds: for a call of a function or pattern, as the key beside `key` says, its _timeout.
 
     Raises:
         UserError: one line that names the spec, what is wrong with it and the remedy.
     """
+    limit = Limit(seconds, f"{key.rpartition('.')[0]}.score_timeout")
     if spec.startswith(REGEX):
         try:
-            return RegexScorer(re.compile(spec.removeprefix(REGEX), re.DOTALL))
-        except re.error as error:
+            return RegexScorer(re.compile(spec.removeprefix(REGEX), re.DOTALL), limit)
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"--{key} {spec}: not a regular expression ({error})") from None
     named = FUNCTION.fullmatch(spec)
     if named:
-        return FunctionScorer(spec, load_function(*named.groups(), f"--{key} {spec}"))
+        return FunctionScorer(spec, load_function(*named.groups(), f"--{key} {spec}", limit), limit)
     return ScoringModel(spec, key)
 
 
@@ -75,9 +81,20 @@ class RegexScorer:
     """1.0 where the pattern is found, else 0.0; `.` matches line ends too."""
 
     pattern: re.Pattern
+    limit: Limit
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        return np.array([float(self.pattern.search(text) is not None) for text in completions])
+        """UserError where the search takes too long, as of a pattern that tries ever more ways on a longer text."""
+        scores = []
+
+        def late() -> UserError:
+            text = shorten(completions[len(scores)])
+            return UserError(f"{self.identity()} did not end {self.limit}; it was at row {len(scores)}, {text}")
+
+        with time_limit(self.limit.seconds, late):
+            for text in completions:
+                scores.append(float(self.pattern.search(text) is not None))
+        return np.array(scores)
 
     def identity(self) -> str:
         return f"{REGEX}{self.pattern.pattern}"
@@ -89,16 +106,18 @@ class FunctionScorer:
 
     spec: str
     function: Callable[[list[str], list[str]], Any]
+    limit: Limit
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         prompts, completions = list(prompts), list(completions)
         if not completions:
             return np.zeros(0)
         try:
-            answer = self.function(prompts, completions)
-        except CODE_FAILS as error:
-            raise UserError(self._raised(prompts, completions, error)) from error
-        return checked(answer, self.spec, completions)
+            with guarded(self.spec, self.limit):
+                answer = self.function(prompts, completions)
+        except Raised as error:
+            raise UserError(f"{error} ({self._where(prompts, completions)})") from error.__cause__
+        return checked(answer, self.spec, completions, self.limit)
 
     def identity(self) -> str:
         """With the module's file; what that imports is not looked at."""
@@ -106,15 +125,16 @@ class FunctionScorer:
         digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12] if source else "built in"
         return f"{self.spec} {digest}"
 
-    def _raised(self, prompts: list[str], completions: list[str], error: BaseException) -> str:
+    def _where(self, prompts: list[str], completions: list[str]) -> str:
         """Names the first row that fails alone, where one does."""
-        what = f"{self.spec} raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        for row, pair in enumerate(zip(prompts, completions, strict=True)):
-            try:
-                self.function([pair[0]], [pair[1]])
-            except CODE_FAILS:
-                return f"{what} (row {row}, completion {shorten(pair[1])})"
-        return f"{what} (on {len(completions)} rows together, on none alone)"
+        row = 0
+        try:
+            with guarded(self.spec, self.limit):
+                for row in range(len(completions)):
+                    self.function([prompts[row]], [completions[row]])
+        except UserError:
+            return f"row {row}, completion {shorten(completions[row])}"
+        return f"on {len(completions)} rows together, on none alone"
 
 
 class ScoringModel:
@@ -144,7 +164,7 @@ class ScoringModel:
         for start in range(0, len(ids), REWARD_BATCH):
             rows = order[start : start + REWARD_BATCH]
             scores[rows] = self._forward([ids[row] for row in rows]) - self._mean
-        return checked(scores, self.path, completions)
+        return as_scores(scores, self.path, completions)
 
     def identity(self) -> str:
         return f"{self.path} {weights_digest(self._section, self.path)[:12]} mean {self._mean!r}"
@@ -188,27 +208,36 @@ class ScoringModel:
         return model.requires_grad_(False).eval().to("cuda" if has_cuda else "cpu")
 
 
-def load_function(module: str, name: str, given: str) -> Callable:
-    """MODULE:NAME, imported; given: how the user wrote it, for the message. ConfigError where it is not there."""
+def load_function(module: str, name: str, given: str, limit: Limit) -> Callable:
+    """MODULE:NAME, imported; given: how the user wrote it, for the message.
+
+    Raises:
+        ConfigError: it is not there, or is async.
+        UserError: the module raises or does not end (foreign.guarded).
+    """
     if module.endswith(".py"):
         raise ConfigError(f"{given}: a module is named without .py; write {module.removesuffix('.py')}:{name}")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # the dpo-ds script does not bring it
     try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{given}: module {module} needs {error.name}, which is not installed") from None
+        with guarded(f"{given}: importing {module}", limit):  # a module is a program
+            found = importlib.import_module(module)
+    except Raised as error:
+        lacking = error.__cause__
+        if not isinstance(lacking, ModuleNotFoundError):
+            raise
+        if lacking.name is None or not f"{module}.".startswith(f"{lacking.name}."):
+            raise ConfigError(f"{given}: module {module} needs {lacking.name}, which is not installed") from None
         where = f"start in the folder of {module.split('.')[0]}.py or set PYTHONPATH to it"
-        problem = f"there is no module {error.name} in {os.getcwd()} or on PYTHONPATH"
+        problem = f"there is no module {lacking.name} in {os.getcwd()} or on PYTHONPATH"
         raise ConfigError(f"{given}: {problem}; {where}") from None
-    except CODE_FAILS as error:  # a module is a program
-        raise ConfigError(f"{given}: importing {module} raised {type(error).__name__}: {one_line(error)}") from error
     function = getattr(found, name, None)
     if not callable(function):
         there = [other for other in vars(found) if callable(getattr(found, other)) and not other.startswith("_")]
         problem = "is not a function" if hasattr(found, name) else "is not there"
         raise ConfigError(f"{given}: {name} {problem} in {found.__file__}; {did_you_mean(name, there)}")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigError(f"{given}: {name} is async; write a plain function, with asyncio.run in it")
     return function
 
 
@@ -233,11 +262,27 @@ def _classifier_config(path: str, key: str):
     return config
 
 
-def checked(answer: Any, who: str, completions: Sequence[str]) -> np.ndarray:
+def checked(answer: Any, who: str, completions: Sequence[str], limit: Limit) -> np.ndarray:
+    """What a function returned, read as `as_scores` does; it may be an object that fails at that in any way."""
+    try:
+        with guarded(f"{who} returned an object that", limit):
+            try:
+                return as_scores(answer, who, completions)
+            except UserError as error:
+                mistake = error
+    except Raised as error:
+        raise UserError(f"{error}, where {len(completions)} numbers are read from it") from error.__cause__
+    raise mistake
+
+
+def as_scores(answer: Any, who: str, completions: Sequence[str]) -> np.ndarray:
     """float64 [n]; UserError for another count, or for a score that is no finite number."""
     wanted = len(completions)
     if isinstance(answer, torch.Tensor):
-        answer = answer.detach().double().cpu().numpy()
+        answer = answer.detach().cpu()
+        answer = answer.numpy() if answer.is_complex() else answer.double().numpy()
+    if inspect.iscoroutine(answer):
+        answer.close()  # else Python warns that nobody has waited for it
     try:
         if isinstance(answer, (dict, str)):
             raise TypeError
@@ -247,13 +292,21 @@ def checked(answer: Any, who: str, completions: Sequence[str]) -> np.ndarray:
         raise UserError(f"{who} returned {shorten(answer)}; {rule}") from None
     if count != wanted:
         raise UserError(f"{who} returned {count} scores for {wanted} completions; it must return one for each")
+    values = list(itertools.islice(answer, wanted + 1))  # an object may say one thing and do another, without end
+    if len(values) != wanted:
+        raise UserError(f"{who} returned an object of length {wanted} that holds another number of scores")
     scores = np.zeros(wanted)
-    for row, value in enumerate(answer):
+    for row, value in enumerate(values):
         try:
-            scores[row] = float(value)
+            scores[row] = math.nan if _is_complex(value) else float(value)
         except (TypeError, ValueError, OverflowError):
             scores[row] = math.nan
         if not math.isfinite(scores[row]):
             where = f"row {row}, completion {shorten(completions[row])}"
             raise UserError(f"{who} returned {shorten(value)} for {where}; a score must be a finite number")
     return scores
+
+
+def _is_complex(value: Any) -> bool:
+    """numpy's would lose their imaginary part with a warning."""
+    return isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)

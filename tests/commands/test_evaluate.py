@@ -300,7 +300,7 @@ def test_a_reward_model_scores_policy_and_a_baseline_of_another_tokenizer(forks,
     codes, output = run(forks, world, "rivals", 2, evaluate__n=2, **asked)
     assert codes == [0, 0], output
     rows = pq.read_table(world / "rivals" / "completions.parquet").to_pylist()
-    score, rewards = load_scorer(str(world / "reward"), "evaluate.score"), {}
+    score, rewards = load_scorer(str(world / "reward"), "evaluate.score", 60), {}
     for model in ("policy", "baseline"):
         own = [row for row in rows if row["model"] == model]
         rewards[model] = np.array([row["reward"] for row in own])

@@ -1,10 +1,12 @@
 """Means, errors, intervals and win rates against hand arithmetic; judges; baselines; the frontier."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
+from dpo_ds.cluster.foreign import Limit
 from dpo_ds.commands.evaluate.command import _is_file
 from dpo_ds.commands.evaluate.judging import Judge, by_scores, read_baseline
 from dpo_ds.commands.evaluate.measure import numbered
@@ -13,6 +15,8 @@ from dpo_ds.commands.evaluate.results import Measured, pair_measures
 from dpo_ds.commands.evaluate.statistics import bootstrap_interval, distribution, mean_of, mean_of_pairs, win_rate
 from dpo_ds.errors import DataError, UserError
 from tests import scores
+
+LIMIT = Limit(0.5, "evaluate.score_timeout")
 
 
 def test_the_error_is_of_means_of_prompts():
@@ -84,9 +88,9 @@ def test_distribution_has_every_value_in_a_bin():
 
 
 def test_a_judge_is_asked_in_both_orders():
-    fair = Judge("tests.scores:longer", scores.longer)
+    fair = Judge("tests.scores:longer", scores.longer, LIMIT)
     assert fair(["p"] * 3, ["aa", "a", "a"], ["a", "aa", "b"]).tolist() == [[1, 1], [0, 0], [0.5, 0.5]]
-    biased = Judge("tests.scores:first_one", scores.first_one)(["p"], ["a"], ["b"])
+    biased = Judge("tests.scores:first_one", scores.first_one, LIMIT)(["p"], ["a"], ["b"])
     assert biased.tolist() == [[1, 0]] and biased.mean() == 0.5, "who always takes the first gives a tie"
     assert fair([], [], []).shape == (0, 2)
 
@@ -98,11 +102,14 @@ def test_a_judge_is_asked_in_both_orders():
         (scores.broken, ["raised KeyError", "no such judge"]),
         (lambda prompts, first, second: [1.0], ["1 scores for 2"]),
         (lambda prompts, first, second: [None, 1.0], ["None", "finite"]),
+        (lambda prompts, first, second: [0.5j, 1.0], ["0.5j", "finite"]),
+        (lambda prompts, first, second: exit("no licence"), ["raised SystemExit: no licence"]),
+        (lambda prompts, first, second: time.sleep(60), ["did not return within 0.5 s (evaluate.score_timeout)"]),
     ],
 )
 def test_a_judge_that_errs_is_named(function, parts):
     with pytest.raises(UserError) as caught:
-        Judge("mine:judge", function)(["p", "q"], ["ours", "b"], ["c", "d"])
+        Judge("mine:judge", function, LIMIT)(["p", "q"], ["ours", "b"], ["c", "d"])
     assert [part for part in ["mine:judge", *parts] if part not in str(caught.value)] == []
 
 

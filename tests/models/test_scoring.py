@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -60,6 +64,106 @@ def together(prompts, completions):
         raise ValueError("one at a time")
     return [0.0]
 
+class Odd(list):
+    def __len__(self):
+        return 3
+
+class NoLength(Odd):
+    def __len__(self):
+        raise KeyError("length")
+
+class NoItems(Odd):
+    def __iter__(self):
+        raise KeyError("items")
+
+class Endless(Odd):
+    def __iter__(self):
+        while True:
+            yield 1.0
+
+class NoNumber:
+    def __float__(self):
+        raise SystemExit(0)
+
+class NoText:
+    def __repr__(self):
+        raise KeyError("text")
+
+class Mute(Exception):
+    def __str__(self):
+        raise KeyError("text")
+
+def no_length(prompts, completions):
+    return NoLength()
+
+def no_items(prompts, completions):
+    return NoItems()
+
+def endless(prompts, completions):
+    return Endless()
+
+def no_number(prompts, completions):
+    return [NoNumber()] * 3
+
+def no_text(prompts, completions):
+    return NoText()
+
+def mute(prompts, completions):
+    raise Mute
+
+def imaginary(prompts, completions):
+    return [1.0, 2j, 0.0]
+
+def imaginary_array(prompts, completions):
+    return np.array([1, 1 + 2j, 0], np.complex64)
+
+def imaginary_tensor(prompts, completions):
+    return torch.tensor([1, 1 + 2j, 0])
+
+def coroutine(prompts, completions):
+    async def later():
+        return [0.0] * 3
+    return later()
+
+async def sleeps(prompts, completions):
+    return [0.0] * 3
+
+def interrupts(prompts, completions):
+    raise KeyboardInterrupt
+
+def generator_exits(prompts, completions):
+    raise GeneratorExit("bye")
+
+def never_returns(prompts, completions):
+    while True:
+        time.sleep(60)
+
+def never_returns_and_catches_all(prompts, completions):
+    for _ in range(2):
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+    return [0.0] * 3
+
+def swallows(prompts, completions):
+    try:
+        signalled(prompts, completions)
+    except BaseException:
+        return [0.0] * 3
+
+def forks(prompts, completions):
+    os.fork()
+    return [0.0] * 3
+
+def forks_and_fails(prompts, completions):
+    return [0.0] * 3 if os.fork() else 1 / 0
+
+def has_a_child(prompts, completions):
+    if os.fork() == 0:
+        os._exit(0)
+    return [0.0] * 3
+
 def leaves(prompts, completions):
     sys.exit("no licence")
 
@@ -89,18 +193,18 @@ def _in_that_folder(folder, monkeypatch):
 
 
 def test_functions_and_patterns_give_one_float_each():
-    scores = load_scorer("scoring_functions:length", "sample.score")(PROMPTS, COMPLETIONS)
+    scores = load_scorer("scoring_functions:length", "sample.score", 60)(PROMPTS, COMPLETIONS)
     assert scores.dtype == np.float64 and scores.tolist() == [4, 3, 9]
-    assert load_scorer("scoring_functions:tensor", "sample.score")(PROMPTS, COMPLETIONS).tolist() == [1, 2, 0.5]
-    assert load_scorer("regex:f.ne$", "sample.score")(PROMPTS, COMPLETIONS).tolist() == [1, 0, 1]
-    assert load_scorer("scoring_functions:number", "sample.score")([], []).tolist() == []
+    assert load_scorer("scoring_functions:tensor", "sample.score", 60)(PROMPTS, COMPLETIONS).tolist() == [1, 2, 0.5]
+    assert load_scorer("regex:f.ne$", "sample.score", 60)(PROMPTS, COMPLETIONS).tolist() == [1, 0, 1]
+    assert load_scorer("scoring_functions:number", "sample.score", 60)([], []).tolist() == []
 
 
 def test_the_identity_changes_with_the_functions_file(folder):
-    before = load_scorer("scoring_functions:length", "sample.score").identity()
-    assert before == load_scorer("scoring_functions:length", "sample.score").identity()
+    before = load_scorer("scoring_functions:length", "sample.score", 60).identity()
+    assert before == load_scorer("scoring_functions:length", "sample.score", 60).identity()
     (folder / "scoring_functions.py").write_text(FUNCTIONS + "\n")
-    assert load_scorer("scoring_functions:length", "sample.score").identity() != before
+    assert load_scorer("scoring_functions:length", "sample.score", 60).identity() != before
 
 
 @pytest.mark.parametrize(
@@ -115,19 +219,97 @@ def test_the_identity_changes_with_the_functions_file(folder):
         ("words", ["scoring_functions:words", "'good'", "row 0"]),
         ("one_by_one", ["scoring_functions:one_by_one", "KeyError", "no such", "row 1", "'bad'"]),
         ("leaves", ["scoring_functions:leaves raised SystemExit: no licence"]),
+        ("no_length", ["scoring_functions:no_length returned an object that raised KeyError: 'length'", "3 numbers"]),
+        ("no_items", ["scoring_functions:no_items returned an object that raised KeyError: 'items'"]),
+        ("endless", ["scoring_functions:endless", "of length 3 that holds another number of scores"]),
+        ("no_number", ["scoring_functions:no_number returned an object that raised SystemExit: 0"]),
+        ("no_text", ["scoring_functions:no_text returned an object that raised KeyError: 'text'"]),
+        ("mute", ["scoring_functions:mute raised Mute (row 0"]),
+        ("imaginary", ["scoring_functions:imaginary returned 2j for row 1", "finite"]),
+        ("imaginary_array", ["scoring_functions:imaginary_array returned", "1+0j", "row 0", "finite"]),
+        ("imaginary_tensor", ["scoring_functions:imaginary_tensor returned", "1+0j", "row 0", "finite"]),
+        ("coroutine", ["scoring_functions:coroutine returned <coroutine object", "3 numbers"]),
+        ("sleeps", ["sleeps is async", "plain function"]),
+        ("interrupts", ["scoring_functions:interrupts raised KeyboardInterrupt (row 0"]),
+        ("generator_exits", ["scoring_functions:generator_exits raised GeneratorExit: bye"]),
+        ("forks", ["scoring_functions:forks forked", "os._exit"]),
+        ("forks_and_fails", ["scoring_functions:forks_and_fails forked"]),
         ("together", ["scoring_functions:together", "ValueError: one at a time", "3 rows together"]),
     ],
 )
 def test_a_function_that_fails_is_one_line(name, parts):
-    with pytest.raises(UserError) as mistake:
-        load_scorer(f"scoring_functions:{name}", "sample.score")(PROMPTS, COMPLETIONS)
+    with pytest.raises(UserError) as mistake, taken():
+        load_scorer(f"scoring_functions:{name}", "sample.score", 60)(PROMPTS, COMPLETIONS)
     line = str(mistake.value)
     assert "\n" not in line and [part for part in parts if part not in line] == [], line
 
 
-def test_a_signal_that_comes_within_a_function_is_not_the_functions_mistake():
+@pytest.mark.parametrize("name", ["signalled", "swallows"])
+def test_a_signal_that_comes_within_a_function_is_not_the_functions_mistake(name):
     with pytest.raises(Stopped, match="SIGTERM"), taken():
-        load_scorer("scoring_functions:signalled", "sample.score")(PROMPTS, COMPLETIONS)
+        load_scorer(f"scoring_functions:{name}", "sample.score", 60)(PROMPTS, COMPLETIONS)
+
+
+@pytest.mark.parametrize("name", ["never_returns", "never_returns_and_catches_all"])
+def test_a_function_that_does_not_return_is_one_line(name):
+    started = time.monotonic()
+    with pytest.raises(UserError) as mistake:
+        load_scorer(f"scoring_functions:{name}", "evaluate.score", 0.2)(PROMPTS, COMPLETIONS)
+    rule = "did not return within 0.2 s (evaluate.score_timeout)"
+    assert str(mistake.value) == f"scoring_functions:{name} {rule}"
+    assert time.monotonic() - started < 10
+
+
+def test_a_pattern_that_tries_ever_more_ways_is_one_line():
+    """(a+)+$ on 40 a's and a b tries 2^40 ways."""
+    rule = r"regex:\(a\+\)\+\$ did not end within 0.2 s \(sample.score_timeout\); it was at row 1, 'aa"
+    with pytest.raises(UserError, match=rule):
+        load_scorer("regex:(a+)+$", "sample.score", 0.2)(PROMPTS, ["a", "a" * 40 + "b", "a"])
+    assert signal.getitimer(signal.ITIMER_REAL)[0] in (0, pytest.approx(300, abs=300)), "the alarm is off again"
+
+
+def test_a_child_that_ends_itself_is_nobodys_business():
+    assert load_scorer("scoring_functions:has_a_child", "sample.score", 60)(PROMPTS, COMPLETIONS).tolist() == [0, 0, 0]
+
+
+PROGRAMS = {
+    "closes": ("import sys; sys.stdout.close()", 2, "mine:score closed stdout, which it has to leave open"),
+    "closes both": ("import os; os.close(1); os.close(2)", 2, "mine:score closed stdout and stderr"),
+    "threads": ("import threading, time; threading.Thread(target=time.sleep, args=[99]).start()", 0, "done"),
+    "deaf": ("import signal, time; signal.pthread_sigmask(1, [14]); [time.sleep(1) for _ in range(99)]", 2, "0.2 s"),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_process_ends_well_whatever_a_function_does_to_it(name, tmp_path):
+    """deaf: no alarm reaches it; a thread of ours ends the process then."""
+    body, code, said = PROGRAMS[name]
+    (tmp_path / "mine.py").write_text(f"def score(prompts, completions):\n    {body}\n    return [0.0]\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
+    assert "Traceback" not in done.stderr
+
+
+PROGRAM = """
+import sys
+
+from dpo_ds.__main__ import end
+from dpo_ds.cluster import foreign, terminal
+from dpo_ds.errors import UserError
+
+terminal.protect()
+foreign.LAST_SECONDS = 0.5
+import mine
+try:
+    with foreign.guarded("mine:score", foreign.Limit(0.2 if "sleep(1)" in open("mine.py").read() else 60, "key")):
+        mine.score(["p"], ["c"])
+except UserError as mistake:
+    print(f"error: {mistake}", file=sys.stderr)
+    end(2)
+print("done")
+end(0)
+"""
 
 
 @pytest.mark.parametrize(
@@ -147,7 +329,7 @@ def test_a_signal_that_comes_within_a_function_is_not_the_functions_mistake():
 )
 def test_a_spec_that_names_nothing_is_one_line(spec, parts):
     with pytest.raises(UserError) as mistake:
-        load_scorer(spec, "sample.score")
+        load_scorer(spec, "sample.score", 60)
     line = str(mistake.value)
     assert line.startswith(f"--sample.score {spec}: ") and "\n" not in line
     assert [part for part in parts if part not in line] == [], line
@@ -174,11 +356,11 @@ class TestRewardModel:
             ids = torch.tensor([tokenizer("p:" + text)["input_ids"] + [tokenizer.eos_token_id]])
             with torch.no_grad():
                 wanted.append(model.score(model.model(ids).last_hidden_state)[0, -1, 0].item())
-        scorer = load_scorer(str(folder / "reward"), "sample.score")
+        scorer = load_scorer(str(folder / "reward"), "sample.score", 60)
         assert scorer(["p:"] * 3, self.TEXTS) == pytest.approx(wanted, abs=1e-6)
         path = folder / "reward" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"reward_mean": 0.25}))
-        centred = load_scorer(str(folder / "reward"), "sample.score")
+        centred = load_scorer(str(folder / "reward"), "sample.score", 60)
         assert centred(["p:"] * 3, self.TEXTS) == pytest.approx(np.array(wanted) - 0.25, abs=1e-6)
         assert centred.identity() != scorer.identity()
 
@@ -189,7 +371,7 @@ class TestRewardModel:
         path = folder / "short" / "config.json"
         settings = {"max_position_embeddings": 20, "reward_mean": 0.0}
         path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-        scorer = load_scorer(str(folder / "short"), "sample.score")
+        scorer = load_scorer(str(folder / "short"), "sample.score", 60)
 
         def by_hand(ids):
             with torch.no_grad():
@@ -213,18 +395,18 @@ class TestRewardModel:
         kept = {name: tensor for name, tensor in load_file(file).items() if name != "score.weight"}
         save_file(kept, file, {"format": "pt"})
         with pytest.raises(UserError, match="lacks the weights score.weight"):
-            load_scorer(str(folder / "headless"), "sample.score")(["p"], ["c"])
+            load_scorer(str(folder / "headless"), "sample.score", 60)(["p"], ["c"])
         file.unlink()
         with pytest.raises(UserError, match="--sample.score .*headless: no weights"):
-            load_scorer(str(folder / "headless"), "sample.score")
+            load_scorer(str(folder / "headless"), "sample.score", 60)
 
     def test_other_models_are_refused(self, folder, made):
         tokenizer, _ = made
         config = tiny_config("llama", len(tokenizer), hidden=16, layers=1, eos_token_id=1, num_labels=3)
         save_tiny_model(folder / "three", tokenizer, AutoModelForSequenceClassification.from_config(config))
         with pytest.raises(UserError, match="has 3 labels; a reward model has one"):
-            load_scorer(str(folder / "three"), "sample.score")
+            load_scorer(str(folder / "three"), "sample.score", 60)
         path = folder / "three" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["LlamaForCausalLM"]}))
         with pytest.raises(UserError, match="LlamaForCausalLM, no sequence classification model; dpo-ds reward"):
-            load_scorer(str(folder / "three"), "sample.score")
+            load_scorer(str(folder / "three"), "sample.score", 60)

@@ -103,8 +103,8 @@ def prepare(run: EvaluateConfig, launch: Launch) -> Work:
         given = ds_config.read(run.deepspeed.config)
         engine, notes = ds_config.fill_reference(given, run.deepspeed.config, this_machine(launch), hidden_size)
         say(notes)
-    scorer = None if wanted.score is None else load_scorer(wanted.score, "evaluate.score")
-    judge = None if wanted.judge is None else load_judge(wanted.judge)
+    scorer = None if wanted.score is None else load_scorer(wanted.score, "evaluate.score", wanted.score_timeout)
+    judge = None if wanted.judge is None else load_judge(wanted.judge, wanted.score_timeout)
     options = SimpleNamespace(**dict(run.data), limit=None)
     pairs, prompts, rivals, baseline_model = None, [], None, None
     if run.data.eval is not None:

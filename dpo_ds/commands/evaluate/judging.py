@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
+from dpo_ds.cluster.foreign import Limit, guarded
 from dpo_ds.commands.evaluate.measure import over_ranks
 from dpo_ds.commands.evaluate.results import Measured, Outcome
 from dpo_ds.data.chat import render_prompt
@@ -17,7 +18,7 @@ from dpo_ds.data.reading import usable
 from dpo_ds.data.rows import BadRow, Location, Row, shorten
 from dpo_ds.data.sources import open_source
 from dpo_ds.errors import ConfigError, DataError, UserError
-from dpo_ds.models.scoring import CODE_FAILS, FUNCTION, Scorer, checked, load_function
+from dpo_ds.models.scoring import FUNCTION, Scorer, checked, load_function
 
 
 @dataclass(frozen=True)
@@ -26,25 +27,22 @@ class Judge:
 
     spec: str
     function: Callable[[list[str], list[str], list[str]], Any]
+    limit: Limit
 
     def __call__(self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> np.ndarray:
         """[rows, 2] float64: the preference for ours where it came first, and where it came second.
 
         Raises:
-            UserError: the function raises, or an answer is no number in [0, 1].
+            UserError: the function raises or does not return (foreign.guarded), or an answer is no number in [0, 1].
         """
         return np.stack([self._ask(prompts, ours, theirs), 1 - self._ask(prompts, theirs, ours)], axis=1)
 
     def _ask(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
         if not prompts:
             return np.zeros(0)
-        try:
+        with guarded(self.spec, self.limit):
             answer = self.function(list(prompts), list(first), list(second))
-        except CODE_FAILS as error:
-            raise UserError(
-                f"{self.spec} raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            ) from error
-        preferences = checked(answer, self.spec, first)
+        preferences = checked(answer, self.spec, first, self.limit)
         outside = np.flatnonzero((preferences < 0) | (preferences > 1))
         if len(outside):
             row = outside[0]
@@ -53,12 +51,13 @@ class Judge:
         return preferences
 
 
-def load_judge(spec: str, key: str = "evaluate.judge") -> Judge:
+def load_judge(spec: str, seconds: float, key: str = "evaluate.judge") -> Judge:
     """ConfigError where `--KEY SPEC` names no function that is there."""
     named = FUNCTION.fullmatch(spec)
     if named is None:
         raise ConfigError(f"--{key} {spec}: expected module:function")
-    return Judge(spec, load_function(*named.groups(), f"--{key} {spec}"))
+    limit = Limit(seconds, "evaluate.score_timeout")
+    return Judge(spec, load_function(*named.groups(), f"--{key} {spec}", limit), limit)
 
 
 def by_scores(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

@@ -83,7 +83,7 @@ def prepare(run: SampleConfig, launch: Launch) -> Work:
         lock.take(say)
     if sample.engine == "vllm":
         check_vllm(run, launch)
-    scorer = None if sample.score is None else load_scorer(sample.score, "sample.score")
+    scorer = None if sample.score is None else load_scorer(sample.score, "sample.score", sample.score_timeout)
     model_config = check_model(run.model, run.model.path)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
     machine, engine = this_machine(launch), None

@@ -1,0 +1,187 @@
+"""Runs code that is not ours (score functions, judges, patterns, chat templates) in this process, and stays its master.
+
+Such code keeps what it has loaded, so it runs where we run, and not in a child. The time limit is a timer of the
+kernel's: a thread of ours would wait for the interpreter's lock, which `re` holds while it searches, whereas `re` looks
+for signals every 4096 steps of its own (_sre), so that an exponential pattern ends when the alarm rings. Patterns thus
+stay Python's; those of the `regex` package, which knows a timeout, are not the same in every case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from dpo_ds.cluster import rendezvous, signals, terminal
+from dpo_ds.errors import UserError
+
+AGAIN_SECONDS = 1.0  # the alarm rings so often, for code that catches everything
+LAST_SECONDS = 10.0  # after the limit, for code that no signal reaches
+FORK_SECONDS = 1.0  # for a child to come back; one that works elsewhere, such as a pool's, never does
+
+
+class Limit(NamedTuple):
+    """Seconds for one call; `key` is what the user sets them by."""
+
+    seconds: float
+    key: str
+
+    def __str__(self) -> str:
+        return f"within {self.seconds:g} s ({self.key})"
+
+
+class Raised(UserError):
+    """Code that is not ours raised something."""
+
+
+class Overdue(BaseException):  # not an Exception, which much code catches
+    """The alarm has rung; `time_limit` makes a mistake of the user's of it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, mistake: Callable[[], UserError]) -> Iterator[None]:
+    """Raises `mistake()` where what it holds has not ended after so many seconds. For the main thread; in others, which
+    no signal reaches, it sets no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_open, has_rung = True, False
+
+    def ring(*_) -> None:
+        nonlocal has_rung
+        if is_open:
+            has_rung = True
+            raise Overdue
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
+    try:
+        try:
+            yield
+        finally:
+            is_open = False
+    except BaseException:
+        signals.check()
+        if not has_rung:
+            raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+    signals.check()
+    if has_rung:  # also where the code has swallowed it
+        raise mistake()
+
+
+@contextlib.contextmanager
+def guarded(who: str, limit: Limit) -> Iterator[None]:
+    """Runs what it holds, which is not ours and is called `who`; threads that it leaves do not hold up our end.
+
+    A signal that ends the command stays what it is.
+
+    Raises:
+        UserError: it raised anything (`Raised`), took longer than the limit, closed standard output or error (they are
+            opened again), or forked so that two processes came back (the child's ends at once).
+    """
+    late = UserError(f"{who} did not return {limit}")
+    with _last_resort(late, limit.seconds + LAST_SECONDS), time_limit(limit.seconds, lambda: late):
+        with _open_streams(who), _one_process(who):
+            try:
+                yield
+            except Overdue:
+                raise
+            except BaseException as error:
+                signals.check()
+                if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is _PYTHONS:
+                    raise  # nobody has taken signals, as in a notebook: then this is the user's Ctrl-C
+                raise Raised(f"{who} raised {told(error)}") from error
+
+
+_PYTHONS = signal.default_int_handler
+
+
+def told(error: BaseException) -> str:
+    """Returns type and text of an exception in one line; its own methods may fail as well."""
+    try:
+        text = " ".join(str(error).split())[:200]
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def _last_resort(mistake: UserError, seconds: float) -> Iterator[None]:
+    """Ends the process from a thread where the main thread sits in C code that no signal interrupts."""
+    timer = threading.Timer(seconds, rendezvous.give_up, [mistake])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def _open_streams(who: str) -> Iterator[None]:
+    """Raises UserError where standard output or error is closed or another file afterwards, and puts it right."""
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    copies = {1: os.dup(1), 2: os.dup(2)}
+    lost = []
+    try:
+        yield
+    finally:
+        for (name, stream), (number, copy) in zip(streams.items(), copies.items(), strict=True):
+            is_closed = getattr(stream, "closed", False)
+            if is_closed or not _is_same(number, copy):
+                lost.append(name)
+                os.dup2(copy, number)
+            if is_closed:
+                stream = open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+            setattr(sys, name, stream)
+            os.close(copy)
+        if lost:
+            terminal.protect()
+    if lost:
+        raise UserError(f"{who} closed {' and '.join(lost)}, which it has to leave open")
+
+
+def _is_same(descriptor: int, copy: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.fstat(copy))
+    except OSError:
+        return False
+
+
+class _Forks:
+    count = 0  # of this process so far
+
+    @classmethod
+    def add(cls) -> None:
+        cls.count += 1
+
+
+os.register_at_fork(after_in_parent=_Forks.add)
+
+
+@contextlib.contextmanager
+def _one_process(who: str) -> Iterator[None]:
+    """Ends a child that comes out of here as well, without a word; its parent raises UserError."""
+    process, forks = os.getpid(), _Forks.count
+    with mmap.mmap(-1, 1) as mark:  # shared with children
+        try:
+            yield
+        finally:
+            if os.getpid() != process:
+                mark[0] = 1
+                os._exit(0)
+        end = time.monotonic() + FORK_SECONDS
+        while _Forks.count > forks and not mark[0] and time.monotonic() < end:
+            time.sleep(0.01)
+        if mark[0]:
+            raise UserError(f"{who} forked, and the child came back too; a child has to end itself (os._exit)")
