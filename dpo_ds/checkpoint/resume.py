@@ -15,10 +15,11 @@ from dpo_ds.checkpoint.manifest import LATEST, Checkpoint, open_folder, step_fol
 from dpo_ds.cluster import collectives, shared_files
 from dpo_ds.config import Section, flatten, keys, to_plain
 from dpo_ds.config.deepspeed import is_bf16
-from dpo_ds.errors import ConfigError
+from dpo_ds.errors import ConfigError, shorten
 from dpo_ds.models.fingerprint import MODEL, model_as_recorded
 
 DATA, REFERENCE = "the data in data.train", "the model in reference.path"
+SHOWN = 200  # characters of a setting that changed
 PAIRS = 256  # pairs whose tokens an old checkpoint's identity is of
 START_OVER = "use another output_dir, or --checkpoint.resume never to start over"
 # Keys that may differ between a run and its resumption; all others decide what is computed.
@@ -105,7 +106,7 @@ def check_config(checkpoint: Checkpoint, run: Section, ranks: int) -> list[str]:
             continue
         if key not in before and key in known and now[key] == known[key].get_default(call_default_factory=True):
             continue  # a key that is newer than the checkpoint, and switches nothing on
-        change = f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        change = f"{key} {shorten(before.get(key), SHOWN)} -> {shorten(now.get(key), SHOWN)}"
         if key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_SECTIONS):
             raise ConfigError(f"{change} cannot change on resume from {checkpoint.path}; {START_OVER}")
         if not key.startswith(("checkpoint.resume", "output_dir")):

@@ -19,7 +19,8 @@ from dpo_ds.checkpoint.resume import find
 from dpo_ds.checkpoint.shards import ENGINE_PREFIX, Shards
 from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.config import ExportConfig, ModelSection
-from dpo_ds.errors import ConfigError
+from dpo_ds.data.chat import BUILT_IN, DEFAULT_CHAT_TEMPLATE, TEMPLATE, set_template
+from dpo_ds.errors import ConfigError, shorten
 from dpo_ds.models import lora
 from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, write_rest, write_shards, write_words
 from dpo_ds.models.fingerprint import MODEL, model_as_recorded
@@ -44,6 +45,7 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
     section = _section(checkpoint, run)
     config = check_model(section, section.path, classifier=True)
     tokenizer = load_tokenizer(section, config, section.path)
+    _set_template(tokenizer, checkpoint)
     is_reward = "reward" in checkpoint.manifest["config"]
     if is_reward:
         config.update({"num_labels": 1, REWARD_MEAN: 0.0})
@@ -151,6 +153,17 @@ def _section(checkpoint: Checkpoint, run: ExportConfig) -> ModelSection:
     if section.trust_remote_code and not run.trust_remote_code:
         print(f"dpo-ds: {section.path} was trained with its own code, which export runs with --trust_remote_code alone")
     return section.model_copy(update={"trust_remote_code": run.trust_remote_code})
+
+
+def _set_template(tokenizer, checkpoint: Checkpoint) -> None:
+    """Gives the tokenizer the chat template that the run used; its config holds the text, whatever became of the file.
+    """
+    given = checkpoint.manifest["config"].get("data", {}).get("chat_template")
+    if checkpoint.manifest["identity"].get(TEMPLATE) == BUILT_IN:
+        given = DEFAULT_CHAT_TEMPLATE
+    if not isinstance(given, str | None):
+        raise ConfigError(f"{checkpoint.path}/{MANIFEST}: config.data.chat_template: {shorten(given)} is no text")
+    set_template(tokenizer, given)
 
 
 def _find(path: Path) -> Checkpoint:

@@ -27,6 +27,7 @@ from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout
+from dpo_ds.data.chat import set_template, settle_template
 from dpo_ds.data.shard import SHARD_NAME, head_of, shard_files, shard_name
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.reference.cache import (
@@ -126,6 +127,7 @@ def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
     policy_config = check_model(run.model, run.model.path)
     text_config = check_reference_model(run, policy_config.get_text_config())
     tokenizer = load_tokenizer(run.model, policy_config, run.model.path)
+    set_template(tokenizer, run.data.chat_template)
     source, filled = run.deepspeed.reference_config or run.deepspeed.config, None
     if source != NO_DEEPSPEED:
         key = "deepspeed.reference_config" if run.deepspeed.reference_config else "deepspeed.config"
@@ -141,6 +143,7 @@ def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
         if manifest is not None:
             check_shards(manifest)
     prepared = prepare_data(run.data, tokenizer, PAIR, launch)
+    speaker(launch)(settle_template(tokenizer, any(pairs.census["message_lists"] for pairs in prepared.values())))
     check_fit(prepared, text_config, speaker(launch))
     models = {"model.path": run.model.path, "reference.path": run.reference.path}
     tell_content(launch, models, tokenizer, prepared, {"DeepSpeed's configuration": filled})

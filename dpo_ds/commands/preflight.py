@@ -27,6 +27,7 @@ from dpo_ds.config import (
 )
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import steps_per_epoch
+from dpo_ds.data.chat import BUILT_IN, TEMPLATE, set_template, settle_template
 from dpo_ds.data.prompts import Prompt
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
@@ -54,6 +55,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     check_lora(run.model.lora, text_config.hidden_size)
     task.check_model(model_config)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
+    set_template(tokenizer, run.data.chat_template)
     machine = this_machine(launch)
     policy_config, notes = ds_config.fill_policy(
         given, run.deepspeed.config, run.train, machine, text_config.hidden_size
@@ -74,11 +76,14 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
         say(resume.check_config(candidates[0], run, launch.world_size))
 
     prepared = prepare_data(run.data, tokenizer, run.sides, launch, task.margin_column, task.calibration)
+    notes = settle_template(tokenizer, any(pairs.census["message_lists"] for pairs in prepared.values()))
+    say(notes)
     check_fit(prepared, text_config, say)
     _check_an_epoch(prepared["train"].sources, run)
     if launch.is_first:
         _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
-    known = _check_identity(run, launch, model_config, policy_config, prepared["train"], candidates, manifest)
+    known = {TEMPLATE: BUILT_IN} if notes and prepared["train"].census["message_lists"] else {}
+    known = _check_identity(run, launch, model_config, policy_config, prepared["train"], candidates, manifest, known)
     reference = getattr(run, "reference", None)
     models = {"model.path": run.model.path, "reference.path": None if reference is None else reference.path}
     tell_content(launch, models, tokenizer, prepared, {"DeepSpeed's configuration": policy_config})
@@ -98,15 +103,16 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
 
 
 def _check_identity(
-    run: SftConfig, launch: Launch, model_config, policy_config: dict, pairs, candidates: Sequence[Checkpoint], manifest
-) -> dict[str, str]:
-    """Returns what a checkpoint will remember, after comparing it with what the one to resume from does.
+    run: SftConfig, launch: Launch, model_config, policy_config: dict, pairs, candidates: Sequence[Checkpoint],
+    manifest, besides: dict[str, str],
+) -> dict[str, str]:  # fmt: skip
+    """Returns what a checkpoint will remember, `besides` included, after comparing it with the one to resume from.
 
     Every byte of models and data is read, once on a machine, so the first rank of each node alone does.
     """
     if not launch.is_first_on_node:
         return {}
-    known = resume.identity_of(run, model_config, policy_config, pairs)
+    known = besides | resume.identity_of(run, model_config, policy_config, pairs)
     recorded = candidates[0].manifest["identity"] if candidates else {}
     if manifest is not None:
         cache = recorded.get(CACHE)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_ds.config.section import FilePath, Section, checked_source
+from dpo_ds.config.section import FilePath, Section, checked_source, path_of
+from dpo_ds.config.text_file import read_text
 from dpo_ds.errors import shorten
 
 
@@ -51,6 +53,9 @@ class ModelSection(SampleModelSection):
     lora: LoraSection = LoraSection()
 
 
+JINJA = ("{{", "{%")  # what every chat template holds
+
+
 class PromptDataSection(Section):
     """Lists the keys of the data section that prompts need."""
 
@@ -66,6 +71,26 @@ class PromptDataSection(Section):
     ignore_columns: list[str] = Field(
         default_factory=list, description="columns to leave out, though they carry meaning, such as system or images"
     )
+    chat_template: str | None = Field(
+        None, description="Jinja: a file, the text, or the name of one of the tokenizer's; null: the tokenizer's own"
+    )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _text_of(cls, given):
+        """Puts the file's text in the place of its path, so that what records this config holds the template itself.
+
+        A name is left as it is: the tokenizer knows whether it has such a template.
+        """
+        if given is None or any(mark in given for mark in JINJA):
+            return given
+        path = Path(path_of(given))
+        if not path.exists() and path.name == given and not path.suffix:
+            return given
+        text = read_text(path, "data.chat_template", "no such file")
+        if not any(mark in text for mark in JINJA):
+            raise ValueError(f"{shorten(given)} holds no Jinja: a chat template has {' or '.join(JINJA)} in it")
+        return text
 
     @model_validator(mode="before")
     @classmethod

@@ -146,7 +146,8 @@ def _from_text(text: str, annotation: Any, key: str) -> Any:
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     if text == "null" and union and type(None) in typing.get_args(annotation):
         return None
-    if annotation is not str and text[:1] in ("[", "{"):
+    kinds = {typing.get_origin(part) for part in (annotation, *typing.get_args(annotation))}
+    if kinds & {list, dict, tuple} and text[:1] in ("[", "{"):
         try:
             return yaml_file.parse(text)
         except yaml_file.YAMLError as error:

@@ -21,6 +21,7 @@ SHOWN = 12  # names in a line for the terminal
 class Census:
     """Counts rows; rows_read = rows kept + rows dropped. All else is of the rows kept.
 
+    message_lists: rows that went through the chat template.
     largest_token: the largest token id. longest: tokens of the longest prompt with one of its completions.
     """
 
@@ -29,6 +30,7 @@ class Census:
     prompts_cut: int = 0
     completions_cut: int = 0
     prompts_differ: int = 0
+    message_lists: int = 0
     largest_token: int = 0
     longest: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -51,12 +53,13 @@ class Census:
         if len(self.bad_rows) < LISTED_BAD_ROWS:
             self.bad_rows.append({"location": str(location), "reason": problem})
 
-    def keep(self, tokenized: Tokenized, prompts_differ: bool) -> None:
+    def keep(self, tokenized: Tokenized, prompts_differ: bool, is_messages: bool) -> None:
         pair, prompt_cut, completions_cut = tokenized
         self.rows_cut += prompt_cut or completions_cut > 0
         self.prompts_cut += prompt_cut
         self.completions_cut += completions_cut
         self.prompts_differ += prompts_differ
+        self.message_lists += is_messages
         self.longest = max(self.longest, len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
         for ids in (pair.prompt, pair.chosen, pair.rejected):
             self.largest_token = max(self.largest_token, int(ids.max(initial=0)))
@@ -76,6 +79,7 @@ class Census:
             "bad_rows_not_listed": dropped - len(self.bad_rows),
             "columns_not_used": self.columns_not_used,
             "prompts_differ": self.prompts_differ,
+            "message_lists": self.message_lists,
             "largest_token": self.largest_token,
             "longest": self.longest,
             "tokens": {part: _percentiles(counts) for part, counts in lengths.items()},

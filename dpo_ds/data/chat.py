@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from dpo_ds.config.inputs import JINJA
 from dpo_ds.data.rows import BadRow, Messages, as_text, shorten
-from dpo_ds.errors import ModelError
+from dpo_ds.errors import ConfigError, ModelError
 
 # For a tokenizer without a template. Role lines as in Tulu 2 (arXiv 2311.10702), EOS after each assistant turn:
 #   <|user|>\nHello\n<|assistant|>\nHi</s>\n
@@ -27,6 +29,7 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
+TEMPLATE, BUILT_IN = "the chat template", "the built-in one"  # among what a checkpoint remembers
 RENDERED = "the chat template's text"
 SENTINEL = "@@the answer@@"  # stands for an assistant's text, to learn what the template puts around it
 
@@ -45,6 +48,41 @@ class Rendered:
     ends_in_answer: bool
 
 
+def set_template(tokenizer: Any, given: str | None) -> None:
+    """Sets data.chat_template, a template's text or the name of one of the tokenizer's; None leaves the tokenizer's.
+
+    Raises:
+        ConfigError: the tokenizer has none of that name, or the text is no valid Jinja.
+    """
+    if given is None:
+        return
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {"default": own} if own else {}
+    if not any(mark in given for mark in JINJA):
+        if given not in named:
+            has = f"templates named {', '.join(sorted(named))}" if named else "no chat template"
+            problem = f"no such file, and {tokenizer.name_or_path} has {has}"
+            raise ConfigError(f"--data.chat_template {shorten(given)}: {problem}; give a file or a template's text")
+        given = named[given]
+    try:
+        _compile_jinja_template(given)
+    except TemplateSyntaxError as error:
+        problem = f"not valid at its line {error.lineno}: {error.message}"
+        raise ConfigError(f"--data.chat_template {shorten(given)}: {problem}") from error
+    tokenizer.chat_template = given
+
+
+def settle_template(tokenizer: Any, has_messages: bool) -> list[str]:
+    """Gives a tokenizer that has no template the built-in one where rows go through it, so that it is exported with
+    the tokenizer; returns the line that says so.
+    """
+    if tokenizer.chat_template or not has_messages:
+        return []
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    name = tokenizer.name_or_path
+    return [f"{name}: has no chat template, so messages go through the built-in one; --data.chat_template sets another"]
+
+
 def template_of(tokenizer: Any, tools: list | None = None) -> str:
     """ModelError where the tokenizer has several templates and none of them is the default."""
     if not tokenizer.chat_template:
@@ -52,7 +90,8 @@ def template_of(tokenizer: Any, tools: list | None = None) -> str:
     try:
         return tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
-        raise ModelError(f"{tokenizer.name_or_path}: no chat template to use: {_first_line(error)}") from error
+        problem = f"no chat template to use: {_first_line(error)}; name one with --data.chat_template"
+        raise ModelError(f"{tokenizer.name_or_path}: {problem}") from error
 
 
 def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> Rendered:
@@ -98,7 +137,8 @@ def _naming_the_template(tokenizer: Any) -> Iterator[None]:
         yield
     except TemplateSyntaxError as error:
         problem = f"the chat template is not valid at its line {error.lineno}: {error.message}"
-        raise ModelError(f"{tokenizer.name_or_path}: {problem}; mend it in the tokenizer's folder") from error
+        remedy = "mend it in the tokenizer's folder, or set another with --data.chat_template"
+        raise ModelError(f"{tokenizer.name_or_path}: {problem}; {remedy}") from error
     except TemplateError as error:
         problem = f"the chat template refuses the conversation: {_first_line(error)}"
         raise BadRow("refused by the chat template", problem) from error

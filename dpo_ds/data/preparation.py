@@ -24,7 +24,7 @@ from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
 from dpo_ds.errors import DataError
 
-FORMAT_VERSION = 3  # of the cache: raise it when the same rows would give other tokens or columns
+FORMAT_VERSION = 4  # of the cache: raise it when the same rows would give other tokens, columns or counts
 EQUAL = "equal after the cut"
 NOTHING_LEFT = "no trained token left after the cut"
 
@@ -140,7 +140,8 @@ def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, An
                     elif np.array_equal(result.pair.chosen, result.pair.rejected):  # or the template trims white space
                         census.drop(location, EQUAL, EQUAL)
                     else:
-                        census.keep(result, conversation.prompts_differ)
+                        is_messages = not isinstance(conversation.prompt, str)
+                        census.keep(result, conversation.prompts_differ, is_messages)
                         pairs.append(result.pair)
                         locations.append(location)
                         margins.append(conversation.margin)

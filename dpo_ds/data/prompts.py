@@ -134,9 +134,9 @@ def _prompts_of(
         nonlocal name
         bare = _bare_field(row)
         if bare is not None:
-            return _bare_prompt(row, bare, tokenize)
+            return _bare_prompt(row, bare, tokenize, census)
         name = detect(row, CHOSEN_ONLY) if name == "auto" else name
-        return _prompt(row, name, tokenize)
+        return _prompt(row, name, tokenize, census)
 
     for batch in intake.batches(rows, text_of):
         texts = [text for _, text in batch]
@@ -163,15 +163,17 @@ def _bare_field(row: Row) -> str | None:
     return None if there else "prompt"
 
 
-def _bare_prompt(row: Row, field: str, tokenize: PairTokenizer) -> str:
+def _bare_prompt(row: Row, field: str, tokenize: PairTokenizer, census: Census) -> str:
     if row.is_text(field):
         return row.text(field)
+    census.message_lists += 1
     return render_prompt(tokenize.tokenizer, with_system(row, field, row.messages(field)), row.tools())
 
 
-def _prompt(row: Row, name: str, tokenize: PairTokenizer) -> str:
+def _prompt(row: Row, name: str, tokenize: PairTokenizer, census: Census) -> str:
     """As training reads it: what both sides begin with, where the row has two."""
     conversation = read(row, name, PAIR if row.get("rejected") is not None else CHOSEN_ONLY)
     if isinstance(conversation.prompt, str):
         return conversation.prompt
+    census.message_lists += 1
     return render_prompt(tokenize.tokenizer, conversation.prompt, conversation.tools)

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -9,15 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from dpo_ds.commands import export as command
-from dpo_ds.config import ExportConfig
+from dpo_ds.config import ExportConfig, TrainConfig, to_plain
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.errors import ConfigError
 from dpo_ds.models import export as module
-from dpo_ds.models.export import write_shards
+from dpo_ds.models.export import model_card, write_shards
 from tests.small_jobs import make_world, run
 from tests.tiny import VOCAB
 
@@ -140,6 +142,37 @@ def test_adapters_alone_or_merged(forks, world, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.generate(**tokenizer("A", return_tensors="pt"), max_new_tokens=2).shape[1] > 1
+
+
+@pytest.mark.parametrize("trained_with", [True, False])
+@pytest.mark.parametrize("asked", [True, False])
+def test_whether_the_models_code_runs_is_said_by_who_exports(trained_with, asked, capsys):
+    """A checkpoint's manifest comes from whoever made it, and runs nothing by itself."""
+    config = {"model": {"path": "m", "trust_remote_code": trained_with, "attn": "sdpa"}}
+    received = SimpleNamespace(path=Path("step-1"), manifest={"config": config})
+    section = command._section(received, ExportConfig(source="s", to="t", trust_remote_code=asked))
+    assert (section.trust_remote_code, section.path, section.attn) == (asked, "m", "sdpa")
+    line = "dpo-ds: m was trained with its own code, which export runs with --trust_remote_code alone\n"
+    assert capsys.readouterr().out == (line if trained_with and not asked else "")
+    assert not ExportConfig(source="s", to="t").trust_remote_code
+
+
+@pytest.mark.parametrize(
+    "path", ["a: b", "a\nlibrary_name: evil\n---\nb", "[a, b]", "{a: b}", "# a", "'a\"", "*a", "null", "1.5", "é: ☃"]
+)
+def test_a_model_card_opens_with_yaml_whatever_the_names_are(path):
+    """The Hub reads what stands between two lines of three dashes."""
+    settings = {"model": {"path": path}, "data": {"train": path}, "deepspeed": {"config": "c"}, "output_dir": "o"}
+    for loss in ("dpo", ["dpo", "hinge"]):
+        weights = {"weights": [1, 0.5]} if isinstance(loss, list) else {}
+        run = to_plain(TrainConfig.model_validate(settings | {"loss": {"name": loss, **weights}}))
+        card = model_card("train", run, {"loss": 0.5}, {"torch": "2"})
+        before, front, text = re.split("^---$", card, maxsplit=2, flags=re.MULTILINE)
+        assert before == "" and "| loss | 0.5 |" in text
+        names = loss if isinstance(loss, list) else [loss]
+        assert yaml.safe_load(front) == {
+            "library_name": "transformers", "base_model": path, "tags": ["dpo_ds", *names]
+        }  # fmt: skip
 
 
 def test_never_more_than_one_output_shard_is_held(tmp_path):

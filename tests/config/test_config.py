@@ -254,3 +254,31 @@ def test_the_command_ends_with_exit_code_2_and_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "dpo-ds: error: unknown key --train.sed; did you mean 'train.seed'?\n"
     assert done.stdout == ""
+
+
+def test_a_chat_template_is_a_files_text_a_text_or_a_name(tmp_path, monkeypatch):
+    """The config holds the text, so that what records it does not depend on the file."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jinja").write_text("{{ messages }}")
+    assert parse().data.chat_template is None
+    assert parse("--data.chat_template", "a.jinja").data.chat_template == "{{ messages }}"
+    assert parse("--data.chat_template", "{%- if x %}{% endif %}").data.chat_template == "{%- if x %}{% endif %}"
+    assert parse("--data.chat_template", "tool_use").data.chat_template == "tool_use"
+    (tmp_path / "run.yaml").write_text("data: {chat_template: a.jinja}")
+    assert parse("--config", "run.yaml").data.chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere.jinja", "--data.chat_template nowhere.jinja: no such file"),
+        ("some/name", "--data.chat_template some/name: no such file"),
+        (".", "--data.chat_template .: is a folder, not a file"),
+        ("notes.txt", "--data.chat_template: 'notes.txt' holds no Jinja: a chat template has {{ or {% in it"),
+        ("x" * 300, "is too long: 255 bytes a name"),
+    ],
+)
+def test_a_chat_template_that_is_none(tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("hello")
+    assert message in mistake("train", *REQUIRED, "--data.chat_template", given)

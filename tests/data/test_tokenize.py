@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
+from dpo_ds.data.chat import DEFAULT_CHAT_TEMPLATE, set_template, settle_template
 from dpo_ds.data.formats import Conversation
 from dpo_ds.data.rows import BadRow
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
-from dpo_ds.errors import ModelError
+from dpo_ds.errors import ConfigError, ModelError
 from tests.data_helpers import CHATML, EOS, tokenizer
 
 STRIPS_THINKING = (  # earlier assistant turns lose their <think> block, the last keeps it (as in Qwen 3)
@@ -257,6 +258,46 @@ def test_a_template_may_refuse_or_leave_out():
         tokenize(
             Conversation([user("q")], [assistant("ztext"), user("e")], [assistant("b")]), tokenizer(template=silent)
         )
+
+
+def test_a_template_that_the_config_sets_is_used_and_told_apart():
+    """"[U]q[A]a</s>" is 3 + 1 characters of prompt, then the header, which generation would write, and the answer."""
+    conversation = Conversation([user("q")], [assistant("a")], [assistant("b")])
+    own, other = tokenizer(template=CHATML), tokenizer(template=CHATML)
+    set_template(own, None)
+    assert own.chat_template == CHATML and fingerprint(own) == fingerprint(other)
+    set_template(own, OPENS_THINKING)
+    assert fingerprint(own) != fingerprint(other)
+    pair = tokenize(conversation, own).pair
+    assert own.decode(np.concatenate([pair.prompt, pair.chosen])) == "[U]q[A]a</s>"
+    several = tokenizer(template={"plain": CHATML, "thinking": OPENS_THINKING})
+    set_template(several, "thinking")
+    assert several.chat_template == OPENS_THINKING
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "message"),
+    [
+        (None, "thinking", "--data.chat_template 'thinking': no such file, and .* has no chat template; give a file"),
+        (CHATML, "thinking", "'thinking': no such file, and .* has templates named default; give a file"),
+        ({"b": CHATML, "a": CHATML}, "c", "'c': no such file, and .* has templates named a, b; give a file"),
+        (None, "{{ messages }}{% for %}", "'{{ messages }}{% for %}': not valid at its line 1: Expected an expression"),
+    ],
+)
+def test_a_template_that_cannot_be_set(own, given, message):
+    with pytest.raises(ConfigError, match=message):
+        set_template(tokenizer(template=own), given)
+
+
+def test_the_built_in_template_stays_with_the_tokenizer_where_it_is_used():
+    tok = tokenizer()
+    before = fingerprint(tok)
+    assert settle_template(tok, has_messages=False) == [] and tok.chat_template is None
+    assert ["built-in" in line for line in settle_template(tok, has_messages=True)] == [True]
+    assert tok.chat_template == DEFAULT_CHAT_TEMPLATE and fingerprint(tok) == before
+    assert settle_template(tok, has_messages=True) == []  # said once
+    own = tokenizer(template=CHATML)
+    assert settle_template(own, has_messages=True) == [] and own.chat_template == CHATML
 
 
 def test_a_template_that_fails():

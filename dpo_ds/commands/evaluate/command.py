@@ -31,6 +31,7 @@ from dpo_ds.commands.preflight import check_fit, check_room, tell_content
 from dpo_ds.config import EvaluateConfig, ModelSection
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import Layout
+from dpo_ds.data.chat import set_template, settle_template
 from dpo_ds.data.prompts import Prompt, read_prompts
 from dpo_ds.data.sources import KINDS
 from dpo_ds.errors import ConfigError, ModelError, UserError
@@ -97,6 +98,7 @@ def prepare(run: EvaluateConfig, launch: Launch) -> Work:
     wanted, say = run.evaluate, speaker(launch)
     torch.set_num_threads(wanted.threads)
     tokenizer, configs = _check_models(run)
+    set_template(tokenizer, run.data.chat_template)
     hidden_size = configs[0].hidden_size
     engine = None
     if run.deepspeed.config != NO_DEEPSPEED:
@@ -112,6 +114,7 @@ def prepare(run: EvaluateConfig, launch: Launch) -> Work:
             run.data.eval, options=options, tokenizer=tokenizer, split="eval", build=launch.is_first_on_node
         )
         say([f"eval data: {data.format_census(pairs.census)}"])
+        say(settle_template(tokenizer, pairs.census["message_lists"] > 0))
         for config in configs:
             check_fit({"eval": pairs}, config, say)
     if wanted.n:
@@ -119,6 +122,7 @@ def prepare(run: EvaluateConfig, launch: Launch) -> Work:
         found = read_prompts(source, options=options, tokenizer=tokenizer, split="eval")
         prompts = list({prompt.text: prompt for prompt in found.rows}.values())
         say([f"prompts: {found.summary()}; {len(prompts):,} different ones, {wanted.n} completions each"])
+        say(settle_template(tokenizer, found.census.message_lists > 0))
         for config in configs:
             check_room(prompts, config, "evaluate", wanted.max_new_tokens, say)
     if wanted.baseline is not None and _is_file(wanted.baseline):

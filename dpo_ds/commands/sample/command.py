@@ -26,6 +26,7 @@ from dpo_ds.commands.preflight import check_room, tell_content
 from dpo_ds.commands.sample.folder import Folder, completion_rows, is_a_sample
 from dpo_ds.config import SampleConfig
 from dpo_ds.config import deepspeed as ds_config
+from dpo_ds.data.chat import set_template, settle_template
 from dpo_ds.data.prompts import Prompt, read_prompts
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError, UserError
@@ -86,6 +87,7 @@ def prepare(run: SampleConfig, launch: Launch) -> Work:
     scorer = None if sample.score is None else load_scorer(sample.score, "sample.score", sample.score_timeout)
     model_config = check_model(run.model, run.model.path)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
+    set_template(tokenizer, run.data.chat_template)
     machine, engine = this_machine(launch), None
     if run.deepspeed.config != NO_DEEPSPEED:
         given = ds_config.read(run.deepspeed.config)
@@ -95,6 +97,7 @@ def prepare(run: SampleConfig, launch: Launch) -> Work:
     precision = engine or {"bf16": {"enabled": machine.has_bf16 and machine.device == "cuda"}}
     prompts = read_prompts(sample.prompts, options=run.data, tokenizer=tokenizer, limit=run.data.limit)
     say([f"{sample.prompts}: {prompts.summary()}"])
+    say(settle_template(tokenizer, prompts.census.message_lists > 0))
     check_room(prompts.rows, model_config.get_text_config(), "sample", sample.max_new_tokens, say)
     texts = [prompt.text for prompt in prompts.rows]
     tell_content(launch, {"model.path": run.model.path}, tokenizer, {}, {"the prompts": texts, "the engine": engine})
