@@ -10,6 +10,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from dpo_ds.cluster.foreign import time_limit
 from dpo_ds.config.inputs import JINJA
 from dpo_ds.data.rows import BadRow, Messages, as_text, shorten
 from dpo_ds.errors import ConfigError, ModelError
@@ -30,6 +31,7 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
 TEMPLATE, BUILT_IN = "the chat template", "the built-in one"  # among what a checkpoint remembers
+TEMPLATE_SECONDS = 60.0  # for one conversation, which takes a millisecond
 RENDERED = "the chat template's text"
 SENTINEL = "@@the answer@@"  # stands for an assistant's text, to learn what the template puts around it
 
@@ -96,10 +98,15 @@ def template_of(tokenizer: Any, tools: list | None = None) -> str:
 
 def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> Rendered:
     """BadRow where the template refuses the conversation, fails on it or leaves an assistant turn out; ModelError
-    where the template is no Jinja.
+    where the template is no Jinja or does not come to an end.
 
     White space after the last EOS that the template writes is left off.
     """
+    with _within_time(tokenizer):
+        return _render(tokenizer, prompt, completion, tools)
+
+
+def _render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> Rendered:
     chat = _Chat(tokenizer, tools)
     messages = prompt + completion
     with _naming_the_template(tokenizer):
@@ -123,11 +130,19 @@ def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list |
 def render_prompt(tokenizer: Any, prompt: Messages, tools: list | None) -> str:
     """The text up to where the assistant's answer begins; raises as `render` does."""
     chat = _Chat(tokenizer, tools)
-    if not prompt:  # templates give no generation prompt to a conversation without messages
-        return chat.around([])[0] or ""
-    with _naming_the_template(tokenizer):
+    with _within_time(tokenizer), _naming_the_template(tokenizer):
+        if not prompt:  # templates give no generation prompt to a conversation without messages
+            return chat.around([])[0] or ""
         text = chat.text(prompt, generation_prompt=True)
     return as_text(RENDERED, text)
+
+
+def _within_time(tokenizer: Any) -> contextlib.AbstractContextManager:
+    def late() -> ModelError:
+        problem = f"the chat template did not come to an end within {TEMPLATE_SECONDS:g} s on a conversation"
+        return ModelError(f"{tokenizer.name_or_path}: {problem}; mend it in the tokenizer's folder")
+
+    return time_limit(TEMPLATE_SECONDS, late)
 
 
 @contextlib.contextmanager
