@@ -19,8 +19,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpo_ds.cluster.launch import free_port
 from tests.benchmarks.machine import HAS_GPU
 
@@ -39,6 +37,8 @@ def context():
 
 def forks_lack_the_gpu() -> bool:
     """Tells whether anything in this process has initialised CUDA, which a process does once for all its forks."""
+    import torch
+
     pid = os.fork()
     if pid == 0:
         os._exit(torch.cuda._is_in_bad_fork())  # as torch sees it

@@ -7,6 +7,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as dpo-ds does before it imports torch
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not touch it before jobs.py forks
 import torch  # noqa: E402
 
