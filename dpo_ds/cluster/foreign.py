@@ -1,9 +1,12 @@
-"""Runs code that is not ours (score functions, judges, patterns, chat templates) in this process, and stays its master.
+"""Runs code that is not ours in this process, and stays its master: whatever it does to us becomes one line.
 
-Such code keeps what it has loaded, so it runs where we run, and not in a child. The time limit is a timer of the
-kernel's: a thread of ours would wait for the interpreter's lock, which `re` holds while it searches, whereas `re` looks
-for signals every 4096 steps of its own (_sre), so that an exponential pattern ends when the alarm rings. Patterns thus
-stay Python's; those of the `regex` package, which knows a timeout, are not the same in every case.
+`guarded` holds score functions and judges, `time_limit` patterns and chat templates, `refusing` the libraries' own
+reading of what the user gave them. Such code keeps what it has loaded, so it runs where we run, and not in a child.
+
+The time limit is a timer of the kernel's: a thread of ours would wait for the interpreter's lock, which `re` holds
+while it searches, whereas `re` looks for signals every 4096 steps of its own (_sre), so that an exponential pattern
+ends when the alarm rings. Patterns thus stay Python's; those of the `regex` package, which knows a timeout, are not the
+same in every case.
 """
 
 from __future__ import annotations
@@ -15,12 +18,17 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from dpo_ds.cluster import rendezvous, signals, terminal
-from dpo_ds.errors import UserError
+import torch
+from pydantic import ValidationError
 
+from dpo_ds.cluster import rendezvous, signals, terminal
+from dpo_ds.errors import UserError, shorten
+
+SHOWN_BY = " (DPO_DS_VERBOSE=1 shows where)"
 AGAIN_SECONDS = 1.0  # the alarm rings so often, for code that catches everything
 LAST_SECONDS = 10.0  # after the limit, for code that no signal reaches
 FORK_SECONDS = 1.0  # for a child to come back; one that works elsewhere, such as a pool's, never does
@@ -106,10 +114,32 @@ def guarded(who: str, limit: Limit) -> Iterator[None]:
 _PYTHONS = signal.default_int_handler
 
 
-def told(error: BaseException) -> str:
-    """Returns type and text of an exception in one line; its own methods may fail as well."""
+@contextlib.contextmanager
+def refusing(mistake: Callable[[str], UserError]) -> Iterator[None]:
+    """Raises `mistake(what was raised, in a line)` for every exception of what it holds, which DPO_DS_VERBOSE=1 shows
+    whole. Lack of memory, a rank that has gone and a UserError are no mistake in a file, and stay what they are.
+    """
     try:
-        text = " ".join(str(error).split())[:200]
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        signals.check()
+        if "/torch/distributed/" in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        if os.environ.get("DPO_DS_VERBOSE"):
+            traceback.print_exc()
+        raise mistake(told(error)) from error
+
+
+def told(error: BaseException) -> str:
+    """Returns type and text of an exception in one line, with the key where it names one; its methods may fail too."""
+    if isinstance(error, ValidationError):
+        finding = error.errors()[0]
+        key = ".".join(str(part) for part in finding["loc"])
+        return f"{error.title}: {key} is {shorten(finding['input'])}: {finding['msg']}"
+    try:
+        text = " ".join(str(error).split())[:300]
     except Exception:
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dpo_ds.checkpoint.manifest import MANIFEST, Checkpoint, open_folder
 from dpo_ds.checkpoint.resume import find
 from dpo_ds.checkpoint.shards import ENGINE_PREFIX, Shards
+from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.config import ExportConfig, ModelSection
 from dpo_ds.data.chat import BUILT_IN, DEFAULT_CHAT_TEMPLATE, TEMPLATE, set_template
-from dpo_ds.errors import ConfigError, shorten
+from dpo_ds.errors import ConfigError, ModelError, shorten
 from dpo_ds.models import lora
 from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, write_rest, write_shards, write_words
 from dpo_ds.models.fingerprint import MODEL, model_as_recorded
@@ -51,7 +52,8 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
         config.update({"num_labels": 1, REWARD_MEAN: 0.0})
     with torch.device("meta"):
         auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
-        causal_lm = auto_class.from_config(config, trust_remote_code=section.trust_remote_code)
+        with refusing(lambda what: ModelError(f"{section.path}: cannot be loaded: {what}{SHOWN_BY}")):
+            causal_lm = auto_class.from_config(config, trust_remote_code=section.trust_remote_code)
     if is_reward:
         unnormalised = f"{REWARD_MEAN} is 0: the mean over calibration data is taken where a run ends, for final/"
         for note in filter(None, [unnormalised, settle_padding(causal_lm, tokenizer)]):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
-import traceback
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,14 +12,14 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_ds.batch import PAIR, Batch, padded_batch
 from dpo_ds.cluster import collectives
+from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.config import ModelSection
-from dpo_ds.errors import ConfigError, ModelError, shorten
+from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.logprobs import TokenStatistics
 from dpo_ds.models.attention import canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.models.causal_lm import LogProbModel
@@ -216,11 +214,13 @@ def check_head(model: LoadedModel) -> None:
     All ranks enter, with the model's padded attention in place.
 
     Raises:
-        ModelError: the head's log-probs or scores are not those of the model's own logits.
+        ModelError: the head's log-probs or scores are not those of the model's own logits, or these are no numbers.
     """
     batch = padded_batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size)).to(model.device)
     with model.evaluating():
         ours, own = model.engine(batch), model.engine(batch, own_logits=True)
+    if not own.isfinite().all():
+        raise ModelError(_not_finite(model))
     error = (ours - own).abs().mean().item()
     tolerance = canary_tolerance(model.causal_lm, own)
     if not error <= tolerance:  # also when it is not a number
@@ -228,6 +228,18 @@ def check_head(model: LoadedModel) -> None:
             f"{type(model.causal_lm).__name__} computes its logits in a way that dpo_ds does not know: what comes of "
             f"them differs by {error:.1e} on average from its own, more than {tolerance:.0e}"
         )
+
+
+def _not_finite(model: LoadedModel) -> str:
+    """Says whose fault it is that a model's own outputs are NaN or infinite. All ranks enter."""
+    parameters = model.causal_lm.named_parameters()
+    own = [name for name, p in parameters if not getattr(p, "ds_tensor", p).isfinite().all()]
+    names = sorted({name for part in collectives.gather_objects(own) for name in part})
+    path = model.causal_lm.config._name_or_path or type(model.causal_lm).__name__
+    if not names:
+        return f"{path}: its own outputs are NaN or infinite, though its weights are finite: they overflow in its dtype"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{path}: its own outputs are NaN or infinite, as its weights {', '.join(names[:3])}{more} hold such values"
 
 
 @contextlib.contextmanager
@@ -262,28 +274,8 @@ def _initialize(model: LogProbModel, ds_config: dict, **kwargs):
     refusal = make_units(model.causal_lm, ds_config["zero_optimization"])
     if refusal and collectives.rank() == 0:
         print(f"dpo-ds: {type(model.causal_lm).__name__}: each module fetched alone, slower: {refusal}", flush=True)
-    try:
+    with refusing(lambda what: ConfigError(f"DeepSpeed refuses deepspeed.config or the model: {what}{SHOWN_BY}")):
         return deepspeed.initialize(model=model, config=ds_config, **kwargs)[0]
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        if "/torch/distributed/" in frame.filename:  # another rank has gone; that is no mistake in a file
-            raise
-        if os.environ.get("DPO_DS_VERBOSE"):
-            traceback.print_exc()
-        raise ConfigError(
-            f"DeepSpeed refuses deepspeed.config or the model: {_told(error)} (DPO_DS_VERBOSE=1 shows where)"
-        ) from error
-
-
-def _told(error: Exception) -> str:
-    """Returns what DeepSpeed says in one line, with the key where it names one."""
-    if isinstance(error, ValidationError):
-        finding = error.errors()[0]
-        key = ".".join(str(part) for part in finding["loc"])
-        return f"{error.title}: {key} is {shorten(finding['input'])}: {finding['msg']}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def own_slice(slices: Sequence[Tensor], numel: int) -> Tensor:

@@ -14,7 +14,6 @@ from urllib.request import getproxies
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,9 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
+from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.cluster.records import Damaged, read_object
 from dpo_ds.config import ModelSection
-from dpo_ds.errors import ModelError
+from dpo_ds.errors import ConfigError, ModelError
 
 HUB_SECONDS = 5  # for a connection to the Hub
 CLASSIFIER = "ForSequenceClassification"
@@ -45,12 +45,10 @@ def check_model(section: ModelSection, path: str, key: str = "model.path", class
         raise ModelError(f"--{key} {path}: {what}; expected a Hugging Face folder with config.json, or a Hub id")
     else:
         _check_hub(path, key)
-    try:
+    with refusing(lambda what: ModelError(f"--{key} {path}: no usable model config: {what}{SHOWN_BY}")):
         config = AutoConfig.from_pretrained(
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"--{key} {path}: no usable model config ({one_line(error)})") from None
     remote = section.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise ModelError(f"--{key} {path}: model_type {config.model_type!r} is no causal language model")
@@ -85,12 +83,10 @@ def _check_hub(path: str, key: str) -> None:
 
 def load_tokenizer(section: ModelSection, config, path: str, key: str = "model.path"):
     """The folder's tokenizer, which must have an end-of-sequence token and fit the model's vocabulary."""
-    try:
+    with refusing(lambda what: ModelError(f"--{key} {path}: no usable tokenizer: {what}{SHOWN_BY}")):
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"--{key} {path}: no usable tokenizer ({one_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"--{key} {path}: the tokenizer has no EOS token, so a completion could never end; "
@@ -116,18 +112,24 @@ def load_model(
     All ranks enter. `ds_config` decides the dtype; section.attn "auto" leaves transformers its choice. settings: of the
     transformers config, beside the folder's own. new: weights that the folder may lack; transformers draws them.
     """
+    from deepspeed.runtime.config import DeepSpeedConfig
     from transformers.integrations import HfDeepSpeedConfig
 
-    zero_init = HfDeepSpeedConfig(ds_config)  # held weakly by transformers: without this name, nothing is sharded
+    with refusing(lambda what: ConfigError(f"DeepSpeed refuses deepspeed.config: {what}{SHOWN_BY}")):
+        if "zero_optimization" in ds_config:
+            DeepSpeedConfig(ds_config)  # read while weights are loaded, where a mistake would be called the model's
+        zero_init = HfDeepSpeedConfig(ds_config)  # held weakly by transformers: without this name, nothing is sharded
     bf16 = ds_config["bf16"]["enabled"]
     options = {"trust_remote_code": section.trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
     if section.attn != "auto":
         options["attn_implementation"] = section.attn
     path = section.path
-    config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    config.update(settings or {})
-    dropouts = switch_dropout_off(config)
-    try:
+    with refusing(lambda what: ModelError(f"{path}: cannot be loaded: {what}{SHOWN_BY}")):
+        config = AutoConfig.from_pretrained(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+        config.update(settings or {})
+        dropouts = switch_dropout_off(config)
         if section.from_config:
             torch.manual_seed(0)  # rank 0's draw is broadcast; seeded, so that policy and reference are the same model
             causal_lm = auto_class.from_config(config, **options)
@@ -135,12 +137,6 @@ def load_model(
             causal_lm, loading = auto_class.from_pretrained(
                 path, config=config, revision=section.revision, output_loading_info=True, **options
             )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{path}: cannot be loaded ({one_line(error)})") from error
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise ModelError(f"{path}: weights of other shapes than its config.json says ({one_line(error)})") from None
     if not section.from_config:
         check_complete(path, set(loading["missing_keys"]) - set(new))
         check_no_more(path, causal_lm, loading["unexpected_keys"])
@@ -197,7 +193,10 @@ def _remedy(folder: Path) -> str:
 def _check_weights(folder: Path, path: str, key: str) -> None:
     """The headers of the safetensors files, which tell a file that was cut short; shards that the index names."""
     index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names = {"model.safetensors"}
+    if index.is_file():
+        with refusing(lambda what: ModelError(f"--{key} {path}: {index.name} is no index of weights: {what}")):
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     for file in sorted(folder / name for name in names if index.is_file() or (folder / name).is_file()):
         try:
             with safe_open(file, framework="pt"):
@@ -226,10 +225,6 @@ def check_no_more(path: str, model: nn.Module, unexpected: Collection[str]) -> N
                 raise ModelError(
                     f"{path}: holds {name}, but config.json says {count} {layers[1:]}; they do not belong together"
                 )
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -25,19 +25,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dpo_ds.batch import CHOSEN_ONLY
-from dpo_ds.cluster.foreign import Limit, Raised, guarded, time_limit
+from dpo_ds.cluster.foreign import SHOWN_BY, Limit, Raised, guarded, refusing, time_limit
 from dpo_ds.config import ModelSection, did_you_mean
 from dpo_ds.data.formats import Conversation
 from dpo_ds.data.rows import shorten
 from dpo_ds.data.tokenize import PairTokenizer, Tokenized
 from dpo_ds.errors import ConfigError, ModelError, UserError
 from dpo_ds.models.fingerprint import weights_digest
-from dpo_ds.models.loading import check_complete, check_folder, load_tokenizer, one_line
+from dpo_ds.models.loading import check_complete, check_folder, load_tokenizer
 from dpo_ds.models.reward_model import REWARD_MEAN, RewardHead
 
 REGEX = "regex:"
@@ -199,9 +198,10 @@ class ScoringModel:
     def _load(self):
         has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
         dtype = "auto" if has_cuda else torch.float32
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            self.path, dtype=dtype, output_loading_info=True
-        )
+        with refusing(lambda what: ModelError(f"{self.path}: cannot be loaded: {what}{SHOWN_BY}")):
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                self.path, dtype=dtype, output_loading_info=True
+            )
         check_complete(self.path, set(loading["missing_keys"]))
         if type(getattr(model, "score", None)) is nn.Linear:
             model.score.__class__ = RewardHead  # else bfloat16 weights would round scores, and make ties
@@ -248,10 +248,8 @@ def _classifier_config(path: str, key: str):
         raise ModelError(f"{given}: no config.json there, so it is no reward model; {forms}")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1 or ":" in path):
         raise ModelError(f"{given}: does not exist; {forms}")
-    try:
+    with refusing(lambda what: ModelError(f"{given}: no usable model config: {what}; {forms}")):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"{given}: no usable model config ({one_line(error)}); {forms}") from None
     if not any("SequenceClassification" in name for name in config.architectures or []):
         kind = ", ".join(config.architectures or ["unknown"])
         raise ModelError(f"{given}: is a {kind}, no sequence classification model; dpo-ds reward trains one")

@@ -9,8 +9,11 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from dpo_ds.errors import ConfigError
+from dpo_ds.cluster import collectives
+from dpo_ds.demo.tiny import random_model, tiny_config
+from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.models import engine
+from dpo_ds.models.causal_lm import LogProbModel
 
 
 def raising(error):
@@ -58,3 +61,23 @@ def test_what_is_no_mistake_of_the_users_stays_what_it_is(initialize, call):
     with pytest.raises(Exception) as caught:
         initialize(call)
     assert not isinstance(caught.value, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), "as its weights model.norm.weight hold such values"),
+        (float("inf"), "as its weights model.norm.weight hold such values"),
+        (3e38, "though its weights are finite: they overflow in its dtype"),
+    ],
+)
+def test_outputs_that_are_no_numbers_are_the_weights_fault(value, said, monkeypatch):
+    """Every logit is a sum of final norm's weight times a number of about 1: beyond 3.4e38 in float32."""
+    monkeypatch.setattr(collectives, "gather_objects", lambda own: [own])
+    causal_lm = random_model(tiny_config("llama", 64, hidden=16))
+    with torch.no_grad():
+        causal_lm.model.norm.weight.fill_(value)
+        causal_lm.get_output_embeddings().weight.fill_(1.0)
+    causal_lm.config._name_or_path = "models/broken"
+    with pytest.raises(ModelError, match=f"^models/broken: its own outputs are NaN or infinite, {said}$"):
+        engine.check_head(engine.Replica(LogProbModel(causal_lm), torch.device("cpu")))

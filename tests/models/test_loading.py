@@ -1,5 +1,6 @@
 """What a model folder or a name must be, told before anything is loaded; what a saved file may be read by."""
 
+import json
 import os
 import socket
 import stat
@@ -10,10 +11,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from dpo_ds.config import ModelSection
-from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.errors import ModelError
+from dpo_ds.demo.tiny import random_model, save_tiny_model, tiny_config, train_tokenizer
+from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.models import loading
-from dpo_ds.models.loading import check_model, check_no_more, save_tensors
+from dpo_ds.models.loading import check_model, check_no_more, load_causal_lm, load_tokenizer, save_tensors
 
 
 def test_a_reward_model_is_no_language_model(tmp_path):
@@ -76,3 +77,46 @@ def test_a_saved_file_may_be_read_by_whoever_the_umask_lets(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o640
+
+
+MISTAKES = {  # file -> what is written there, and what the line says beside the folder's name
+    "an activation": ("config.json", {"hidden_act": "gelly"}, "cannot be loaded: KeyError: 'gelly'"),
+    "no heads": ("config.json", {"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": None}, "ZeroDivision"),
+    "other shapes": ("config.json", {"intermediate_size": 7}, "cannot be loaded: RuntimeError: "),
+    "an index": ("model.safetensors.index.json", {"weight_map": 3}, "no index of weights: AttributeError"),
+    "a number": ("config.json", {"vocab_size": "many"}, "no usable model config: "),
+    "a kind": ("tokenizer.json", {"model": {"type": "abacus"}}, "no usable tokenizer: "),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_whatever_transformers_raises_is_one_line(name, tmp_path, monkeypatch, capsys):
+    """Also what no list of exceptions would name; DPO_DS_VERBOSE shows where."""
+    file, change, said = MISTAKES[name]
+    save_tiny_model(tmp_path, train_tokenizer(["a few words"], 300), tiny_config("llama", 300, hidden=16))
+    random_model(tiny_config("llama", 300, hidden=16)).save_pretrained(tmp_path)
+    given = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps(given | change))
+    section = ModelSection(path=str(tmp_path))
+
+    def load():
+        with pytest.raises(ModelError) as caught:
+            load_tokenizer(section, check_model(section, section.path), section.path)
+            load_causal_lm(section, {"bf16": {"enabled": False}})
+        return str(caught.value)
+
+    line = load()
+    assert str(tmp_path) in line and said in line and "\n" not in line, line
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("DPO_DS_VERBOSE", "1")
+    load()
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_mistake_for_deepspeed_is_not_called_the_models(tmp_path):
+    """transformers reads the configuration while it loads weights, and there pydantic's error is a ValueError."""
+    random_model(tiny_config("llama", 64, hidden=16)).save_pretrained(tmp_path)
+    engine = {"bf16": {"enabled": False}, "zero_optimization": {"stage": 3, "offload_param": "cpu"}}
+    with pytest.raises(ConfigError, match="DeepSpeed refuses deepspeed.config: .*offload_param is 'cpu'") as caught:
+        load_causal_lm(ModelSection(path=str(tmp_path)), engine)
+    assert str(tmp_path) not in str(caught.value)
