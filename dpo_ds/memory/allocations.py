@@ -12,6 +12,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
@@ -147,6 +148,7 @@ def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: d
         bucket=bucket if _setting(zero, "contiguous_gradients") else 1,
         communication={2: torch.bfloat16, 4: torch.float32}[communication],
         ranks=ranks,
+        units="leaf_module" not in zero,
     )
     found = parameters(config, how)
     trained = [p for p in found if p.is_trained]
@@ -199,7 +201,8 @@ def _add_frozen(memory: Memory, config, machine: Machine, nodes: int, ds: dict, 
     zero, ranks = ds["zero_optimization"], machine.ranks
     bf16 = ds_config.is_bf16(ds)
     width = 2 if bf16 else 4
-    how = Pass(segments, targets, torch.bfloat16 if bf16 else torch.float32, machine.device, training=False)
+    dtype, units = torch.bfloat16 if bf16 else torch.float32, "leaf_module" not in zero
+    how = Pass(segments, targets, dtype, machine.device, training=False, units=units)
     found = parameters(config, how)
     _place_weights(memory, "reference", found, zero, width, ranks, ranks // nodes)
     gathered = _gathered(found, zero, width, ranks)
@@ -239,16 +242,18 @@ def _place_weights(
 
 def _gathered(found: list[Parameter], zero: dict, width: int, ranks: int) -> dict[str, int]:
     """Weights that are whole for a while. Prefetching goes on until max_live_parameters are; those that will be needed
-    again within max_reuse_distance are not given back; one more parameter is always fetched.
+    again within max_reuse_distance are not given back; one layer (one parameter elsewhere) more is always fetched.
 
     What is fetched together comes in one buffer, which stays until the last of it was used, beside the copies.
     """
     if ranks == 1 and _device_of(zero, "offload_param") == "none":
         return {}
-    threshold = _setting(zero, "param_persistence_threshold")
-    sizes = [p.numel for p in found if p.numel > threshold]
-    limit = max(_setting(zero, "max_live_parameters"), _setting(zero, "max_reuse_distance")) + max(sizes, default=0)
-    fetch = 0
+    large = [p for p in found if p.numel > _setting(zero, "param_persistence_threshold")]
+    sizes = [p.numel for p in large]
+    units = groupby(large, lambda p: id(p) if p.layer is None else p.layer)
+    most = max((sum(p.numel for p in unit) for _, unit in units), default=0)
+    limit = max(_setting(zero, "max_live_parameters"), _setting(zero, "max_reuse_distance")) + most
+    fetch = most if most > max(sizes, default=0) else 0  # a single parameter needs no buffer
     for start in range(len(sizes)):
         total = count = 0
         while total < _setting(zero, "prefetch_bucket_size") and start + count < len(sizes):

@@ -32,6 +32,7 @@ from dpo_ds.logprobs.chunked import PADDING, TILES
 from dpo_ds.logprobs.head import install_head
 from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION
+from dpo_ds.models.layers import decoder_layers, with_gradients_at_the_input
 from dpo_ds.models.loading import switch_dropout_off
 from dpo_ds.models.packed.segments import forget_tables, is_merged, segment_table
 
@@ -43,7 +44,8 @@ class Pass:
     """How a model is run: on `device` "cuda" or "cpu" in `dtype`, on one packed row of `segments` of which `targets`
     rows are scored by the head, or, with is_reward, one row a completion by a classifier's.
 
-    bucket: elements of DeepSpeed's reduce bucket, communication its dtype; ranks that a gradient is cut for.
+    bucket: elements of DeepSpeed's reduce bucket, communication its dtype; ranks that a gradient is cut for. units:
+    whether decoder layers are ZeRO-3's leaves, whose gradients are all there before the first is taken.
     """
 
     segments: tuple[Segment, ...]
@@ -57,6 +59,7 @@ class Pass:
     bucket: int = 1
     communication: torch.dtype = torch.float32
     ranks: int = 1
+    units: bool = True
 
     @property
     def tokens(self) -> int:
@@ -65,14 +68,19 @@ class Pass:
 
 @dataclass(frozen=True)
 class Parameter:
+    """One of the model's; layer: the number of its decoder layer, where it is in one and they are units."""
+
     numel: int
     is_trained: bool
     is_matrix: bool
+    layer: int | None = None
 
 
 def parameters(config, run: Pass) -> list[Parameter]:
     """The model's parameters in the order of `named_parameters`, each tied one once."""
-    return [Parameter(p.numel(), p.requires_grad, p.dim() > 1) for p in _build(config, run).parameters()]
+    model = _build(config, run)
+    layers = {p: number for number, layer in enumerate(_units(model, run)) for p in layer.parameters()}
+    return [Parameter(p.numel(), p.requires_grad, p.dim() > 1, layers.get(p)) for p in model.parameters()]
 
 
 def peaks(config, run: Pass) -> dict[str, int]:
@@ -92,8 +100,13 @@ def _traced(config, run: Pass) -> dict[str, int]:
         meter = PeakMemory([*model.parameters(), *model.buffers()])
         if run.training:
             reducer = _Reducer(run)
-            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-                parameter.register_post_accumulate_grad_hook(reducer)
+            delayed = {p for layer in _units(model, run) for p in layer.parameters()}
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter not in delayed:
+                    parameter.register_post_accumulate_grad_hook(reducer)
+            for layer in _units(model, run):
+                layer.register_forward_pre_hook(with_gradients_at_the_input, with_kwargs=True)
+                layer.register_full_backward_hook(reducer.take_layer)
         ids = torch.zeros(1, run.tokens, dtype=torch.int64)
         rows = torch.zeros(run.targets, dtype=torch.int64)
         with meter, torch.set_grad_enabled(run.training):
@@ -176,6 +189,11 @@ class _Reducer:
         self._elements += size
         self._count += 1
         parameter.grad = None
+
+    def take_layer(self, layer: torch.nn.Module, *_) -> None:
+        for parameter in layer.parameters():
+            if parameter.grad is not None:
+                self(parameter)
 
     def _flush(self) -> None:
         run = self._run
@@ -297,6 +315,10 @@ def _shapes_only() -> Iterator[None]:
         yield
     finally:
         forget_tables()
+
+
+def _units(model: PreTrainedModel, run: Pass) -> list[torch.nn.Module]:
+    return decoder_layers(model) if run.units else []
 
 
 def _build(config, run: Pass) -> PreTrainedModel:
