@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -21,8 +21,17 @@ from dpo_ds.cluster.signals import EXIT_INTERRUPTED, SIGNALS, TWICE_SECONDS
 from dpo_ds.config import CheckpointSection
 from dpo_ds.errors import ConfigError
 
-TIME_LIMIT = 1  # beside signal numbers; no signal that we take has this one
+TIME_LIMIT = -1  # beside signals' numbers
+KINDS = (*sorted(SIGNALS, reverse=True), TIME_LIMIT)  # the first that any rank was told is the reason given
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
+
+
+def stop_reason(told: Sequence[float]) -> str:
+    """Returns why to stop, "" to go on, from the sums over all ranks of what they were told (`StopFlag.told`)."""
+    kind = next((kind for kind, count in zip(KINDS, told, strict=True) if count), None)
+    if kind is None:
+        return ""
+    return "the time limit is near" if kind == TIME_LIMIT else f"{signal.Signals(kind).name} received"
 
 
 class StopFlag:
@@ -55,14 +64,15 @@ class StopFlag:
             waker.close()
 
     def agreed(self, device: torch.device) -> str:
-        """Why to stop now, or "" to go on; the same on all ranks, whoever was told. All enter, between two steps."""
+        """Returns why to stop now, "" to go on; the same on all ranks, whoever was told. All enter."""
+        return stop_reason(collectives.reduce_sum(torch.tensor(self.told(), device=device)).tolist())
+
+    def told(self) -> list[int]:
+        """Returns what this rank was told, for those who have a sum over the ranks to make anyway: a 1 for its kind."""
         mine = self._signal
         if not mine and self._deadline is not None and time.time() >= self._deadline:
             mine = TIME_LIMIT
-        told = int(collectives.reduce_max(mine, device))
-        if told == 0:
-            return ""
-        return "the time limit is near" if told == TIME_LIMIT else f"{signal.Signals(told).name} received"
+        return [int(mine == kind) for kind in KINDS]
 
     def _listen(self, wake: socket.socket, on_interrupt: Callable[[], None]) -> None:
         while received := wake.recv(64):

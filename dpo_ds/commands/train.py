@@ -54,6 +54,7 @@ def train(
     from dpo_ds.models.compile import settle_compilation
     from dpo_ds.models.engine import Policy, layout_notes, settle_layout
     from dpo_ds.reference.cached import spot_check
+    from dpo_ds.training.profile import StepProfile
     from dpo_ds.training.trainer import EVALUATION_DUE, Trainer, total_steps
 
     run, say = task.run, speaker(launch)
@@ -92,9 +93,10 @@ def train(
             tracker.say(f"resumed from {resume.path}")
     tell = tracker.say if tracker else print
     writer = CheckpointWriter(output_dir, run, prepared.identity, first_step - 1, stop.committing, tell, peers.progress)
+    profile = StepProfile(output_dir / "profile", run.train.profile_steps if launch.is_first else None, tell)
     trainer = Trainer(
         policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, run.checkpoint.every,
-        tracker, stop, peers,
+        tracker, stop, peers, profile,
     )  # fmt: skip
     try:
         trainer.train(first_step, evaluation_due)

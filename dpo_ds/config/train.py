@@ -25,6 +25,16 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0, description="of the order of the data")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
     activation_checkpointing: bool = Field(False, description="recompute each layer in backward")
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="first and last step that torch's profiler records into output_dir/profile; null: none"
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps):
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"{list(steps)}: the first is step 1 or a later one, the last is not before it")
+        return steps
 
     @field_validator("adam_betas")
     @classmethod

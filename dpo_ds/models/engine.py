@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import deepspeed
 import deepspeed.ops
+import deepspeed.utils.nvtx
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
@@ -26,6 +27,8 @@ from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.layers import make_units
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.models.packed.backends import refused_backends
+
+deepspeed.utils.nvtx.enable_nvtx = False  # ranges for Nsight alone, around each of a thousand calls a step
 
 
 class LoadedModel(Protocol):

@@ -22,6 +22,10 @@ class Reference(Protocol):
         """Returns the models of its own that it runs batches through."""
         return []
 
+    def forwards(self) -> list[LoadedModel]:
+        """Returns the models that a batch goes through for it, the policy too where that is one."""
+        return self.models()
+
     def after_step(self, step: int) -> None:
         """Update `step` is made."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_ds.batch import Batch
-from dpo_ds.models.engine import Policy
+from dpo_ds.models.engine import LoadedModel, Policy
 from dpo_ds.models.lora import adapters_off
 from dpo_ds.reference import Reference
 
@@ -23,3 +23,6 @@ class AdapterReference(Reference):
     def token_logps(self, batch: Batch) -> Tensor:
         with adapters_off(self.policy.causal_lm):
             return self.policy.token_logps(batch)
+
+    def forwards(self) -> list[LoadedModel]:
+        return [self.policy]

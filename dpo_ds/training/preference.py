@@ -77,6 +77,9 @@ class PreferenceObjective(Objective):
     def frozen_models(self) -> list[LoadedModel]:
         return [] if self.reference is None else self.reference.models()
 
+    def forwards(self) -> list[LoadedModel]:
+        return [] if self.reference is None else self.reference.forwards()
+
     def after_step(self, step: int, means: dict[str, float]) -> None:
         self.loss = self.loss.after_step((means["rewards/chosen"] + means["rewards/rejected"]) / 2)
         if self.reference is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,13 +18,16 @@ from dpo_ds.batch import Batch
 from dpo_ds.checkpoint.writer import CheckpointWriter
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.signals import Stopped
-from dpo_ds.cluster.stopping import StopFlag
+from dpo_ds.cluster.stopping import StopFlag, stop_reason
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import TrainSection
-from dpo_ds.data.batching import Layout, Lengths, global_batches, plan, steps_per_epoch
+from dpo_ds.data.batching import Layout, global_batches, steps_per_epoch
 from dpo_ds.errors import TrainingError
 from dpo_ds.models.engine import LoadedModel, Policy
 from dpo_ds.training import metrics
+from dpo_ds.training.feed import Feed, LocalBatch
+from dpo_ds.training.mfu import Utilisation
+from dpo_ds.training.profile import StepProfile
 from dpo_ds.training.tracking import Tracker
 
 EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an evaluation
@@ -57,19 +61,42 @@ class Objective(Protocol):
         """Returns the models beside the policy that batches go through."""
         return []
 
+    def forwards(self) -> list[LoadedModel]:
+        """Returns the models that a batch goes through without gradients."""
+        return self.frozen_models()
+
     def for_evaluation(self) -> Objective:
         """Returns what an evaluation measures."""
         return self
 
 
 @dataclass(frozen=True)
+class Agreed:
+    """Holds what all ranks know after the one sum that a step makes over them: the objective's sums, the next global
+    batch's weight, tokens and scored tokens, the most memory that any rank has held, why to stop ("": to go on).
+    """
+
+    sums: list[float]
+    weight: int
+    tokens: int
+    targets: int
+    peak_memory: int
+    stop: str
+
+
+@dataclass(frozen=True)
 class Update:
-    """Tells of one update: the means over its global batch, the gradient norm before clipping, all ranks' tokens."""
+    """Tells of one update: the means over its global batch, the gradient norm before clipping, all ranks' tokens.
+
+    host_seconds: for which this rank issued forwards and backwards; a GPU that is done earlier waits for Python.
+    """
 
     means: dict[str, float]
     grad_norm: float
     learning_rate: float
     tokens: int
+    targets: int
+    host_seconds: float
 
 
 class Trainer:
@@ -78,15 +105,17 @@ class Trainer:
     def __init__(
         self, policy: Policy, objective: Objective, data, evaluation_data, layout: Layout, run: TrainSection,
         writer: CheckpointWriter, checkpoint_every: int, tracker: Tracker | None, stop: StopFlag,
-        peers: PeerWatch | Silent,
+        peers: PeerWatch | Silent, profile: StepProfile,
     ):  # fmt: skip
         self.policy, self.objective, self.layout, self.run = policy, objective, layout, run
         self.data, self.evaluation_data = data, evaluation_data
         self.writer, self.checkpoint_every = writer, checkpoint_every
-        self.tracker, self.stop, self.peers = tracker, stop, peers
+        self.tracker, self.stop, self.peers, self.profile = tracker, stop, peers, profile
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.total_steps = total_steps(data.sources, run)
         self.per_epoch = steps_per_epoch(data.sources, run.global_batch_size)
+        self.agreed = Agreed([], 0, 0, 0, 0, "")
+        self.utilisation = Utilisation.of(policy, objective.forwards(), self.world_size)
         self.last_metrics: dict = {}  # of the last step and evaluation, for the model card
 
     def train(self, first_step: int, evaluation_due: bool = False) -> None:
@@ -96,69 +125,84 @@ class Trainer:
         """
         if evaluation_due:
             self.evaluate_and_save(first_step - 1)
-        self._step_ended = time.perf_counter()
         batches = global_batches(self.data.sources, self.run.seed, self.run.global_batch_size, first_step)
-        for step, rows in itertools.takewhile(lambda batch: batch[0] <= self.total_steps, batches):
-            self.between_steps(step)
-            update = self.update(step, rows)
-            self.log(step, rows, update)
-            self.evaluate_and_save(step)
+        batches = itertools.takewhile(lambda batch: batch[0] <= self.total_steps, batches)
+        with contextlib.closing(self._feed(batches, self.data)) as feed:
+            self._agree([], feed.following())
+            self._step_ended, self._waited = time.perf_counter(), feed.waited
+            for batch in feed:
+                self.between_steps(batch.step)
+                with self.profile.around(batch.step):
+                    update = self.update(batch, feed)
+                self.log(batch, update, feed)
+                self.evaluate_and_save(batch.step)
+        self.profile.finish()
 
     def between_steps(self, step: int) -> None:
         """Tells the watchdog that `step` begins, commits a checkpoint that is written by now, and stops if any rank was
         told to.
         """
-        if reason := self._interruption(step):
-            self._save_and_stop(step - 1, reason)
+        self._look_around(step)
+        if self.agreed.stop:
+            self._save_and_stop(step - 1, self.agreed.stop)
 
-    def update(self, step: int, rows: np.ndarray) -> Update:
-        """Makes one update with the mean gradient over the pairs in `rows`, whichever ranks compute them."""
-        micro_batches = self._micro_batches(self.data, rows)
-        weight = self._global(sum(map(self.objective.weight, micro_batches)))
+    def update(self, batch: LocalBatch, feed: Feed) -> Update:
+        """Makes one update with the mean gradient over the global batch's pairs, whichever ranks compute them."""
+        agreed, started = self.agreed, time.perf_counter()
         sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
         losses = []
-        self.objective.begin(self.policy, micro_batches)
-        for micro_batch in micro_batches:
+        self.objective.begin(self.policy, batch.micro_batches)
+        for micro_batch in batch.micro_batches:
             loss, micro_sums = self.objective(self.policy, micro_batch)
             # DeepSpeed averages gradients over the ranks, and a rank has a share of the pairs.
-            self.policy.backward(loss * self.world_size / weight, is_last=micro_batch is micro_batches[-1])
+            self.policy.backward(loss * self.world_size / agreed.weight, is_last=micro_batch is batch.micro_batches[-1])
             sums += micro_sums
             losses.append((loss, micro_batch))
-        rate = learning_rate(step, self.run.learning_rate, self.run.schedule, self.run.warmup_steps, self.total_steps)
+        host_seconds = time.perf_counter() - started
+        rate = learning_rate(
+            batch.step, self.run.learning_rate, self.run.schedule, self.run.warmup_steps, self.total_steps
+        )
         grad_norm = self.policy.step(rate)
-        means = collectives.reduce_sum(sums) / weight
-        self._check_finite(step, means, grad_norm, losses)
-        tokens = self._global(sum(batch.num_tokens for batch in micro_batches))
-        named = dict(zip(self.objective.names, means.tolist(), strict=True))
-        self.objective.after_step(step, named)
-        return Update(named, grad_norm, rate, tokens)
+        self._agree(sums, feed.following())
+        means = [total / agreed.weight for total in self.agreed.sums]
+        self._check_finite(batch.step, means, grad_norm, losses)
+        named = dict(zip(self.objective.names, means, strict=True))
+        self.objective.after_step(batch.step, named)
+        return Update(named, grad_norm, rate, agreed.tokens, agreed.targets, host_seconds)
 
-    def log(self, step: int, rows: np.ndarray, update: Update) -> None:
-        """Hands the step's metrics to the tracker; all ranks enter, for the largest memory of any."""
-        peak = collectives.reduce_max(metrics.peak_memory_bytes(self.policy.device), self.policy.device)
+    def log(self, batch: LocalBatch, update: Update, feed: Feed) -> None:
+        """Hands the step's metrics to the tracker."""
         seconds, self._step_ended = time.perf_counter() - self._step_ended, time.perf_counter()
+        data_seconds, self._waited = feed.waited - self._waited, feed.waited
         self.last_metrics = update.means
+        mfu = {}
+        if self.utilisation is not None:
+            mfu = {"mfu": self.utilisation(batch.lengths, update.targets, seconds)}
         if self.tracker:
             self.tracker.step(
                 {
-                    "step": step,
+                    "step": batch.step,
                     **update.means,
                     "grad_norm": update.grad_norm,
                     "learning_rate": update.learning_rate,
-                    "epoch": step / self.per_epoch,
-                    "pairs": len(rows),
+                    "epoch": batch.step / self.per_epoch,
+                    "pairs": len(batch.rows),
                     "tokens": update.tokens,
                     "tokens_per_second": update.tokens / seconds,
-                    "pairs_per_second": len(rows) / seconds,
+                    "pairs_per_second": len(batch.rows) / seconds,
                     "step_seconds": seconds,
-                    "peak_memory_bytes": int(peak),
+                    "data_seconds": data_seconds,
+                    "host_seconds": update.host_seconds,
+                    **mfu,
+                    "peak_memory_bytes": self.agreed.peak_memory,
                 }
             )
 
     def evaluate_and_save(self, step: int) -> None:
         """Evaluates and saves where either is due after `step`."""
         is_last = step == self.total_steps
-        if self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every)):
+        evaluates = self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every))
+        if evaluates:
             started = time.perf_counter()
             try:
                 evaluation = self.evaluate(step)
@@ -168,8 +212,11 @@ class Trainer:
             if self.tracker:
                 size = {"eval_pairs": len(self.evaluation_data), "eval_seconds": time.perf_counter() - started}
                 self.tracker.evaluation({"step": step, "epoch": step / self.per_epoch, **evaluation, **size})
-        if is_last or _is_due(step, self.checkpoint_every):
+        saves = is_last or _is_due(step, self.checkpoint_every)
+        if saves:
             self.writer.save(self.policy.engine, step, self._state(), wait=is_last)
+        if (evaluates or saves) and not is_last:  # both take their time: another signal may have come
+            self.agreed = replace(self.agreed, stop=self.stop.agreed(self.policy.device))
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Exact means over all of the evaluation data, each pair once, keys prefixed eval_. All ranks enter."""
@@ -179,29 +226,29 @@ class Trainer:
 
     def means(self, objective: Objective, data, rows: np.ndarray, step: int) -> dict[str, float]:
         """Exact means of an objective's sums over these rows of `data`, without gradients. All ranks enter."""
-        sums = torch.zeros(len(objective.names), dtype=torch.float64, device=self.policy.device)
-        weight = 0
+        sums = torch.zeros(1 + len(objective.names), dtype=torch.float64, device=self.policy.device)  # weight first
         size = self.run.global_batch_size
-        with self.policy.evaluating():
-            for start in range(0, len(rows), size):
-                if reason := self._interruption(step):
+        batches = ((step, rows[start : start + size]) for start in range(0, len(rows), size))
+        with contextlib.closing(self._feed(batches, data)) as feed, self.policy.evaluating():
+            for batch in feed:
+                self._look_around(step)
+                if reason := self.stop.agreed(self.policy.device):
                     raise Stopped(reason, step)
-                micro_batches = self._micro_batches(data, rows[start : start + size])
-                objective.begin(self.policy, micro_batches)
-                for micro_batch in micro_batches:
-                    sums += objective(self.policy, micro_batch)[1]
-                    weight += objective.weight(micro_batch)
-        means = collectives.reduce_sum(sums) / self._global(weight)
+                objective.begin(self.policy, batch.micro_batches)
+                for micro_batch in batch.micro_batches:
+                    sums[1:] += objective(self.policy, micro_batch)[1]
+                    sums[0] += objective.weight(micro_batch)
+        collectives.reduce_sum(sums)
+        means = sums[1:] / sums[0]
         if not means.isfinite().all():
             name, value = objective.names[0], means[0].item()
             raise TrainingError(f"evaluation at step {step}: {name} {value} must be finite")
         return metrics.named(objective.names, means)
 
-    def _interruption(self, step: int) -> str:
-        """Returns why to stop now, "" to go on, after what is due between two forwards. All ranks enter."""
+    def _look_around(self, step: int) -> None:
+        """Does what is due between two forwards."""
         self.peers.progress(step)
         self.writer.commit_if_written()
-        return self.stop.agreed(self.policy.device)
 
     def _state(self, evaluation_due: bool = False) -> dict:
         return {"objective": self.objective.state(), EVALUATION_DUE: evaluation_due}
@@ -215,20 +262,32 @@ class Trainer:
             raise TrainingError(f"{reason}, and the checkpoint of step {step} could not be saved")
         raise Stopped(reason, step)
 
-    def _micro_batches(self, data, rows: np.ndarray) -> list[Batch]:
-        """This rank's share of the global batch; as many on every rank, some perhaps empty."""
-        lengths = Lengths.of(data, rows)
-        share = plan(lengths, self.layout, self.world_size)[self.rank]
-        return [self.layout.collate([data[int(rows[position])] for position in members]) for members in share]
+    def _feed(self, batches: Iterable[tuple[int, np.ndarray]], data) -> Feed:
+        return Feed(batches, data, self.layout, self.rank, self.world_size, self.policy.device)
 
-    def _global(self, count: int) -> int:
-        return int(collectives.reduce_sum(torch.tensor(count, device=self.policy.device)).item())
+    def _agree(self, sums: Tensor | Sequence[float], following: LocalBatch | None) -> None:
+        """Sums over the ranks what each of them knows, all in one message. All ranks enter."""
+        micro_batches = [] if following is None else following.micro_batches
+        peaks = [0] * self.world_size  # a place for every rank's
+        peaks[self.rank] = metrics.peak_memory_bytes(self.policy.device)
+        counts = [
+            sum(map(self.objective.weight, micro_batches)),
+            sum(micro_batch.num_tokens for micro_batch in micro_batches),
+            sum(len(micro_batch.targets) for micro_batch in micro_batches),
+        ]
+        parts = [torch.as_tensor(part, dtype=torch.float64) for part in (sums, counts, self.stop.told(), peaks)]
+        together = torch.cat([part.to(self.policy.device) for part in parts])
+        found = collectives.reduce_sum(together).split([len(part) for part in parts])
+        sums, counts, told, peaks = (part.tolist() for part in found)
+        self.agreed = Agreed(sums, *map(int, counts), int(max(peaks)), stop_reason(told))
 
-    def _check_finite(self, step: int, means: Tensor, grad_norm: float, losses: Sequence[tuple[Tensor, Batch]]) -> None:
+    def _check_finite(
+        self, step: int, means: Sequence[float], grad_norm: float, losses: Sequence[tuple[Tensor, Batch]]
+    ) -> None:
         """Stops every rank at a loss or gradient that is not finite, naming the step and the pairs: those of the
         micro-batches whose loss is not finite; all where only the gradient is.
         """
-        if means.isfinite().all() and math.isfinite(grad_norm):
+        if all(map(math.isfinite, (*means, grad_norm))):
             return
         mine = [
             (self.data.location(row), bool(loss.isfinite())) for loss, batch in losses for row in batch.pair_indices
@@ -236,7 +295,7 @@ class Trainer:
         all_pairs = [pair for of_rank in collectives.gather_objects(mine) for pair in of_rank]
         pairs = [name for name, finite in all_pairs if not finite] or [name for name, _ in all_pairs]
         raise TrainingError(
-            f"step {step}: loss {means[0].item()} and gradient norm {grad_norm} must be finite; among these pairs: "
+            f"step {step}: loss {means[0]} and gradient norm {grad_norm} must be finite; among these pairs: "
             f"{', '.join(pairs[:16])}{f' and {len(pairs) - 16} more' if len(pairs) > 16 else ''}"
         )
 

@@ -26,6 +26,7 @@ from dpo_ds.config import TrainConfig, to_plain
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import model_id
 from dpo_ds.training import trainer
+from dpo_ds.training.feed import LocalBatch
 from tests.tiny import random_pairs
 
 RUN = TrainConfig.model_validate(
@@ -253,22 +254,28 @@ def test_an_evaluation_does_not_keep_a_checkpoint_from_its_commit(monkeypatch):
     """It looks before each of three batches: rows 0 1, 2 3 and 4."""
     monkeypatch.setattr(trainer.collectives, "reduce_sum", lambda sums: sums)
     looks = []
-    names = {"_micro_batches": lambda data, rows: [rows], "_global": lambda count: count, "peers": Silent()}
     policy = SimpleNamespace(device=torch.device("cpu"), evaluating=contextlib.nullcontext)
     run, writer = SimpleNamespace(global_batch_size=2), SimpleNamespace(commit_if_written=lambda: looks.append(0))
 
     class Total(trainer.Objective):
         names = ("loss",)
 
-        def weight(self, batch):
-            return len(batch)
+        def weight(self, rows):
+            return len(rows)
 
-        def __call__(self, policy, batch):
-            return None, torch.tensor([batch.sum()])
+        def __call__(self, policy, rows):
+            return None, torch.tensor([rows.sum()])
+
+    class Rows(list):
+        def close(self):
+            pass
+
+    def feed(batches, data):
+        return Rows(LocalBatch(step, rows, None, [rows]) for step, rows in batches)
 
     stop = SimpleNamespace(agreed=lambda device: "")
-    alone = SimpleNamespace(run=run, writer=writer, policy=policy, stop=stop, **names)
-    alone._interruption = lambda step: trainer.Trainer._interruption(alone, step)
+    alone = SimpleNamespace(run=run, writer=writer, policy=policy, stop=stop, peers=Silent(), _feed=feed)
+    alone._look_around = lambda step: trainer.Trainer._look_around(alone, step)
     assert trainer.Trainer.means(alone, Total(), None, np.arange(5), 3) == {"loss": 2.0}
     assert len(looks) == 3
 

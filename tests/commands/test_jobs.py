@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 TRAIN_KEYS = set(
     """step loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected
     grad_norm learning_rate epoch pairs tokens tokens_per_second pairs_per_second step_seconds
-    peak_memory_bytes""".split()
+    data_seconds host_seconds peak_memory_bytes""".split()
 )
 EXACT = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm")
 

@@ -1,0 +1,136 @@
+"""Counts the floating-point operations that a step needs, and what share that is of what the GPUs could do: MFU.
+
+Model FLOPs utilisation as of PaLM (arXiv 2204.02311, appendix B): the products and the attention of one forward and its
+backward. A prompt counts once, whatever the layout; what activation checkpointing computes again does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from dpo_ds.data.batching import Lengths
+from dpo_ds.models.engine import LoadedModel
+from dpo_ds.models.layers import decoder_layers
+
+# Dense bfloat16 products summed in float32, FLOP/s, by what the device's name contains; the first that fits is taken.
+# From NVIDIA's data sheets of each product, SXM where the name does not say PCIe or NVL.
+PEAKS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 149.7e12, "A10": 125e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Returns how much `device` computes in a second at most; None where the table does not know."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAKS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Tells what a forward of one model costs, in FLOPs.
+
+    token: of a token, in the products of all layers; trained: of those with weights that are trained. pair: of a query
+    and a key, in one layer's attention. windows: of each layer, None where it sees all that precedes. target: of a
+    scored token, in the head. A backward costs the same again for the inputs, and for the weights that are trained.
+    """
+
+    token: float
+    trained: float
+    pair: float
+    windows: Sequence[int | None]
+    target: float
+    trains_head: bool
+
+    @classmethod
+    def of(cls, causal_lm: PreTrainedModel) -> ModelFlops:
+        settings, layers = causal_lm.config.get_text_config(), decoder_layers(causal_lm)
+        products = [(2 * _used(p, settings), p.requires_grad) for layer in layers for p in layer.parameters()]
+        head = causal_lm.get_output_embeddings()
+        return cls(
+            token=sum(flops for flops, _ in products),
+            trained=sum(flops for flops, is_trained in products if is_trained),
+            pair=2 * settings.num_attention_heads * sum(_widths(settings)),
+            windows=_windows(settings, len(layers)),
+            target=0 if head is None else 2 * _used(head.weight, settings),
+            trains_head=head is not None and head.weight.requires_grad,
+        )
+
+    def forward(self, lengths: Lengths, targets: int) -> float:
+        """Returns what the pairs of these lengths cost, of which `targets` tokens are scored."""
+        return self.token * _tokens(lengths) + self._attention(lengths) + self.target * targets
+
+    def with_backward(self, lengths: Lengths, targets: int) -> float:
+        weights = self.trained * _tokens(lengths) + self.trains_head * self.target * targets
+        return 2 * self.forward(lengths, targets) + weights + self._attention(lengths)  # attention has no weights
+
+    def _attention(self, lengths: Lengths) -> float:
+        return self.pair * sum(attended(lengths, window) for window in self.windows)
+
+
+class Utilisation:
+    """Tells which share of what all GPUs could have computed a step's model FLOPs are."""
+
+    def __init__(self, peak: float, policy: ModelFlops, forwards: Sequence[ModelFlops]):
+        """peak: FLOP/s of all ranks. forwards: of the models that a batch goes through without gradients."""
+        self._peak, self._policy, self._forwards = peak, policy, forwards
+
+    @classmethod
+    def of(cls, policy: LoadedModel, forwards: Sequence[LoadedModel], ranks: int) -> Utilisation | None:
+        """Returns None where the device's peak is not known."""
+        peak = peak_flops(policy.device, next(policy.causal_lm.parameters()).dtype)
+        if peak is None:
+            return None
+        return cls(peak * ranks, ModelFlops.of(policy.causal_lm), [ModelFlops.of(m.causal_lm) for m in forwards])
+
+    def __call__(self, lengths: Lengths, targets: int, seconds: float) -> float:
+        flops = self._policy.with_backward(lengths, targets)
+        flops += sum(model.forward(lengths, targets) for model in self._forwards)
+        return flops / (seconds * self._peak)
+
+
+def attended(lengths: Lengths, window: int | None) -> float:
+    """Returns the number of (query, key) pairs: each token sees itself and, within `window`, what precedes it in prompt
+    and its own completion.
+    """
+    prompt, chosen, rejected = lengths.prompt, lengths.chosen, lengths.rejected
+    causal = [_causal(length, window) for length in (prompt + chosen, prompt + rejected, prompt)]
+    return float((causal[0] + causal[1] - causal[2]).sum())
+
+
+def _causal(length: np.ndarray, window: int | None) -> np.ndarray:
+    """1 + 2 + ... + length, no summand larger than the window."""
+    rising = length if window is None else np.minimum(length, window)
+    return rising * (rising + 1) / 2 + (length - rising) * rising
+
+
+def _tokens(lengths: Lengths) -> int:
+    return int((lengths.prompt + lengths.chosen + lengths.rejected).sum())
+
+
+def _used(parameter: torch.nn.Parameter, settings) -> float:
+    """Weights that a token is multiplied with: all of a matrix, of stacked experts those that are chosen, no vector."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if len(shape) < 2:
+        return 0
+    return float(np.prod(shape)) * (settings.num_experts_per_tok / shape[0] if len(shape) == 3 else 1)
+
+
+def _widths(settings) -> tuple[int, int]:
+    """Of a key and of a value of one head."""
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    latent = getattr(settings, "qk_nope_head_dim", 0) + getattr(settings, "qk_rope_head_dim", 0)  # DeepSeek's
+    return latent or width, getattr(settings, "v_head_dim", None) or width
+
+
+def _windows(settings, layers: int) -> list[int | None]:
+    window = getattr(settings, "sliding_window", None)
+    kinds = getattr(settings, "layer_types", None) or ["sliding_attention"] * layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
