@@ -34,12 +34,13 @@ sys.path.insert(0, str(ROOT))
 from tests.benchmarks.machine import HAS_GPU, environment  # noqa: E402, I001  before all that asks for a GPU
 
 import torch  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
 
 from dpo_ds.commands import cli  # noqa: E402
+from dpo_ds.data.batching import Lengths  # noqa: E402
 from dpo_ds.data.sources import open_source  # noqa: E402
 from dpo_ds.demo.corpus import preference_rows, write_jsonl  # noqa: E402
 from dpo_ds.demo.tiny import train_tokenizer  # noqa: E402
+from dpo_ds.training.mfu import PEAKS, ModelFlops  # noqa: E402
 from tests.benchmarks import jobs  # noqa: E402
 from tests.benchmarks.contenders import CONTENDERS  # noqa: E402
 from tests.benchmarks.workload import Workload  # noqa: E402
@@ -50,7 +51,6 @@ ONE_BILLION = dict(
     hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256, tie_word_embeddings=True,
 )  # fmt: skip
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, a GPU
 BARS = (  # (faster, than, times); 1 / 1.2 is 1.2 times the seconds
     ("packed, live reference", "TRL, live reference", 6.0),
     ("packed, cached reference", "TRL, precomputed reference", 7.5),
@@ -105,7 +105,7 @@ def pairs_file(folder: Path, data: Path) -> Path:
 def evaluate(work: Workload, rounds: dict[str, list[dict]], gpu: str = "") -> dict:
     """Medians and ratios, for people and for JSON. Round 0, the warm-up, counts for the losses only."""
     flops, tokens = work_of_rounds(work)
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
+    peak = next((peak for name, peak in PEAKS.items() if name in gpu), None)
     results = {}
     for name, seen in rounds.items():
         seconds = np.array([each["seconds"] for each in seen[1:]])
@@ -131,19 +131,16 @@ def evaluate(work: Workload, rounds: dict[str, list[dict]], gpu: str = "") -> di
 
 
 def work_of_rounds(work: Workload) -> tuple[np.ndarray, np.ndarray]:
-    """Of each round: FLOPs of one forward over its pairs (prompts once, the head on completions), and tokens."""
-    data, config = work.dataset(), LlamaConfig.from_pretrained(work.model)
-    width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-    layer = 4 * width * (width + kv_width) + 6 * width * config.intermediate_size  # matmuls of a token
+    """Returns of each round the FLOPs of one forward over its pairs, and their tokens; prompts count once."""
+    data = work.dataset()
+    with torch.device("meta"):  # shapes without numbers
+        model = ModelFlops.of(work.drawn_model())
     flops, tokens = [], []
     for rows in np.split(np.array(work.batches(data)[work.warm_up :]), work.rounds):
-        prompt, chosen, rejected = (
-            lengths[rows].astype(float) for lengths in (data.prompt_lengths, data.chosen_lengths, data.rejected_lengths)
-        )
-        attended = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
-        tokens.append((prompt + chosen + rejected).sum())
-        layers = config.num_hidden_layers * (layer * tokens[-1] + 4 * width * attended.sum())
-        flops.append(layers + 2 * width * config.vocab_size * (chosen + rejected).sum())
+        lengths = Lengths.of(data, rows.ravel())
+        completions = int((lengths.chosen + lengths.rejected).sum())
+        tokens.append(completions + lengths.prompt.sum())
+        flops.append(model.forward(lengths, completions))
     return np.array(flops), np.array(tokens)
 
 
