@@ -124,7 +124,12 @@ def load_model(
     if section.attn != "auto":
         options["attn_implementation"] = section.attn
     path = section.path
-    with refusing(lambda what: ModelError(f"{path}: cannot be loaded: {what}{SHOWN_BY}")):
+
+    def mistake(what: str) -> ModelError:
+        how = "weights of other shapes than its config.json says" if "mismatch" in what else "cannot be loaded"
+        return ModelError(f"{path}: {how}: {what}{SHOWN_BY}")
+
+    with refusing(mistake):
         config = AutoConfig.from_pretrained(
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )

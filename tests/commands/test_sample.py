@@ -169,6 +169,24 @@ def test_mistakes_found_while_it_runs_are_one_line(world, sampled):
     assert list((world.folder / "nan").rglob("*.parquet")) == []
 
 
+WHILE_OTHERS_WAIT = {
+    "waits_on_rank_1": "did not return within 1 s (sample.score_timeout)",
+    "deaf_on_rank_1": "did not return within 1 s (sample.score_timeout)",
+    "closes_on_rank_1": "closed stdout and stderr",
+    "forks_on_rank_1": "forked, and the child came back too",
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", WHILE_OTHERS_WAIT)
+def test_a_function_that_goes_astray_on_one_rank_ends_the_job(world, name):
+    spec = f"tests.scoring_functions:{name}"
+    codes, output = world.run(name, 2, sample__score=spec, sample__score_timeout=1)
+    lines = [line for line in output.splitlines() if line.startswith("dpo-ds: error: ")]
+    assert codes == [2, 2] and len(lines) == 1 and "Traceback" not in output, output
+    assert f"{spec} {WHILE_OTHERS_WAIT[name]}" in lines[0]
+
+
 @pytest.fixture
 def refused(world, capsys, monkeypatch):
     """`refused(**settings)`: the line, in this process and without deepspeed."""

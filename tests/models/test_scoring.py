@@ -276,7 +276,7 @@ PROGRAMS = {
     "closes": ("import sys; sys.stdout.close()", 2, "mine:score closed stdout, which it has to leave open"),
     "closes both": ("import os; os.close(1); os.close(2)", 2, "mine:score closed stdout and stderr"),
     "threads": ("import threading, time; threading.Thread(target=time.sleep, args=[99]).start()", 0, "done"),
-    "deaf": ("import signal, time; signal.pthread_sigmask(1, [14]); [time.sleep(1) for _ in range(99)]", 2, "0.2 s"),
+    "deaf": ("import signal, time; signal.pthread_sigmask(0, [14]); time.sleep(99)", 2, "dpo-ds: error: mine:score"),
 }
 
 
@@ -302,7 +302,7 @@ terminal.protect()
 foreign.LAST_SECONDS = 0.5
 import mine
 try:
-    with foreign.guarded("mine:score", foreign.Limit(0.2 if "sleep(1)" in open("mine.py").read() else 60, "key")):
+    with foreign.guarded("mine:score", foreign.Limit(0.2 if "sleep(99)" in open("mine.py").read() else 60, "key")):
         mine.score(["p"], ["c"])
 except UserError as mistake:
     print(f"error: {mistake}", file=sys.stderr)
