@@ -1,4 +1,4 @@
-"""Prepares the next global batch on a thread while the one before is computed."""
+"""Prepares the next global batch on a thread while a GPU computes the one before."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class LocalBatch:
 
 
 class Feed:
-    """Yields this rank's part of every global batch in `batches`, one prepared ahead; to be closed.
+    """Yields this rank's part of every global batch in `batches`; to be closed.
 
-    On a GPU its tensors lie in pinned memory, so that they are copied while the host goes on. waited: seconds for which
-    training had to wait for a batch so far.
+    `prepare_next` is for the moment at which the host has issued its work and waits for the GPU: earlier the thread
+    would take Python's lock from the one that keeps the GPU busy. On a GPU tensors lie in pinned memory, so that they
+    are copied while the host goes on. waited: seconds for which training had to wait for a batch so far.
     """
 
     def __init__(
@@ -44,16 +45,22 @@ class Feed:
         self._data, self._layout, self._rank, self._ranks = data, layout, rank, ranks
         self._pins = device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "batches")
-        self._following: Future[LocalBatch | None] = self._thread.submit(self._prepare)
+        self._following: Future[LocalBatch | None] | None = None
 
     def __iter__(self) -> Iterator[LocalBatch]:
         while (batch := self.following()) is not None:
-            self._following = self._thread.submit(self._prepare)
+            self._following = None
             yield batch
+
+    def prepare_next(self) -> None:
+        """Begins to prepare what comes next, where that has not begun."""
+        if self._following is None:
+            self._following = self._thread.submit(self._prepare)
 
     def following(self) -> LocalBatch | None:
         """Returns what comes next, None after the last, and leaves it there."""
         started = time.perf_counter()
+        self.prepare_next()
         batch = self._following.result()
         self.waited += time.perf_counter() - started
         return batch

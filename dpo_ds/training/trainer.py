@@ -158,6 +158,7 @@ class Trainer:
             self.policy.backward(loss * self.world_size / agreed.weight, is_last=micro_batch is batch.micro_batches[-1])
             sums += micro_sums
             losses.append((loss, micro_batch))
+        feed.prepare_next()
         host_seconds = time.perf_counter() - started
         rate = learning_rate(
             batch.step, self.run.learning_rate, self.run.schedule, self.run.warmup_steps, self.total_steps
@@ -238,6 +239,7 @@ class Trainer:
                 for micro_batch in batch.micro_batches:
                     sums[1:] += objective(self.policy, micro_batch)[1]
                     sums[0] += objective.weight(micro_batch)
+                feed.prepare_next()
         collectives.reduce_sum(sums)
         means = sums[1:] / sums[0]
         if not means.isfinite().all():

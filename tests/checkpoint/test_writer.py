@@ -267,8 +267,8 @@ def test_an_evaluation_does_not_keep_a_checkpoint_from_its_commit(monkeypatch):
             return None, torch.tensor([rows.sum()])
 
     class Rows(list):
-        def close(self):
-            pass
+        def prepare_next(self): ...
+        def close(self): ...
 
     def feed(batches, data):
         return Rows(LocalBatch(step, rows, None, [rows]) for step, rows in batches)
