@@ -154,14 +154,16 @@ def leftovers(folder: Path, names: str) -> list[Path]:
 def refuse_foreign(folder: Path, key: str, is_ours: Callable[[Path], bool]) -> None:
     """Looks at a folder before a command writes into it: it must be new, empty, or carry our mark.
 
-    is_ours: tells the mark. Hidden files do not count, nor does the folder `logs` of the launch scripts.
+    is_ours: tells the mark. Hidden files and empty folders do not count (`checkpoints` may be a disk of its own), nor
+    does the folder `logs` of the launch scripts.
 
     Raises:
         ConfigError: it holds something and no mark of ours; nothing in it has been touched.
     """
     if not folder.is_dir() or is_ours(folder):
         return
-    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != "logs")
+    seen = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "logs"]
+    found = sorted(path.name for path in seen if not path.is_dir() or any(path.iterdir()))
     if found:
         shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise ConfigError(

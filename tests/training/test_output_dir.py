@@ -29,7 +29,11 @@ def enter(folder) -> None:
 def test_what_a_stranger_left_is_refused_and_stays(tmp_path, name):
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
-    path.mkdir() if name.endswith("/") else path.write_text("mine")
+    if name.endswith("/"):
+        path.mkdir()
+        (path / "model.safetensors").write_text("mine")
+    else:
+        path.write_text("mine")
     (tmp_path / "out" / "STATUS.json").write_text('{"state": "fine"}')  # somebody else's
     with pytest.raises(ConfigError, match="--output_dir .*out: holds STATUS.json, .*which dpo-ds did not make"):
         enter(tmp_path / "out")
@@ -45,6 +49,7 @@ def test_a_folder_that_is_new_empty_hidden_or_an_earlier_runs_is_taken(tmp_path)
     assert json.loads((tmp_path / "new" / "STATUS.json").read_text())["step"] == 3
     (tmp_path / "scripts" / "logs").mkdir(parents=True)  # launch_scripts/slurm_train.sbatch makes it before the run
     (tmp_path / "scripts" / ".snapshot").mkdir()
+    (tmp_path / "scripts" / "checkpoints").mkdir()  # where another disk is mounted
     enter(tmp_path / "scripts")
 
 
