@@ -244,7 +244,8 @@ def test_metrics_are_those_of_training_without_logps(trained):
     train, *_, evaluation = map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
     assert set(train) == set(
         """step loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies grad_norm learning_rate epoch
-        pairs tokens tokens_per_second pairs_per_second step_seconds peak_memory_bytes""".split()
+        pairs tokens tokens_per_second pairs_per_second step_seconds data_seconds host_seconds
+        peak_memory_bytes""".split()
     )
     assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/brier", "eval_rewards/calibration_error"} < set(
         evaluation
