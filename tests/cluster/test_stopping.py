@@ -141,7 +141,9 @@ def start_command(forks, world: Path, command: str, out: Path):
     """A command that has no step, on two ranks, under way: a shard is there, or the first model begins to speak."""
     own = {"sample": {"model.path": world / "model", "sample.prompts": world / "train.jsonl", "sample.to": out}}
     long = world / "many.jsonl"
-    long.write_text((world / "train.jsonl").read_text() * 20)
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    different = (row | {"prompt": f"{number}. {row['prompt']}"} for number in range(60) for row in rows)
+    long.write_text("".join(json.dumps(row) + "\n" for row in different))  # equal pairs are computed once
     own["precompute"] = {"model.path": world / "model", "data.train": long, "reference.cache": out}
     own["evaluate"] = {"evaluate.policy": world / "model", "data.eval": world / "train.jsonl", "output_dir": out}
     keys = own[command] | {key.replace("__", "."): value for key, value in COMMANDS[command].items()}
