@@ -7,7 +7,7 @@ in forward and in backward: of a small model's step that is most. As a "leaf" a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ def make_units(model: nn.Module, zero: dict) -> str:
         for module in layer.modules():
             if type(module) is nn.Linear:
                 module.__class__ = UnitLinear
-        layer.named_parameters = partial(_named_parameters, layer, tuple(layer.named_parameters()))
+        layer.parameters_of_unit = tuple(layer.named_parameters())
+        layer.named_parameters = MethodType(_named_parameters, layer)  # a method: torch.compile looks into it
     return "" if layers else "it has no list of decoder layers"
 
 
@@ -79,11 +80,11 @@ class _LinearOfParameters(torch.autograd.Function):
         )
 
 
-def _named_parameters(layer: nn.Module, named: tuple, prefix: str = "", recurse: bool = True, **options) -> Iterator:
+def _named_parameters(layer: nn.Module, prefix: str = "", recurse: bool = True, **options: Any) -> Iterator:
     """nn.Module.named_parameters from a list: DeepSpeed asks a leaf for its parameters ten times a step."""
     if prefix or not recurse:
         return type(layer).named_parameters(layer, prefix, recurse, **options)
-    return iter(named)
+    return iter(layer.parameters_of_unit)
 
 
 def with_gradients_at_the_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
