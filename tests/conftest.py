@@ -1,8 +1,22 @@
 """Fixtures that test files share."""
 
+import os
+
 import pytest
 
 from tests.forkserver import fork_server
+
+
+@pytest.fixture(autouse=True)
+def environment_is_restored():
+    """Takes back what a command called in this process wrote into the environment (RANK, MASTER_ADDR, ...): a later
+    test's launcher would hand it to its ranks.
+    """
+    before = os.environ.copy()
+    yield
+    if os.environ.copy() != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
