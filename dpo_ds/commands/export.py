@@ -23,6 +23,7 @@ from dpo_ds.config import ExportConfig, ModelSection
 from dpo_ds.data.chat import BUILT_IN, DEFAULT_CHAT_TEMPLATE, TEMPLATE, set_template
 from dpo_ds.errors import ConfigError, ModelError, shorten
 from dpo_ds.models import lora
+from dpo_ds.models.adapters import folder_of
 from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, write_rest, write_shards, write_words
 from dpo_ds.models.fingerprint import MODEL, model_as_recorded
 from dpo_ds.models.loading import check_model, load_tokenizer
@@ -59,8 +60,8 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
         for note in filter(None, [unnormalised, settle_padding(causal_lm, tokenizer)]):
             print(f"dpo-ds: {note}", flush=True)
     merge = run.merge or (is_reward and section.lora.r > 0)  # adapters alone would lack the head
-    if (Path(section.path) / "generation_config.json").is_file():
-        causal_lm.generation_config = GenerationConfig.from_pretrained(section.path)
+    if (Path(folder_of(section.path)) / "generation_config.json").is_file():
+        causal_lm.generation_config = GenerationConfig.from_pretrained(folder_of(section.path))
     if merge:
         _check_mergeable(checkpoint, section, config)
     shards = Shards(checkpoint)
@@ -110,7 +111,7 @@ def write_merged(
     head as it was trained.
     """
     with contextlib.ExitStack() as files:
-        own, tensors = _own_weights(Path(section.path), files), dict(causal_lm.named_parameters())
+        own, tensors = _own_weights(Path(folder_of(section.path)), files), dict(causal_lm.named_parameters())
         trained = {name.removeprefix(ENGINE_PREFIX) for name in shards.slices}
         if missing := sorted(tensors.keys() - own.keys() - trained):
             raise ConfigError(

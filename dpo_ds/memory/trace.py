@@ -32,7 +32,7 @@ from dpo_ds.logprobs.chunked import PADDING, TILES
 from dpo_ds.logprobs.head import install_head
 from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION
-from dpo_ds.models.layers import decoder_layers, with_gradients_at_the_input
+from dpo_ds.models.layers.units import decoder_layers, with_gradients_at_the_input
 from dpo_ds.models.loading import switch_dropout_off
 from dpo_ds.models.packed.segments import forget_tables, is_merged, segment_table
 

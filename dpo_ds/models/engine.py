@@ -24,7 +24,7 @@ from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.logprobs import TokenStatistics
 from dpo_ds.models.attention import canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.layers import make_units
+from dpo_ds.models.layers.units import make_units
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.models.packed.backends import refused_backends
 

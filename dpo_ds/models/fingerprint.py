@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from dpo_ds.cluster.derived import content_digest, remembered
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
+from dpo_ds.models.adapters import folder_of
 
 SAMPLE = 1 << 20  # bytes read at the start and at the end of a weights file
 MODEL = "the model in model.path"
@@ -59,7 +60,9 @@ def weight_files(section: ModelSection, path: str) -> list[Path]:
     """The files that transformers would load, of a folder or out of the Hub's cache."""
 
     def find(name: str) -> Path | None:
-        found = cached_file(path, name, revision=section.revision, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            folder_of(path), name, revision=section.revision, _raise_exceptions_for_missing_entries=False
+        )
         return None if found is None else Path(found)
 
     for name in SINGLE:
@@ -109,7 +112,7 @@ def _tensors(file: Path) -> Iterator[Tensor]:
 def file_digests(path: str) -> dict[str, str]:
     """Returns the SHA-256 of each file of a model's folder that decides what it computes, by name; none of a Hub id."""
     patterns = ("config.json", "adapter_config.json", *WEIGHTS)
-    files = sorted({file for pattern in patterns for file in Path(path).glob(pattern)})
+    files = sorted({file for pattern in patterns for file in Path(folder_of(path)).glob(pattern)})
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip([file.name for file in files], pool.map(content_digest, files), strict=True))
 
@@ -131,7 +134,7 @@ def model_id(path: str, config) -> str:
     """Identifies a folder as checkpoints did before every byte counted: by its config and every weights file's name,
     size, first and last MiB.
     """
-    folder = Path(path)
+    folder = Path(folder_of(path))
     if not folder.is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256((folder / "config.json").read_bytes())

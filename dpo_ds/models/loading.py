@@ -25,6 +25,7 @@ from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.cluster.records import Damaged, read_object
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ConfigError, ModelError
+from dpo_ds.models.adapters import folder_of, is_adapter, make_whole
 
 HUB_SECONDS = 5  # for a connection to the Hub
 CLASSIFIER = "ForSequenceClassification"
@@ -35,10 +36,13 @@ def check_model(section: ModelSection, path: str, key: str = "model.path", class
     """The model's transformers config, after looking at what can be looked at without loading weights.
 
     Raises:
-        ModelError: no such folder or Hub id, no readable config.json, not a causal language model, no weights.
+        ModelError: no such folder or Hub id, no readable config.json, not a causal language model, no weights; an
+            adapter without its base, or one that is to have adapters of its own.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if is_adapter(folder):
+        make_whole(section, path, key)
+    elif folder.is_dir():
         check_folder(folder, path, key, needs_weights=not section.from_config)
     elif folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         what = "is a file" if folder.exists() else "does not exist"
@@ -47,7 +51,7 @@ def check_model(section: ModelSection, path: str, key: str = "model.path", class
         _check_hub(path, key)
     with refusing(lambda what: ModelError(f"--{key} {path}: no usable model config: {what}{SHOWN_BY}")):
         config = AutoConfig.from_pretrained(
-            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+            folder_of(path), revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     remote = section.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
@@ -85,7 +89,7 @@ def load_tokenizer(section: ModelSection, config, path: str, key: str = "model.p
     """The folder's tokenizer, which must have an end-of-sequence token and fit the model's vocabulary."""
     with refusing(lambda what: ModelError(f"--{key} {path}: no usable tokenizer: {what}{SHOWN_BY}")):
         tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+            folder_of(path), revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -123,7 +127,7 @@ def load_model(
     options = {"trust_remote_code": section.trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
     if section.attn != "auto":
         options["attn_implementation"] = section.attn
-    path = section.path
+    path = folder_of(section.path)
 
     def mistake(what: str) -> ModelError:
         how = "weights of other shapes than its config.json says" if "mismatch" in what else "cannot be loaded"

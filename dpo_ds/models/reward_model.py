@@ -16,6 +16,7 @@ from dpo_ds.batch import Batch
 from dpo_ds.cluster import collectives
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
+from dpo_ds.models.adapters import folder_of
 from dpo_ds.models.causal_lm import hidden_states
 from dpo_ds.models.loading import CLASSIFIER, load_model
 
@@ -104,7 +105,7 @@ def load_classifier(section: ModelSection, ds_config: dict, seed: int) -> PreTra
     equal on all ranks. All ranks enter.
     """
     config = AutoConfig.from_pretrained(
-        section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        folder_of(section.path), revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     is_new = section.from_config or not is_classifier(config)
     new = (HEAD,) if is_new else ()

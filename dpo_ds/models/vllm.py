@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from dpo_ds.config import GenerationSection, ModelSection
+from dpo_ds.models.adapters import folder_of
 from dpo_ds.models.generation import Completion, as_completions, stop_tokens
 
 
@@ -22,7 +23,7 @@ class VllmGenerator:
         self.tokenizer, self.settings = tokenizer, settings
         self.report: Callable[[int, int], None] = lambda tokens, completions: None
         self._llm = LLM(
-            model=section.path,
+            model=folder_of(section.path),
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
             dtype="bfloat16" if precision["bf16"]["enabled"] else "float32",
@@ -30,7 +31,7 @@ class VllmGenerator:
             generation_config="vllm",  # none of the model folder's own sampling settings
         )
         try:
-            named = GenerationConfig.from_pretrained(section.path, revision=section.revision)
+            named = GenerationConfig.from_pretrained(folder_of(section.path), revision=section.revision)
         except OSError:  # a folder without generation_config.json
             named = GenerationConfig()
         self.stops = stop_tokens(named, tokenizer)

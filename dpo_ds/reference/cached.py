@@ -22,7 +22,7 @@ from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import weights_digest
-from dpo_ds.models.layers import is_compiled
+from dpo_ds.models.layers.units import is_compiled
 from dpo_ds.models.packed.backends import backend_for
 from dpo_ds.reference import Reference
 from dpo_ds.reference.cache import Manifest, check_shards, read_manifest

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dpo_ds.data.batching import Lengths
 from dpo_ds.models.engine import LoadedModel
-from dpo_ds.models.layers import decoder_layers
+from dpo_ds.models.layers.units import decoder_layers
 
 # Dense bfloat16 products summed in float32, FLOP/s, by what the device's name contains; the first that fits is taken.
 # From NVIDIA's data sheets of each product, SXM where the name does not say PCIe or NVL.

@@ -26,10 +26,9 @@ def world(tmp_path_factory, forks):
     save_tiny_model(folder / "model", tokenizer, tiny_llama(tokenizer, hidden=32, layers=2))
 
     def run(out="out", ranks=2, command="train", **settings):
-        keys = {
-            "model.path": folder / "model", "data.train": folder / "train.jsonl",
-            "deepspeed.config": "ds_configs/zero3_cpu.json",
-        }  # fmt: skip
+        keys = {"deepspeed.config": "ds_configs/zero3_cpu.json"}
+        if command != "evaluate":
+            keys |= {"model.path": folder / "model", "data.train": folder / "train.jsonl"}
         if command == "train":
             keys |= {
                 "model.lora.r": 4, "train.global_batch_size": 8, "train.micro_batch_tokens": 600,
@@ -93,6 +92,25 @@ def test_final_holds_the_adapters_that_were_trained(world, adapted):
         by_transformers = AutoModelForCausalLM.from_pretrained(final)(ids).logits
     assert torch.equal(by_peft, by_transformers)
     assert (by_peft - plain).abs().max() > 1e-3
+
+
+def test_the_adapters_folder_is_a_model_for_other_commands(world, adapted):
+    """train goes on from there without adapters; evaluate measures it against its base."""
+    final = adapted / "final"
+    keys = {"model__path": final, "model__lora__r": 0, "train__max_steps": 1}
+    codes, output = world.run("on", **keys)
+    assert codes == [0, 0], output
+    merged = [line for line in output.splitlines() if "merged into" in line]
+    assert len(merged) == 1 and f"{final}: an adapter of {(world.folder / 'model').resolve()}; merged into" in merged[0]
+    assert lines(world.folder / "on")[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert (world.folder / "on/final/model.safetensors").is_file()
+    codes, output = world.run(
+        command="evaluate", evaluate__policy=final, evaluate__against=world.folder / "model", evaluate__n=0,
+        data__eval=world.folder / "train.jsonl", output_dir=world.folder / "measured",
+    )  # fmt: skip
+    assert codes == [0, 0], output
+    report = json.loads((world.folder / "measured/evaluation.json").read_text())
+    assert report["policies"][0]["pairs"]["rewards/margins"]["mean"] > 0, "the adapters have learnt these pairs"
 
 
 def test_a_checkpoint_exports_to_the_same_adapters(world, adapted, forks):

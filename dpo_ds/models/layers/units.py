@@ -103,7 +103,7 @@ def with_gradients_at_the_input(layer: nn.Module, args: tuple, kwargs: dict[str,
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Returns whether its decoder layers run compiled, as far as they could be until now (`models/compile`)."""
+    """Returns whether its decoder layers run compiled, as far as they could be until now (`layers/compile`)."""
     return any("forward" in vars(layer) for layer in decoder_layers(model))
 
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.models.layers import decoder_layers, make_units
+from dpo_ds.models.layers.units import decoder_layers, make_units
 from tests.ranks import run_worker
 from tests.tiny import VOCAB
 

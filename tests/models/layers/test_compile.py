@@ -11,12 +11,12 @@ from torch._dynamo.utils import counters
 
 from dpo_ds.batch import packed_batch
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.models import compile as compilation
 from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.compile import CompiledLayers, settle_compilation
 from dpo_ds.models.engine import Replica
-from dpo_ds.models.layers import is_compiled
+from dpo_ds.models.layers import compile as compilation
+from dpo_ds.models.layers.compile import CompiledLayers, settle_compilation
+from dpo_ds.models.layers.units import is_compiled
 from tests.tiny import VOCAB, random_pairs
 
 CPU = torch.device("cpu")

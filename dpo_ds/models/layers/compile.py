@@ -22,7 +22,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_ds.cluster.process_group import Say
-from dpo_ds.models.layers import decoder_layers
+from dpo_ds.models.layers.units import decoder_layers
 
 if TYPE_CHECKING:
     from dpo_ds.models.engine import LoadedModel
