@@ -18,6 +18,7 @@ from typing import Literal
 
 import yaml
 
+from dpo_ds.checkpoint.manifest import open_folder, step_folders
 from dpo_ds.cluster import collectives, rendezvous
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.process_group import speaker
@@ -78,11 +79,11 @@ class StatusRecord(Record):
 
 
 def is_a_runs(folder: Path) -> bool:
-    """Tells whether a run of ours has begun in this folder."""
+    """Tells whether a run of ours has begun in this folder: it has left its STATUS.json, or a checkpoint."""
     try:
         read_record(folder / "STATUS.json", StatusRecord)
     except (FileNotFoundError, Damaged):
-        return False
+        return any(open_folder(path)[0] is not None for path in step_folders(folder / "checkpoints"))
     return True
 
 

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_ds.checkpoint import manifest
 from dpo_ds.cluster.launch import Launch
-from dpo_ds.cluster.shared_files import is_at_work, leftovers, temporary_beside
+from dpo_ds.cluster.shared_files import is_at_work, leftovers, sha256, temporary_beside
 from dpo_ds.commands.sample.folder import is_a_sample
 from dpo_ds.data.shard import shard_name
 from dpo_ds.errors import ConfigError
@@ -51,6 +52,17 @@ def test_a_folder_that_is_new_empty_hidden_or_an_earlier_runs_is_taken(tmp_path)
     (tmp_path / "scripts" / ".snapshot").mkdir()
     (tmp_path / "scripts" / "checkpoints").mkdir()  # where another disk is mounted
     enter(tmp_path / "scripts")
+    (tmp_path / "new" / "STATUS.json").unlink()  # by whoever tidied up
+    with pytest.raises(ConfigError, match="which dpo-ds did not make"):
+        enter(tmp_path / "new")
+    step = tmp_path / "new" / "checkpoints" / "step-00000003"
+    step.mkdir(parents=True)
+    values = {"step": 3, "world_size": 1, "config": {}, "versions": {}, "identity": {}, "files": {}}
+    for name in ("zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        (step / name).write_bytes(b"")
+        values["files"][name] = {"size": 0, "sha256": sha256(step / name)}
+    manifest.write(step, values)
+    enter(tmp_path / "new")
 
 
 def test_a_second_job_in_the_folder_ends_with_host_and_process_of_the_first(tmp_path):
