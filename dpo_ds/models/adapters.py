@@ -85,7 +85,8 @@ def _base(adapter: Path, path: str, key: str) -> str:
     if task not in (None, "CAUSAL_LM"):
         raise ModelError(f"--{key} {path}: an adapter of task_type {task!r}; only CAUSAL_LM is a language model's")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"--{key} {path}/{ADAPTER_CONFIG}: names no base_model_name_or_path to merge it with")
+        problem = "a LoRA adapter that names no base_model_name_or_path to merge it with"
+        raise ModelError(f"--{key} {path}/{ADAPTER_CONFIG}: {problem}")
     if (base.startswith((".", "/", "~")) or base.count("/") > 1) and not (Path(base) / "config.json").is_file():
         problem = f"its base {base} is not there; set base_model_name_or_path in {ADAPTER_CONFIG} to where it is now"
         raise ModelError(f"--{key} {path}: {problem}")

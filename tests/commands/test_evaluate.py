@@ -342,7 +342,7 @@ def test_a_model_that_was_measured_leaves_no_weights_behind(forks, world):
 
 MISTAKES = {
     "policy is missing": ({"evaluate.policy": "/nowhere"}, ["--evaluate.policy /nowhere", "does not exist"]),
-    "policy is an adapter": ({"evaluate.policy": "adapter"}, ["LoRA adapter", "dpo-ds export", "--merge"]),
+    "policy is an adapter": ({"evaluate.policy": "adapter"}, ["a LoRA adapter", "names no base_model_name"]),
     "one of a list is missing": ({"evaluate.policy": "[policy, /nowhere]"}, ["--evaluate.policy /nowhere"]),
     "reference of other tokens": ({"evaluate.against": "other"}, ["--evaluate.against", "the same tokens"]),
     "no such score": ({"evaluate.score": "tests.scores:vowel"}, ["--evaluate.score", "'vowels'"]),

@@ -227,7 +227,7 @@ def test_mistakes_found_before_a_model_is_loaded(world, refused):
     assert f"whose model is {run / 'final'}" in refused(model__path=run)
     (folder / "lora/final").mkdir(parents=True)
     (folder / "lora/final/adapter_config.json").write_text("{}")
-    assert f"dpo-ds export {folder / 'lora'} --merge true" in refused(model__path=folder / "lora/final")
+    assert "names no base_model_name_or_path to merge it with" in refused(model__path=folder / "lora/final")
 
 
 def test_adapters_to_train_are_no_setting_of_it(refused, tmp_path):

@@ -133,4 +133,7 @@ def main(folder):
 
 
 if __name__ == "__main__":
+    from dpo_ds.__main__ import end
+
     main(sys.argv[1])
+    end(0)

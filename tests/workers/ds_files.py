@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.utils import get_z3_leaf_modules
 from transformers import AutoConfig
 
+from dpo_ds.__main__ import end
 from dpo_ds.batch import packed_batch
 from dpo_ds.cluster import launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
@@ -87,3 +88,4 @@ def main(out: str, *files: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end(0)

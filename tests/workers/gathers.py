@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from dpo_ds.__main__ import end
 from dpo_ds.batch import packed_batch
 from dpo_ds.cluster import launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
@@ -39,3 +40,4 @@ def main(out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end(0)

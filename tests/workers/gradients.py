@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dpo_ds.__main__ import end
 from dpo_ds.cluster import launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
@@ -114,3 +115,4 @@ def main(out: str, layout: str, *families: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end(0)

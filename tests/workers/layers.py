@@ -15,6 +15,7 @@ from deepspeed.utils import safe_get_full_grad, z3_leaf_module
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dpo_ds.__main__ import end
 from dpo_ds.batch import Batch, packed_batch
 from dpo_ds.cluster import launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
@@ -133,3 +134,4 @@ def main(out: str, *cases: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end(0)

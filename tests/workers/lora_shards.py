@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+from dpo_ds.__main__ import end
 from dpo_ds.cluster import launch
 from dpo_ds.cluster.process_group import enter, leave
 from dpo_ds.config import LoraSection, ModelSection, TrainSection
@@ -40,3 +41,4 @@ def main(model: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end(0)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from transformers import AutoModelForCausalLM
 
+from dpo_ds.__main__ import end
 from dpo_ds.batch import PairLogps, packed_batch
 from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
@@ -172,3 +173,4 @@ def main(out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end(0)

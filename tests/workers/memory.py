@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dpo_ds.__main__ import end
 from dpo_ds.batch import PreferencePair, packed_batch
 from dpo_ds.cluster import launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
@@ -73,3 +74,4 @@ def main(out: str, case: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end(0)
