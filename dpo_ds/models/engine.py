@@ -6,12 +6,14 @@ import contextlib
 import gc
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import deepspeed
 import deepspeed.ops
 import deepspeed.utils.nvtx
 import torch
+from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,6 +31,8 @@ from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.models.packed.backends import refused_backends
 
 deepspeed.utils.nvtx.enable_nvtx = False  # ranges for Nsight alone, around each of a thousand calls a step
+# DeepSpeed describes each parameter that it fetches or frees, in text that it shows only where its source is changed.
+partition_parameters.print_rank_0 = partition_parameters.debug_param2name_id_shape_device = lambda *_, **__: None
 
 
 class LoadedModel(Protocol):
@@ -278,7 +282,9 @@ def _initialize(model: LogProbModel, ds_config: dict, **kwargs):
     if refusal and collectives.rank() == 0:
         print(f"dpo-ds: {type(model.causal_lm).__name__}: each module fetched alone, slower: {refusal}", flush=True)
     with refusing(lambda what: ConfigError(f"DeepSpeed refuses deepspeed.config or the model: {what}{SHOWN_BY}")):
-        return deepspeed.initialize(model=model, config=ds_config, **kwargs)[0]
+        engine = deepspeed.initialize(model=model, config=ds_config, **kwargs)[0]
+    engine.module.modules = partial(iter, tuple(engine.module.modules()))  # it walks through them in every forward
+    return engine
 
 
 def own_slice(slices: Sequence[Tensor], numel: int) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 _linear = torch._C._nn.linear  # torch.nn.functional's name is bound to DeepSpeed's function
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -68,7 +67,6 @@ class _LinearOfParameters(torch.autograd.Function):
         return _linear(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad

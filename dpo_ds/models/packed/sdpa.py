@@ -28,19 +28,22 @@ class ScoreRule(NamedTuple):
 def sdpa(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule) -> Tensor:
     """Attends: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; two blocks a pair, whatever the pack.
 
-    `split` and not slices: a slice's backward is as large as the whole pack, a split's is one concatenation.
+    `split` and not slices: a slice's backward is as large as the whole pack, a split's is one concatenation. Prompt and
+    chosen lie side by side, so that the prompt's keys are copied for rejected alone.
     """
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    queries = query.split([n for s in table.segments for n in (s.prompt + s.chosen, s.rejected)], dim=2)
-    parts = [n for s in table.segments for n in (s.prompt, s.chosen, s.rejected)]
-    keys, values = key.split(parts, dim=2), value.split(parts, dim=2)
+    blocks = [n for s in table.segments for n in (s.prompt + s.chosen, s.rejected)]
+    queries, keys, values = (x.split(blocks, dim=2) for x in (query, key, value))
     outputs = []
-    for i, block_query in enumerate(queries):
-        if block_query.shape[2]:
-            prompt, own = i // 2 * 3, i // 2 * 3 + 1 + i % 2  # own: chosen in even blocks, rejected in odd ones
-            block_key = torch.cat([keys[prompt], keys[own]], dim=2)
-            block_value = torch.cat([values[prompt], values[own]], dim=2)
-            outputs.append(_attend(block_query, block_key, block_value, table, rule))
+    for i, segment in enumerate(table.segments):
+        first, rejected = 2 * i, 2 * i + 1
+        if queries[first].shape[2]:
+            outputs.append(_attend(queries[first], keys[first], values[first], table, rule))
+        if segment.rejected:
+            prompt_and_own = (
+                torch.cat([x[first][:, :, : segment.prompt], x[rejected]], dim=2) for x in (keys, values)
+            )
+            outputs.append(_attend(queries[rejected], *prompt_and_own, table, rule))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
