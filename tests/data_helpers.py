@@ -19,6 +19,7 @@ OPTIONS = {
     "limit": None,
     "on_bad_row": "error",
     "ignore_columns": [],
+    "prompt_rendering": "conversation",
 }
 
 CHATML = (

@@ -20,7 +20,7 @@ from dpo_ds.checkpoint.shards import ENGINE_PREFIX, Shards
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.config import ExportConfig, ModelSection
-from dpo_ds.data.chat import BUILT_IN, DEFAULT_CHAT_TEMPLATE, TEMPLATE, set_template
+from dpo_ds.data.chat.template import BUILT_IN, DEFAULT_CHAT_TEMPLATE, TEMPLATE, set_template
 from dpo_ds.errors import ConfigError, ModelError, shorten
 from dpo_ds.models import lora
 from dpo_ds.models.adapters import folder_of

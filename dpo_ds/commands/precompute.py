@@ -27,7 +27,7 @@ from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout
-from dpo_ds.data.chat import set_template, settle_template
+from dpo_ds.data.chat.template import DATE, date_of, set_date, set_template, settle_template
 from dpo_ds.data.shard import SHARD_NAME, head_of, shard_files, shard_name
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.reference.cache import (
@@ -135,10 +135,12 @@ def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
         filled, notes = ds_config.fill_reference(given, source, this_machine(launch), text_config.hidden_size)
         speaker(launch)(notes)
     manifest, of_model = read_manifest(folder), None
+    heads = [head_of(path) for path in shard_files(folder)] if manifest is None else [manifest.values]
+    set_date(tokenizer, *heads)
     if launch.is_first:
         of_model = identity(run, tokenizer)
-        heads = [head_of(path) for path in shard_files(folder)] if manifest is None else []
-        for found in filter(None, heads if manifest is None else [manifest.values]):
+        of_model |= {DATE: date_of(tokenizer)} if date_of(tokenizer) else {}
+        for found in filter(None, heads):
             check_identity(run, found, of_model)
         if manifest is not None:
             check_shards(manifest)
@@ -189,7 +191,8 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
     threads, used = run.precompute.threads, versions()
     settings = kernels(model, layout_name) | {"micro_batch_tokens": layout.budget, "threads": threads}
     settings["versions"] = {name: used[name] for name in ("dpo_ds", "torch", "transformers")}
-    head = {"format": FORMAT, "weights": of_model["weights"], "tokenizer": of_model["tokenizer"], **settings}
+    head = {"format": FORMAT, **{what: of_model[what] for what in ("weights", "tokenizer", DATE) if what in of_model}}
+    head |= settings
     torch.set_num_threads(threads)
     if device.type == "cpu" and launch.threads > threads:
         more = f"start more ranks, or give it --precompute.threads {launch.threads}"

@@ -27,7 +27,7 @@ from dpo_ds.config import (
 )
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import steps_per_epoch
-from dpo_ds.data.chat import BUILT_IN, TEMPLATE, set_template, settle_template
+from dpo_ds.data.chat.template import BUILT_IN, DATE, TEMPLATE, date_of, set_date, set_template, settle_template
 from dpo_ds.data.prompts import Prompt
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
@@ -72,8 +72,10 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     stopping.check_end(run.checkpoint)
     candidates, notes = resume.find(output_dir, run.checkpoint.resume)
     say(notes)
+    recorded = candidates[0].manifest["identity"] if candidates else {}
     if candidates:
         say(resume.check_config(candidates[0], run, launch.world_size))
+    set_date(tokenizer, recorded, None if manifest is None else manifest.values)
 
     prepared = prepare_data(run.data, tokenizer, run.sides, launch, task.margin_column, task.calibration)
     notes = settle_template(tokenizer, any(pairs.census["message_lists"] for pairs in prepared.values()))
@@ -83,6 +85,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     if launch.is_first:
         _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
     known = {TEMPLATE: BUILT_IN} if notes and prepared["train"].census["message_lists"] else {}
+    known |= {DATE: date_of(tokenizer)} if date_of(tokenizer) and (DATE in recorded or not candidates) else {}
     known = _check_identity(run, launch, model_config, policy_config, prepared["train"], candidates, manifest, known)
     reference = getattr(run, "reference", None)
     models = {"model.path": run.model.path, "reference.path": None if reference is None else reference.path}

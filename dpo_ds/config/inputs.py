@@ -107,6 +107,10 @@ class SampleDataSection(PromptDataSection):
 
 
 class EvaluationDataSection(PromptDataSection):
+    prompt_rendering: Literal["conversation", "generation"] = Field(
+        "conversation",
+        description="the prompt that the chat template writes before an answer that is there, or before one to come",
+    )
     eval: str | list[str | dict[str, Any]] | None = Field(None, description="pairs to evaluate on, given as data.train")
 
     @field_validator("train", "eval", check_fields=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,19 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ds.data.rows import Location
+from dpo_ds.data.rows import Location, shorten
 from dpo_ds.data.tokenize import Tokenized
 
 LISTED_BAD_ROWS = 300
 MOST_COLUMNS = 1000
 SHOWN = 12  # names in a line for the terminal
+DIFFERENCE = 40  # characters of two texts from where they differ
+TEMPLATE_LINES = {
+    "prompts_rendered_otherwise": "the prompt differs from what generation writes; data.prompt_rendering chooses",
+    "content_left_out": "the chat template leaves part of an answer out, so that it is not trained on",
+}
 
 
 @dataclass
 class Census:
     """Counts rows; rows_read = rows kept + rows dropped. All else is of the rows kept.
 
-    message_lists: rows that went through the chat template.
+    message_lists: rows that went through the chat template. prompts_rendered_otherwise: of these, how many have a
+    prompt that generation would write otherwise; content_left_out: how many have an answer that the template does not
+    show whole; first_of: the first row of each, as a line.
     largest_token: the largest token id. longest: tokens of the longest prompt with one of its completions.
     """
 
@@ -31,6 +39,9 @@ class Census:
     completions_cut: int = 0
     prompts_differ: int = 0
     message_lists: int = 0
+    prompts_rendered_otherwise: int = 0
+    content_left_out: int = 0
+    first_of: dict[str, str] = field(default_factory=dict)
     largest_token: int = 0
     longest: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -53,8 +64,14 @@ class Census:
         if len(self.bad_rows) < LISTED_BAD_ROWS:
             self.bad_rows.append({"location": str(location), "reason": problem})
 
-    def keep(self, tokenized: Tokenized, prompts_differ: bool, is_messages: bool) -> None:
-        pair, prompt_cut, completions_cut = tokenized
+    def keep(self, location: Location, tokenized: Tokenized, prompts_differ: bool, is_messages: bool) -> None:
+        pair, prompt_cut, completions_cut, asked, left_out = tokenized
+        if asked is not None:
+            self.prompts_rendered_otherwise += 1
+            self.first_of.setdefault("prompts_rendered_otherwise", f"{location}: {_difference(*asked)}")
+        if left_out is not None:
+            self.content_left_out += 1
+            self.first_of.setdefault("content_left_out", f"{location}: {shorten(left_out)}")
         self.rows_cut += prompt_cut or completions_cut > 0
         self.prompts_cut += prompt_cut
         self.completions_cut += completions_cut
@@ -80,6 +97,9 @@ class Census:
             "columns_not_used": self.columns_not_used,
             "prompts_differ": self.prompts_differ,
             "message_lists": self.message_lists,
+            "prompts_rendered_otherwise": self.prompts_rendered_otherwise,
+            "content_left_out": self.content_left_out,
+            "first_of": self.first_of,
             "largest_token": self.largest_token,
             "longest": self.longest,
             "tokens": {part: _percentiles(counts) for part, counts in lengths.items()},
@@ -97,6 +117,9 @@ def format_census(census: Mapping[str, Any]) -> str:
     lines = [f"{read:>9,} rows read from {_files(census['files'])}, format {census['format']}", f"{kept:>9,} kept"]
     if census["prompts_differ"]:
         lines.append(f"{census['prompts_differ']:>9,} of these differ before the last turn")
+    for key, what in TEMPLATE_LINES.items():
+        if census.get(key):
+            lines.append(f"{census[key]:>9,} of these: {what} (first: {census['first_of'][key]})")
     if census["rows_cut"]:
         cuts = f"{_count(census['prompts_cut'], 'prompt')}, {_count(census['completions_cut'], 'completion')}"
         lines.append(f"{census['rows_cut']:>9,} of these cut to the maximum length ({cuts})")
@@ -112,6 +135,13 @@ def format_census(census: Mapping[str, Any]) -> str:
     for part, numbers in census["tokens"].items():
         lines.append(f"{part:>9}  " + "".join(f"{numbers[column]:>8,.0f}" for column in columns))
     return "\n".join(lines)
+
+
+def _difference(as_conversation: str, as_generation: str) -> str:
+    """Shows where two texts part."""
+    at = len(os.path.commonprefix([as_conversation, as_generation]))
+    ours, theirs = (text[at : at + DIFFERENCE] for text in (as_conversation, as_generation))
+    return f"at character {at:,} {ours!r}, in generation {theirs!r}"
 
 
 def listed(names: Sequence[str]) -> str:

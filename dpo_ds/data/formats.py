@@ -11,6 +11,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
+from dpo_ds.data.joining import (
+    SYSTEM,
+    before_the_answer,
+    common_turns,
+    end_of_prompt,
+    joined,
+    repeats,
+    require_answer,
+    with_prompt_text,
+    with_system,
+)
 from dpo_ds.data.rows import BadRow, Messages, Row, as_message, as_text, shorten, wrong_type
 from dpo_ds.errors import ConfigError
 
@@ -49,9 +60,13 @@ def explicit(row: Row, pair: bool) -> Conversation:
     if row.is_text("prompt"):
         return Conversation(row.text("prompt"), row.text("chosen"), row.text("rejected") if pair else None)
     prompt, tools = with_system(row, "prompt", row.messages("prompt")), row.tools()
-    turns = _answer if isinstance(row.get("chosen"), str) else Row.messages
-    sides = [_going_on(prompt, side, turns(row, side)) for side in (PAIR_FIELDS if pair else ("chosen",))]
-    return Conversation(prompt, *sides, tools=tools)
+    names = PAIR_FIELDS if pair else ("chosen",)
+    if isinstance(row.get("chosen"), str):
+        return Conversation(prompt, *(_answer(row, side) for side in names), tools=tools)
+    whole = [joined(prompt, side, row.messages(side)) for side in names]
+    if any(turns[: len(prompt)] != prompt for turns in whole):  # a side says more in front, such as a system turn
+        return _of_whole(whole[0], whole[1] if pair else None, tools)
+    return Conversation(prompt, *(turns[len(prompt) :] for turns in whole), tools=tools)
 
 
 def implicit(row: Row, pair: bool) -> Conversation:
@@ -62,16 +77,9 @@ def implicit(row: Row, pair: bool) -> Conversation:
     """
     chosen = _whole(row, "chosen")
     if not pair and row.get("rejected") is None:
-        _require_answer("chosen", chosen)
-        split = max(i for i, message in enumerate(chosen) if message["role"] == "assistant")
-        return Conversation(chosen[:split], chosen[split:], tools=row.tools())
-    rejected = _whole(row, "rejected")
-    split = 0
-    while split < min(len(chosen), len(rejected)) - 1 and chosen[split] == rejected[split]:
-        split += 1
-    prompt, chosen, rejected = chosen[:split], chosen[split:], rejected[split:]
-    differ = any(message["role"] == "user" for message in chosen + rejected)
-    return Conversation(prompt, chosen, rejected if pair else None, row.tools(), differ)
+        return _of_whole(chosen, None, row.tools())
+    conversation = _of_whole(chosen, _whole(row, "rejected"), row.tools())
+    return conversation if pair else replace(conversation, rejected=None)
 
 
 def hh(row: Row, pair: bool) -> Conversation:
@@ -142,8 +150,11 @@ def completion(row: Row, pair: bool) -> Conversation:
     if row.is_text("prompt"):
         return Conversation(row.text("prompt"), row.text(name))
     prompt = with_system(row, "prompt", row.messages("prompt"))
-    answer = _answer(row, name) if isinstance(row.get(name), str) else row.messages(name)
-    return Conversation(prompt, _going_on(prompt, name, answer), tools=row.tools())
+    if isinstance(row.get(name), str):
+        return Conversation(prompt, _answer(row, name), tools=row.tools())
+    whole = joined(prompt, name, row.messages(name))
+    split = end_of_prompt(prompt, whole)
+    return Conversation(whole[:split], whole[split:], tools=row.tools())
 
 
 def text(row: Row, pair: bool) -> Conversation:
@@ -152,22 +163,24 @@ def text(row: Row, pair: bool) -> Conversation:
 
 
 def messages(row: Row, pair: bool) -> Conversation:
-    """Supervised: one conversation; every assistant turn is trained on, what precedes the first is the prompt."""
-    turns = with_system(row, "messages", row.messages("messages"))
+    """Supervised: one conversation; every assistant turn is trained on, what precedes the first is the prompt. A column
+    `prompt` says its question once more (UltraChat)."""
+    turns = _whole(row, "messages")
     prompt, chosen = _split_at_first_answer("messages", turns)
     return Conversation(prompt, chosen, tools=row.tools())
 
 
 def _is_explicit(row: Row) -> bool:
-    if "prompt" not in row or "completion" in row or ("chosen" not in row and _is_answered(row)):
+    if "prompt" not in row or "completion" in row:
+        return False
+    if "chosen" not in row and (_is_answered(row) or "messages" in row):
         return False
     return not (isinstance(row.get("chosen"), list) and not _has_prompt_messages(row))
 
 
 def _has_prompt_messages(row: Row) -> bool:
     """Is the prompt a message list that chosen does not repeat? Some sets keep it beside whole conversations."""
-    prompt = row.get("prompt")
-    return isinstance(prompt, list) and not (prompt and row.get("chosen")[: len(prompt)] == prompt)
+    return isinstance(row.get("prompt"), list) and not repeats(row.messages("prompt"), row.messages("chosen"))
 
 
 def _is_hh(row: Row) -> bool:
@@ -185,7 +198,6 @@ def _is_orca(row: Row) -> bool:
 
 PAIR_FIELDS = ("chosen", "rejected")
 ANSWERS = ("completion", "response", "output")
-SYSTEM = ("system", "system_prompt")
 # In the order of detection: the first that fits a row's fields reads it.
 FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations", *SYSTEM, "tools", *PAIR_FIELDS), lambda row: "conversations" in row, sharegpt),
@@ -205,7 +217,7 @@ SUPERVISED = {
     "completion": Format(
         ("prompt", *ANSWERS, *SYSTEM, "tools"), lambda row: "prompt" in row and _is_answered(row), completion
     ),
-    "messages": Format(("messages", *SYSTEM, "tools"), lambda row: "messages" in row, messages),
+    "messages": Format(("prompt", "messages", *SYSTEM, "tools"), lambda row: "messages" in row, messages),
     "text": Format(("text",), lambda row: "text" in row, text),
 }
 # Public sets whose rows are no pairs: the fields that tell them, and what makes pairs of them.
@@ -277,7 +289,7 @@ def read(row: Row, name: str, sides: tuple[str, ...], margin_column: str | None 
     if margin_column is not None:
         conversation = replace(conversation, margin=row.margin(margin_column))
     for side in sides:
-        _require_answer(side, getattr(conversation, side))
+        require_answer(side, getattr(conversation, side))
     if pair and conversation.chosen == conversation.rejected:
         raise BadRow(
             "chosen equals rejected",
@@ -291,19 +303,6 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}"
 
 
-def _require_answer(side: str, answer: str | Messages) -> None:
-    if isinstance(answer, list):
-        turns = [message for message in answer if message["role"] == "assistant"]
-        if not turns:
-            roles = ", ".join(message["role"] for message in answer) or "no message"
-            raise BadRow("no assistant turn", f"{side!r} has no assistant turn ({roles}); nothing could be trained on")
-        empty = not turns[-1]["content"].strip() and not turns[-1].get("tool_calls")
-    else:
-        empty = not answer.strip()
-    if empty:
-        raise BadRow(f"empty {side}", f"{side!r} is empty ({shorten(answer)}); a completion needs text")
-
-
 def _transcript(side: str, text: str) -> str:
     start, marker, answer = text.rpartition(HH_ANSWER)
     if not marker:
@@ -315,9 +314,22 @@ def _transcript(side: str, text: str) -> str:
 
 
 def _split_at_first_answer(name: str, turns: Messages) -> tuple[Messages, Messages]:
-    _require_answer(name, turns)
+    require_answer(name, turns)
     split = next(i for i, message in enumerate(turns) if message["role"] == "assistant")
     return turns[:split], turns[split:]
+
+
+def _of_whole(chosen: Messages, rejected: Messages | None, tools: list | None) -> Conversation:
+    """Returns two whole conversations as their common prompt and what each goes on with; of one alone, the last answer.
+    """
+    if rejected is None:
+        require_answer("chosen", chosen)
+        split = len(before_the_answer(chosen))
+        return Conversation(chosen[:split], chosen[split:], tools=tools)
+    split = common_turns(chosen, rejected)
+    prompt, chosen, rejected = chosen[:split], chosen[split:], rejected[split:]
+    differ = any(message["role"] == "user" for message in chosen + rejected)
+    return Conversation(prompt, chosen, rejected, tools, differ)
 
 
 def _answer(row: Row, side: str) -> Messages:
@@ -330,57 +342,11 @@ def _answered(row: Row, pair: bool, prompt: Messages) -> Conversation:
     return Conversation(prompt, *(_answer(row, side) for side in sides), tools=row.tools())
 
 
-def with_system(row: Row, name: str, turns: Messages) -> Messages:
-    """Puts the system turn that a column of its own gives before the turns of the field `name`."""
-    system = row.optional_text(row.first_of(*SYSTEM))
-    if not system or (turns and _is_system(turns[0]) and turns[0]["content"] == system):
-        return turns
-    if turns and _is_system(turns[0]):
-        raise BadRow("two system turns", f"'system' is given and {name!r} begins with another system turn")
-    return [{"role": "system", "content": system}, *turns]
-
-
-def _is_system(message: dict) -> bool:
-    return message["role"] in ("system", "developer")
-
-
 def _whole(row: Row, side: str) -> Messages:
     """Returns a side's conversation with the row's prompt and system turn; BadRow where the prompt says otherwise."""
     turns, prompt = row.messages(side), row.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
-        asked = [message["content"] for message in _before_the_answer(turns) if message["role"] == "user"]
-        if not asked:
-            first = next((i for i, message in enumerate(turns) if not _is_system(message)), len(turns))
-            turns = [*turns[:first], {"role": "user", "content": row.text("prompt")}, *turns[first:]]
-        elif prompt.strip() not in (text.strip() for text in asked):
-            raise _contradiction(prompt, side, turns, asked[0])
+        turns = with_prompt_text(row.text("prompt"), side, turns)
     elif prompt and not isinstance(prompt, str):
-        prompt = row.messages("prompt")
-        begins = turns[: len(prompt)] == prompt or _without_system(turns)[: len(prompt)] == prompt
-        if not begins and any(message["role"] != "assistant" for message in _before_the_answer(turns)):
-            raise _contradiction(prompt[0]["content"], side, turns, turns[0]["content"])
-        turns = turns if begins else prompt + turns
+        turns = joined(row.messages("prompt"), side, turns)
     return with_system(row, side, turns)
-
-
-def _before_the_answer(turns: Messages) -> Messages:
-    """Returns all up to the last assistant turn."""
-    last = max((i for i, message in enumerate(turns) if message["role"] == "assistant"), default=len(turns))
-    return turns[:last]
-
-
-def _without_system(turns: Messages) -> Messages:
-    return turns[1:] if turns and _is_system(turns[0]) else turns
-
-
-def _going_on(prompt: Messages, side: str, turns: Messages) -> Messages:
-    """Returns the turns of a side, which must not ask anew what `prompt` ends in."""
-    if prompt and turns and prompt[-1]["role"] == "user" and (turns[0]["role"] == "user" or _is_system(turns[0])):
-        raise _contradiction(prompt[-1]["content"], side, turns, turns[0]["content"])
-    return turns
-
-
-def _contradiction(prompt: str, side: str, turns: Messages, beginning: str) -> BadRow:
-    _require_answer(side, turns)  # a side without one is the greater mistake
-    problem = f"'prompt' is {shorten(prompt)}, but {side!r} begins with {shorten(beginning)}"
-    return BadRow("prompt contradicts", f"{problem}; mend one, or leave one out with --data.ignore_columns '[prompt]'")

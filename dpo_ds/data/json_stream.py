@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpo_ds.data.rows import unreadable
+from dpo_ds.data.rows import BadRow, unique_keys, unreadable
 from dpo_ds.errors import DataError
 
 CHUNK = 1 << 20  # bytes
 MAX_BLANK = 1 << 26  # characters between two values: a few bytes of gzip unpack to billions
 CUT_OFF = 16  # characters: an error this near the end of what is read may be a token cut by it, such as "\u12"
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
-DECODER = json.JSONDecoder()
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 STRING_OR_MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
 
 
@@ -86,6 +86,9 @@ class JsonArray:
                 if in_string or self.at + offset >= len(self.text):
                     raise self._cut_short() from error
                 raise self._error(error.msg, self.at + offset) from error
+            except BadRow as error:
+                self._skip_value()
+                return error
             except (ValueError, RecursionError) as error:
                 self._skip_value()
                 return unreadable(error)

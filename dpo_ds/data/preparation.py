@@ -24,8 +24,8 @@ from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
 from dpo_ds.errors import DataError
 
-FORMAT_VERSION = 4  # of the cache: raise it when the same rows would give other tokens, columns or counts
-EQUAL = "equal after the cut"
+FORMAT_VERSION = 5  # of the cache: raise it when the same rows would give other tokens, columns or counts
+EQUAL, EQUAL_IN_TEMPLATE = "equal after the cut", "equal after the chat template"
 NOTHING_LEFT = "no trained token left after the cut"
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Options(Protocol):
     limit: int | None
     on_bad_row: str
     ignore_columns: Sequence[str]
+    prompt_rendering: str
 
 
 def prepare(
@@ -62,7 +63,8 @@ def prepare(
     """
     check_name(options.format, sides)
     check_columns(options.columns)
-    tokenize = PairTokenizer(tokenizer, options.max_length, options.max_prompt_length, sides)
+    limits = options.max_length, options.max_prompt_length
+    tokenize = PairTokenizer(tokenizer, *limits, sides, options.prompt_rendering)
     items = [source] if isinstance(source, str) else source
     items = [{"path": item} if isinstance(item, str) else item for item in items]
     paths = [item["path"] for item in items]
@@ -137,11 +139,12 @@ def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, An
                         reader.intake.bad(location, result)
                     elif not all(len(result.pair.target_positions(side)) for side in reader.sides):
                         census.drop(location, NOTHING_LEFT, NOTHING_LEFT)
-                    elif np.array_equal(result.pair.chosen, result.pair.rejected):  # or the template trims white space
-                        census.drop(location, EQUAL, EQUAL)
+                    elif np.array_equal(result.pair.chosen, result.pair.rejected):
+                        reason = EQUAL if result.completions_cut else EQUAL_IN_TEMPLATE  # it trims, or leaves out
+                        census.drop(location, reason, reason)
                     else:
                         is_messages = not isinstance(conversation.prompt, str)
-                        census.keep(result, conversation.prompts_differ, is_messages)
+                        census.keep(location, result, conversation.prompts_differ, is_messages)
                         pairs.append(result.pair)
                         locations.append(location)
                         margins.append(conversation.margin)
@@ -178,7 +181,8 @@ def _digest(
     margin_column: str | None,
 ) -> str:  # fmt: skip
     wanted = [options.format, dict(options.columns), options.max_length, options.max_prompt_length]
-    wanted += [options.limit, options.on_bad_row, sorted(options.ignore_columns), sides, *filter(None, [margin_column])]
+    wanted += [options.limit, options.on_bad_row, sorted(options.ignore_columns), sides, options.prompt_rendering]
+    wanted += filter(None, [margin_column])
     identities = [source.identity() for source in sources]
     text = json.dumps([FORMAT_VERSION, identities, wanted, fingerprint(tokenizer)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

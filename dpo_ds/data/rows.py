@@ -11,9 +11,16 @@ from dpo_ds.errors import DataError, shorten
 
 Messages = list[dict[str, Any]]  # {"role", "content"} and, on some, "tool_calls", "name", ...
 
+TRAINED = "trained"  # our key of a message that is not to be trained: False
 MAX_MARGIN = 1e6  # exact enough in float32
 REMEDY = "drop such rows with --data.on_bad_row skip"
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}  # ShareGPT's names
+ROLES = {  # ShareGPT's names, and others that data sets use
+    "human": "user", "gpt": "assistant", "ai": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
+    "tool_response": "tool", "function_call": "assistant", "tool_call": "assistant",
+}  # fmt: skip
+CALLING = ("function_call", "tool_call")  # roles whose text is a call
+UNTRAINED = ("weight", "loss", "train", TRAINED)  # keys by which data sets say that a turn is not to be trained
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -111,7 +118,7 @@ class Row:
         for i, tool in enumerate(tools):
             if not isinstance(tool, dict):
                 raise wrong_type(f"tools[{i}]", tool, "an object that describes a tool")
-        return _without_nulls(tools)
+        return without_nulls(tools)
 
 
 def unreadable(error: ValueError | RecursionError) -> BadRow:
@@ -122,28 +129,69 @@ def unreadable(error: ValueError | RecursionError) -> BadRow:
 
 
 def as_message(name: str, value: Any) -> dict[str, Any]:
-    """{"role", "content"} or ShareGPT's {"from", "value"}; other keys stay where not null (tool_calls, name, ...)."""
+    """{"role", "content"} or ShareGPT's {"from", "value"}; other keys stay where not null (tool_calls, name, ...).
+
+    Calls have their arguments as an object, also where a row gives JSON text of it. An assistant's turn that is not to
+    be trained has TRAINED False.
+    """
     if not isinstance(value, dict):
         raise wrong_type(name, value, "a message {role, content} or {from, value}")
-    message = _without_nulls(value)
+    message = without_nulls(value, but="arguments")
     keys = ("from", "value") if "from" in message else ("role", "content")
     if keys[0] not in message:
         raise BadRow("message without a role", f"{name} lacks a role ({shorten(value)}); a message needs role, content")
     their_role, content = message.pop(keys[0]), message.pop(keys[1], None)
+    their_role = their_role.strip().lower() if isinstance(their_role, str) else their_role
     role = ROLES.get(their_role, their_role) if isinstance(their_role, str) else None
     if role not in KNOWN_ROLES:
         known = ", ".join([*KNOWN_ROLES, *ROLES])
         raise BadRow("unknown role", f"{name} has the unknown role {shorten(their_role)}; known: {known}")
+    if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):  # OpenAI's, of before tools
+        message["tool_calls"] = [message.pop("function_call")]
     if content is None and not message.get("tool_calls"):
         raise BadRow("message without content", f"{name} has no content, or null ({shorten(value)})")
     content = "" if content is None else _content(f"{name}.{keys[1]}", content)
-    if their_role == "function_call":
+    if their_role in CALLING:
         calls = _json(name, content)
         calls = calls if isinstance(calls, list) else [calls]
         if not all(isinstance(call, dict) for call in calls):
             raise wrong_type(name, content, "JSON of a call {name, arguments}, or a list of them")
-        message["tool_calls"], content = [{"type": "function", "function": call} for call in calls], ""
+        message["tool_calls"], content = calls, ""
+    if message.get("tool_calls"):
+        message["tool_calls"] = _calls(f"{name}.tool_calls", message["tool_calls"])
+    trained = [_is_trained(f"{name}.{key}", key, message.pop(key)) for key in UNTRAINED if key in message]
+    if role == "assistant" and not all(trained):
+        message[TRAINED] = False
     return {"role": role, "content": content, **message}
+
+
+def _is_trained(name: str, key: str, value: Any) -> bool:
+    if value not in (0, 1):  # True and False are
+        rule = "1 or 0: a turn is trained or not" if key == "weight" else "true or false"
+        raise wrong_type(name, value, rule)
+    return bool(value)
+
+
+def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
+    """Returns calls as {"type": "function", "function": {"name", "arguments": object}}, with what else they have."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise wrong_type(name, calls, "a call {name, arguments}, or a list of them")
+    calls = [call if "function" in call else {"type": "function", "function": call} for call in calls]
+    return [call | {"function": _with_arguments(f"{name}[{i}].function", call)} for i, call in enumerate(calls)]
+
+
+def _with_arguments(name: str, call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    if not isinstance(function, dict):
+        raise wrong_type(name, function, "an object {name, arguments}")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return function
+    try:
+        read = json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError):
+        return function  # a model's call can be wrong, which a rejected side is to show
+    return function | {"arguments": read} if isinstance(read, dict) else function
 
 
 def _content(name: str, content: Any) -> str:
@@ -171,7 +219,7 @@ def as_text(name: str, value: Any) -> str:
 
 def _json(name: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise BadRow("broken JSON in a field", f"{name!r} must be JSON but is {shorten(text)} ({error})") from None
     except (ValueError, RecursionError) as error:
@@ -182,8 +230,21 @@ def wrong_type(name: str, value: Any, wanted: str) -> BadRow:
     return BadRow("wrong type", f"{name!r} is {type(value).__name__} {shorten(value)}; it must be {wanted}")
 
 
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every struct of a column all keys, null where a row had none; a template would render those."""
+def without_nulls(value: Any, but: str | None = None) -> Any:
+    """Returns nested values without keys that are null, as Arrow gives every struct of a column all keys; a template
+    would render those. What stands under the key `but` is left as it is: a call's argument may mean its null.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        items = ((key, item) for key, item in value.items() if item is not None)
+        return {key: item if key == but else without_nulls(item, but) for key, item in items}
+    return [without_nulls(item, but) for item in value] if isinstance(value, list) else value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of JSON's pairs; BadRow where a key comes twice, of which Python would take the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise BadRow("a key twice", f"the key {twice!r} comes twice in one object; keep the one that is meant")
+    return value

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from dpo_ds.cluster.derived import content_digest
 from dpo_ds.data.json_stream import JsonArray
-from dpo_ds.data.rows import BadRow, Location, shorten, unreadable
+from dpo_ds.data.rows import BadRow, Location, shorten, unique_keys, unreadable, without_nulls
 from dpo_ds.errors import DataError
 
 Rows = Iterator[tuple[Location, dict[str, Any] | BadRow]]
@@ -136,11 +136,14 @@ def _file_rows(path: Path, wanted: Collection[str] | None) -> Rows:
             if delimiter is not None:
                 rows = _table(stream, path, delimiter)
             else:
-                is_array = not one_a_line and _begins_array(stream)
+                begins_array = _begins_array(stream)
+                is_array = begins_array and not one_a_line
                 rows = JsonArray(stream, path).elements() if is_array else _lines(stream, path)
             for number, row in rows:
                 if last == 0 and not one_a_line and isinstance(row, BadRow) and row.reason == UNFINISHED:
                     raise DataError(f"{path}:{number}: {row}, or wrap all objects in [ ], with commas between them")
+                if last == 0 and one_a_line and begins_array and _is_no_row(row):
+                    raise DataError(f"{path}: one JSON array, where .jsonl holds an object a line; call it .json")
                 last = number
                 yield Location(str(path), number), row if isinstance(row, dict | BadRow) else _not_an_object(row)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -148,6 +151,11 @@ def _file_rows(path: Path, wanted: Collection[str] | None) -> Rows:
         raise DataError(f"{problem}; copy or download it again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _is_no_row(first: Any) -> bool:
+    """Tells whether the first line of a file that begins with [ is the beginning, or the whole, of an array of rows."""
+    return isinstance(first, BadRow) or (isinstance(first, list) and any(isinstance(item, dict) for item in first))
 
 
 def _begins_array(stream: BinaryIO) -> bool:
@@ -163,8 +171,11 @@ def _lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             if len(line) == MAX_LINE:
                 raise DataError(f"{path}:{number}: a line of more than {MAX_LINE >> 20} MiB; one object a line")
-            blank = 0
-            yield number, _line(line)
+            blank, row = 0, _line(line)
+            if isinstance(row, BadRow) and b"\r" in line.strip():
+                remedy = "write it again with line feeds, as by tr '\\r' '\\n'"
+                raise DataError(f"{path}:{number}: its lines end in carriage returns alone (CR); {remedy}")
+            yield number, row
         else:
             blank = _one_more_blank(blank, path, number)
 
@@ -208,7 +219,9 @@ def _table(stream: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, 
 
 def _line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8").rstrip())
+        return json.loads(line.decode("utf-8").rstrip(), object_pairs_hook=unique_keys)
+    except BadRow as error:
+        return error
     except UnicodeDecodeError as error:
         found = f"0x{line[error.start]:02x}"
         return BadRow("not UTF-8", f"not UTF-8 at byte {error.start} of the line ({found}); save the file as UTF-8")
@@ -255,7 +268,7 @@ def _converted(
     """Rows start to stop, with None in columns left out; one by one where they cannot be converted together."""
     empty = dict.fromkeys(names)
     try:
-        return [empty | row for row in read(start, stop)]
+        return [empty | {name: without_nulls(value) for name, value in row.items()} for row in read(start, stop)]
     except (ValueError, OverflowError) as error:
         if stop - start > 1:
             return [row for i in range(start, stop) for row in _converted(read, i, i + 1, names)]

@@ -14,18 +14,25 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from dpo_ds.batch import PAIR, PreferencePair
-from dpo_ds.data.chat import DEFAULT_CHAT_TEMPLATE, Rendered, render
+from dpo_ds.data.chat.render import CONVERSATION, Rendered, render
+from dpo_ds.data.chat.template import DEFAULT_CHAT_TEMPLATE, date_of
 from dpo_ds.data.formats import Conversation
 from dpo_ds.data.rows import BadRow
 from dpo_ds.errors import ModelError
 
 
 class Tokenized(NamedTuple):
-    """A pair, whether its prompt was cut, and how many of its completions were."""
+    """A pair, whether its prompt was cut, and how many of its completions were.
+
+    asked: the prompt in the text and as generation writes it, where the two differ. left_out: what the chat template
+    does not show of an answer.
+    """
 
     pair: PreferencePair
     prompt_cut: bool
     completions_cut: int
+    asked: tuple[str, str] | None = None
+    left_out: str | None = None
 
 
 class _Side(NamedTuple):
@@ -39,10 +46,14 @@ class _Side(NamedTuple):
 class PairTokenizer:
     """Tokenises conversations; lengths are in tokens, `sides` is ("chosen", "rejected") or ("chosen",).
 
-    max_prompt_length is below max_length. Raises ModelError for a tokenizer without offsets or EOS.
+    max_prompt_length is below max_length; prompt_rendering: data.prompt_rendering. Raises ModelError for a tokenizer
+    without offsets or EOS.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, max_prompt_length: int, sides: tuple[str, ...] = PAIR):
+    def __init__(
+        self, tokenizer: Any, max_length: int, max_prompt_length: int, sides: tuple[str, ...] = PAIR,
+        prompt_rendering: str = CONVERSATION,
+    ):  # fmt: skip
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise ModelError(f"{name}: a slow tokenizer gives no character offsets; use a model with a tokenizer.json")
@@ -52,6 +63,7 @@ class PairTokenizer:
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.sides = sides
+        self.prompt_rendering = prompt_rendering
         self.eos = tokenizer.eos_token_id
         self.bare = _bare(tokenizer)
         self.prefix = _added_in_front(tokenizer, self.bare)
@@ -65,7 +77,9 @@ class PairTokenizer:
         texts = [side.text for sides in rendered if not isinstance(sides, BadRow) for side in sides]
         encodings = iter(self.bare.encode_batch(texts, add_special_tokens=False))
         return [
-            sides if isinstance(sides, BadRow) else self._pair([self._side(next(encodings), side) for side in sides])
+            sides
+            if isinstance(sides, BadRow)
+            else self._pair([self._side(next(encodings), side) for side in sides])._replace(**_otherwise(sides))
             for sides in rendered
         ]
 
@@ -86,7 +100,8 @@ class PairTokenizer:
         if isinstance(prompt, str):
             return [_verbatim(prompt, completion) for completion in completions]
         try:
-            return [render(self.tokenizer, prompt, completion, conversation.tools) for completion in completions]
+            tools = conversation.tools
+            return [render(self.tokenizer, prompt, side, tools, self.prompt_rendering) for side in completions]
         except BadRow as error:
             return error
 
@@ -142,9 +157,23 @@ class PairTokenizer:
 
 def fingerprint(tokenizer: Any) -> str:
     """Returns all of the tokenizer that token ids depend on, as text."""
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
-    return json.dumps([_clone(tokenizer).to_str(), special, template], sort_keys=True)
+    return json.dumps([*_words(tokenizer), template, *filter(None, [date_of(tokenizer)])], sort_keys=True)
+
+
+def fingerprint_without_template(tokenizer: Any) -> str:
+    return json.dumps(_words(tokenizer), sort_keys=True)
+
+
+def _words(tokenizer: Any) -> list:
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return [_clone(tokenizer).to_str(), special]
+
+
+def _otherwise(sides: list[Rendered]) -> dict[str, Any]:
+    """Returns what a pair's texts are not: the prompt that generation would write, answers that are shown whole."""
+    asked = next(((side.text[: side.prompt_end], side.sampled) for side in sides if side.sampled is not None), None)
+    return {"asked": asked, "left_out": next((side.left_out for side in sides if side.left_out is not None), None)}
 
 
 def _verbatim(prompt: str, completion: str) -> Rendered:

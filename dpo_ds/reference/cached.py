@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from dpo_ds.cluster.launch import Launch
 from dpo_ds.config import PrecomputeConfig, TrainConfig, reference_section
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
-from dpo_ds.data.tokenize import fingerprint
+from dpo_ds.data.tokenize import fingerprint_without_template
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import weights_digest
 from dpo_ds.models.layers.units import is_compiled
@@ -73,10 +72,8 @@ def identity(run: TrainConfig | PrecomputeConfig, tokenizer) -> dict[str, str]:
     A template, like a cut, changes token ids and thereby the pairs' keys.
     """
     section = reference_section(run)
-    backend, special_tokens, _ = json.loads(fingerprint(tokenizer))
-    tokens = json.dumps([backend, special_tokens], sort_keys=True)
-    weights = weights_digest(section, section.path)
-    return {"reference": section.path, "weights": weights, "tokenizer": hashlib.sha256(tokens.encode()).hexdigest()}
+    words = hashlib.sha256(fingerprint_without_template(tokenizer).encode()).hexdigest()
+    return {"reference": section.path, "weights": weights_digest(section, section.path), "tokenizer": words}
 
 
 def check_identity(run: TrainConfig | PrecomputeConfig, found: dict, now: dict) -> None:

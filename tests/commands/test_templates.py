@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from dpo_ds.commands import export as command
 from dpo_ds.config import ExportConfig
-from dpo_ds.data.chat import DEFAULT_CHAT_TEMPLATE
+from dpo_ds.data.chat.template import DEFAULT_CHAT_TEMPLATE
 from tests.data_helpers import CHATML
 from tests.small_jobs import exact, make_world, run, weights
 

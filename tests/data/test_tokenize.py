@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
-from dpo_ds.data.chat import DEFAULT_CHAT_TEMPLATE, set_template, settle_template
+from dpo_ds.data.chat.template import DEFAULT_CHAT_TEMPLATE, set_template, settle_template
 from dpo_ds.data.formats import Conversation
 from dpo_ds.data.rows import BadRow
 from dpo_ds.data.tokenize import PairTokenizer, fingerprint
@@ -251,13 +251,14 @@ def test_a_template_may_refuse_or_leave_out():
     conversation = Conversation([{"role": "system", "content": "s"}], [assistant("a")], [assistant("b")])
     with pytest.raises(BadRow, match="the chat template refuses the conversation: no system role"):
         tokenize(conversation, tokenizer(template=refuses))
-    silent = (
-        "{% for m in messages %}{{ m.content.replace('z', '') }}|{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    silent = tokenizer(
+        template="{% for m in messages %}{{ m.content.split('z')[-1] }}|{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
     )
-    with pytest.raises(BadRow, match="the chat template leaves out the turn 'ztext'"):
-        tokenize(
-            Conversation([user("q")], [assistant("ztext"), user("e")], [assistant("b")]), tokenizer(template=silent)
-        )
+    with pytest.raises(BadRow, match="the chat template leaves out the turn 'textz'"):
+        tokenize(Conversation([user("q")], [assistant("textz"), user("e")], [assistant("b")]), silent)
+    result = tokenize(Conversation([user("q")], [assistant("atextzb"), user("e")], [assistant("b")]), silent)
+    assert trained(silent, result.pair, "chosen") == "b|" and result.left_out == "atextzb"
 
 
 def test_a_template_that_the_config_sets_is_used_and_told_apart():

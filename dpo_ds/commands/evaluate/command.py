@@ -31,7 +31,7 @@ from dpo_ds.commands.preflight import check_fit, check_room, tell_content
 from dpo_ds.config import EvaluateConfig, ModelSection
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import Layout
-from dpo_ds.data.chat import set_template, settle_template
+from dpo_ds.data.chat.template import set_date, set_template, settle_template
 from dpo_ds.data.prompts import Prompt, read_prompts
 from dpo_ds.data.sources import KINDS
 from dpo_ds.errors import ConfigError, ModelError, UserError
@@ -99,6 +99,7 @@ def prepare(run: EvaluateConfig, launch: Launch) -> Work:
     torch.set_num_threads(wanted.threads)
     tokenizer, configs = _check_models(run)
     set_template(tokenizer, run.data.chat_template)
+    set_date(tokenizer)
     hidden_size = configs[0].hidden_size
     engine = None
     if run.deepspeed.config != NO_DEEPSPEED:

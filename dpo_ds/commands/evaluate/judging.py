@@ -12,7 +12,7 @@ from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.cluster.foreign import Limit, guarded
 from dpo_ds.commands.evaluate.measure import over_ranks
 from dpo_ds.commands.evaluate.results import Measured, Outcome
-from dpo_ds.data.chat import render_prompt
+from dpo_ds.data.chat.render import render_prompt
 from dpo_ds.data.formats import Conversation, completion, detect, read
 from dpo_ds.data.reading import usable
 from dpo_ds.data.rows import BadRow, Location, Row, shorten

@@ -23,10 +23,10 @@ from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign
 from dpo_ds.commands.precompute import NO_DEEPSPEED
 from dpo_ds.commands.preflight import check_room, tell_content
-from dpo_ds.commands.sample.folder import Folder, completion_rows, is_a_sample
+from dpo_ds.commands.sample.folder import Folder, begun_with, completion_rows, is_a_sample
 from dpo_ds.config import SampleConfig
 from dpo_ds.config import deepspeed as ds_config
-from dpo_ds.data.chat import set_template, settle_template
+from dpo_ds.data.chat.template import DATE, date_of, set_date, set_template, settle_template
 from dpo_ds.data.prompts import Prompt, read_prompts
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError, UserError
@@ -88,6 +88,7 @@ def prepare(run: SampleConfig, launch: Launch) -> Work:
     model_config = check_model(run.model, run.model.path)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
     set_template(tokenizer, run.data.chat_template)
+    set_date(tokenizer, begun_with(Path(sample.to)))
     machine, engine = this_machine(launch), None
     if run.deepspeed.config != NO_DEEPSPEED:
         given = ds_config.read(run.deepspeed.config)
@@ -106,6 +107,7 @@ def prepare(run: SampleConfig, launch: Launch) -> Work:
         settings = {
             "model.path": "random weights" if run.model.from_config else weights_digest(run.model, run.model.path)[:12],
             "tokenizer": _digest(fingerprint(tokenizer)),
+            **({DATE: date_of(tokenizer)} if date_of(tokenizer) else {}),
             "sample.prompts": _digest("\0".join(texts)),
             "sample.score": None if scorer is None else scorer.identity(),
             **{f"sample.{key}": getattr(sample, key) for key in KEYS},

@@ -32,6 +32,7 @@ from dpo_ds.errors import ConfigError
 from dpo_ds.models.generation import Completion
 
 MANIFEST = "MANIFEST.json"
+COMPLETIONS_FOLDER = "completions"
 SHARED = "--sample.to must be a folder that all nodes share"
 # stop: the text of the token that ended it where that is not the tokenizer's EOS; tokens: as drawn, that one included.
 COMPLETIONS = pa.schema(
@@ -87,6 +88,12 @@ class SampleRecord(Record):
     files: dict[Annotated[str, Field(pattern=rf"^(completions|pairs)/{SHARD_NAME}$")], Sha256]
 
 
+def begun_with(path: Path) -> dict[str, Any]:
+    """Returns the settings of the completions that lie in sample.to; none where there are no completions yet."""
+    heads = map(head_of, shard_files(path / COMPLETIONS_FOLDER))
+    return next((head["settings"] for head in heads if head is not None), {})
+
+
 @dataclass(frozen=True)
 class Folder:
     """sample.to. settings: all that the completions and pairs depend on; shards: how many there will be."""
@@ -101,16 +108,13 @@ class Folder:
 
     @property
     def completions(self) -> Path:
-        return self.path / "completions"
+        return self.path / COMPLETIONS_FOLDER
 
     def check_settings(self) -> None:
         """Raises ConfigError for a folder that was begun with other settings."""
-        heads = map(head_of, shard_files(self.completions))
-        found = next((head for head in heads if head is not None), None)
-        if found is None:
-            return
-        for key in {**self.settings, **found["settings"]}:
-            before, now = found["settings"].get(key), self.settings.get(key)
+        found = begun_with(self.path)
+        for key in {**self.settings, **found} if found else ():
+            before, now = found.get(key), self.settings.get(key)
             if before != now:
                 raise ConfigError(
                     f"--sample.to {self.path}: begun with {key} {before}, this run has {now}; choose another folder"

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from dpo_ds.cluster.foreign import time_limit
-from dpo_ds.config.inputs import JINJA
-from dpo_ds.data.rows import BadRow, Messages, as_text, shorten
-from dpo_ds.errors import ConfigError, ModelError
+from dpo_ds.data.chat.template import first_line
+from dpo_ds.data.chat.turns import Conversation
+from dpo_ds.data.rows import TRAINED, BadRow, Messages, as_text, shorten
+from dpo_ds.errors import ModelError
 
-# For a tokenizer without a template. Role lines as in Tulu 2 (arXiv 2311.10702), EOS after each assistant turn:
-#   <|user|>\nHello\n<|assistant|>\nHi</s>\n
-# Tools come first as JSON, one a line, under <|tools|>; an assistant's calls follow its text as JSON, one a line.
-DEFAULT_CHAT_TEMPLATE = """\
-{%- if tools %}{{- '<|tools|>\\n' }}{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}{%- endif %}
-{%- for message in messages %}
-{{- '<|' + message.role + '|>\\n' + message.content }}
-{%- for call in message.tool_calls or [] %}
-{{- '\\n' if message.content or not loop.first }}{{- call | tojson }}
-{%- endfor %}
-{%- if message.role == 'assistant' %}{{- eos_token }}{%- endif %}
-{{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
-
-TEMPLATE, BUILT_IN = "the chat template", "the built-in one"  # among what a checkpoint remembers
 TEMPLATE_SECONDS = 60.0  # for one conversation, which takes a millisecond
 RENDERED = "the chat template's text"
-SENTINEL = "@@the answer@@"  # stands for an assistant's text, to learn what the template puts around it
+CONVERSATION, GENERATION = "conversation", "generation"  # data.prompt_rendering
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn that templates know
 
 
 @dataclass(frozen=True)
@@ -41,100 +27,135 @@ class Rendered:
     """A prompt with one completion, which begins at character `prompt_end`.
 
     trained: the character spans of the completion's assistant turns, each with its end-of-turn mark.
-    ends_in_answer: the last message is the assistant's.
+    ends_in_answer: the last message is the assistant's, and trained.
+    sampled: the prompt as generation would write it, where that is another text; None where it is the same.
+    left_out: what the completion's trained turns say and the template does not show, the first of it.
+    cut: what the template leaves out at the beginning of the first answer.
     """
 
     text: str
     prompt_end: int
     trained: list[tuple[int, int]]
     ends_in_answer: bool
+    sampled: str | None = None
+    left_out: str | None = None
+    cut: str = ""
 
 
-def set_template(tokenizer: Any, given: str | None) -> None:
-    """Sets data.chat_template, a template's text or the name of one of the tokenizer's; None leaves the tokenizer's.
+def render(
+    tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None, prompt_rendering: str = CONVERSATION
+) -> Rendered:
+    """Returns the text of a prompt that a completion follows; an assistant turn at the prompt's end is continued.
+
+    White space after the last EOS that the template writes is left off. prompt_rendering "generation" puts the prompt
+    as generation writes it in the place of the template's own, and behind it the first answer, whole.
 
     Raises:
-        ConfigError: the tokenizer has none of that name, or the text is no valid Jinja.
-    """
-    if given is None:
-        return
-    own = tokenizer.chat_template
-    named = own if isinstance(own, dict) else {"default": own} if own else {}
-    if not any(mark in given for mark in JINJA):
-        if given not in named:
-            has = f"templates named {', '.join(sorted(named))}" if named else "no chat template"
-            problem = f"no such file, and {tokenizer.name_or_path} has {has}"
-            raise ConfigError(f"--data.chat_template {shorten(given)}: {problem}; give a file or a template's text")
-        given = named[given]
-    try:
-        _compile_jinja_template(given)
-    except TemplateSyntaxError as error:
-        problem = f"not valid at its line {error.lineno}: {error.message}"
-        raise ConfigError(f"--data.chat_template {shorten(given)}: {problem}") from error
-    tokenizer.chat_template = given
-
-
-def settle_template(tokenizer: Any, has_messages: bool) -> list[str]:
-    """Gives a tokenizer that has no template the built-in one where rows go through it, so that it is exported with
-    the tokenizer; returns the line that says so.
-    """
-    if tokenizer.chat_template or not has_messages:
-        return []
-    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-    name = tokenizer.name_or_path
-    return [f"{name}: has no chat template, so messages go through the built-in one; --data.chat_template sets another"]
-
-
-def template_of(tokenizer: Any, tools: list | None = None) -> str:
-    """ModelError where the tokenizer has several templates and none of them is the default."""
-    if not tokenizer.chat_template:
-        return DEFAULT_CHAT_TEMPLATE
-    try:
-        return tokenizer.get_chat_template(tools=tools)
-    except ValueError as error:
-        problem = f"no chat template to use: {_first_line(error)}; name one with --data.chat_template"
-        raise ModelError(f"{tokenizer.name_or_path}: {problem}") from error
-
-
-def render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> Rendered:
-    """BadRow where the template refuses the conversation, fails on it or leaves an assistant turn out; ModelError
-    where the template is no Jinja or does not come to an end.
-
-    White space after the last EOS that the template writes is left off.
+        BadRow: the template refuses the conversation, fails on it or leaves an assistant turn out.
+        ModelError: the template is no Jinja or does not come to an end.
     """
     with _within_time(tokenizer):
-        return _render(tokenizer, prompt, completion, tools)
-
-
-def _render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> Rendered:
-    chat = _Chat(tokenizer, tools)
-    messages = prompt + completion
-    with _naming_the_template(tokenizer):
-        text = chat.text(messages)
-    as_text(RENDERED, text)  # names and tool calls may hold what is no Unicode
-    trained, end = [], 0
-    for i in range(len(prompt), len(messages)):
-        if messages[i]["role"] == "assistant":
-            start, end = chat.turn(text, messages, i, after=end)
-            trained.append((start, end))
-    if completion[0]["role"] == "assistant":
-        prompt_end = trained[0][0]
-    else:
-        before = chat.part(prompt)
-        prompt_end = len(before) if before is not None and text.startswith(before) else 0
-    if text.rstrip().endswith(tokenizer.eos_token):
-        text = text.rstrip()
-    return Rendered(text, prompt_end, trained, completion[-1]["role"] == "assistant")
+        rendered = _render(tokenizer, prompt, completion, tools)
+        if completion[0]["role"] != "assistant":
+            return rendered
+        asked = _prompt(tokenizer, prompt, tools)
+        if rendered.text[: rendered.prompt_end] == asked:
+            return rendered
+        rendered = replace(rendered, sampled=asked)
+        return _as_sampled(rendered) if prompt_rendering == GENERATION else rendered
 
 
 def render_prompt(tokenizer: Any, prompt: Messages, tools: list | None) -> str:
-    """The text up to where the assistant's answer begins; raises as `render` does."""
-    chat = _Chat(tokenizer, tools)
-    with _within_time(tokenizer), _naming_the_template(tokenizer):
-        if not prompt:  # templates give no generation prompt to a conversation without messages
-            return chat.around([])[0] or ""
-        text = chat.text(prompt, generation_prompt=True)
-    return as_text(RENDERED, text)
+    """The text up to where the assistant's answer begins, or where its last turn ends; raises as `render` does."""
+    with _within_time(tokenizer):
+        return as_text(RENDERED, _prompt(tokenizer, prompt, tools))
+
+
+def _render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> Rendered:
+    first, continued = len(prompt), _continued(prompt, completion)
+    messages = [*prompt, *completion]
+    if continued is not None:
+        first -= 1
+        joined = completion[0] | {"content": continued + completion[0]["content"]}
+        messages = [*prompt[:-1], joined, *completion[1:]]
+    shown = [{key: value for key, value in message.items() if key != TRAINED} for message in messages]
+    with _naming_the_template(tokenizer):
+        conversation = Conversation(tokenizer, tools, shown)
+    text = as_text(RENDERED, conversation.text)  # names and tool calls may hold what is no Unicode
+    trained, end, prompt_end, left_out, cut = [], 0, None, None, ""
+    for i in range(first, len(messages)):
+        if messages[i]["role"] == "assistant":
+            turn, before = conversation.turn(i, after=end), end
+            start, end = turn.start, turn.end
+            if i == first and continued is not None:
+                start = _behind(text, start, continued)
+            if i == first:
+                prompt_end, cut = start, _cut(messages[i]["content"], text[start : turn.words])
+            if messages[i].get(TRAINED, True):
+                trained.append((start, end))
+                left_out = left_out or _left_out(messages[i], text[before:end])
+    if prompt_end is None:  # the completion begins with another's turn
+        before = conversation.part(shown[:first])
+        prompt_end = len(before) if before is not None and text.startswith(before) else 0
+    if text.rstrip().endswith(tokenizer.eos_token):
+        text = text.rstrip()
+    ends_in_answer = messages[-1]["role"] == "assistant" and messages[-1].get(TRAINED, True)
+    return Rendered(text, prompt_end, trained, ends_in_answer, left_out=left_out, cut=cut)
+
+
+def _continued(prompt: Messages, completion: Messages) -> str | None:
+    """Returns the words of the prompt's last turn where the completion goes on with them."""
+    if not prompt or completion[0]["role"] != "assistant":
+        return None
+    last = prompt[-1]
+    return last["content"] if last["role"] == "assistant" and not last.get("tool_calls") else None
+
+
+def _behind(text: str, start: int, beginning: str) -> int:
+    """Returns where the turn that begins at `start` goes on behind `beginning`, which a template may strip in front."""
+    at = text.find(beginning.lstrip(), start)
+    if at < 0 or text[start:at].strip():
+        problem = f"the chat template changes the prompt's last turn {shorten(beginning)}, so nothing can go on from it"
+        raise BadRow("turn not shown by the chat template", problem)
+    return at + len(beginning.lstrip())
+
+
+def _cut(content: str, shown: str) -> str:
+    """Returns what stands in front of the end of `content` that a template shows."""
+    content, shown = content.rstrip(), shown.strip()
+    return content[: len(content) - len(shown)] if shown and content.endswith(shown) else ""
+
+
+def _left_out(message: dict[str, Any], shown: str) -> str | None:
+    """Returns the words of a turn that the template does not show, or shows otherwise."""
+    words = [message["content"], *(message[key] for key in REASONING if isinstance(message.get(key), str))]
+    return next((text for text in words if text.strip() not in shown), None)
+
+
+def _as_sampled(rendered: Rendered) -> Rendered:
+    """Returns the completion behind the prompt as generation writes it. Of the first answer all is there, also what the
+    template would cut (reasoning), without what the prompt already opens (<think>)."""
+    asked, said = rendered.sampled, rendered.text[rendered.prompt_end :]
+    if rendered.cut:
+        said = rendered.cut + said.lstrip()
+    opened = re.search(r"<[^<>/\s]+>$", asked.rstrip())
+    if opened and said.lstrip().startswith(opened[0]):
+        said = said.lstrip().removeprefix(opened[0])
+        said = said.lstrip("\n") if asked.endswith("\n") else said
+    moved = len(asked) + len(said) - len(rendered.text)
+    trained = [(len(asked) if a == rendered.prompt_end else a + moved, b + moved) for a, b in rendered.trained]
+    left_out = None if rendered.cut else rendered.left_out
+    return replace(rendered, text=asked + said, prompt_end=len(asked), trained=trained, left_out=left_out, cut="")
+
+
+def _prompt(tokenizer: Any, prompt: Messages, tools: list | None) -> str:
+    with _naming_the_template(tokenizer):
+        conversation = Conversation(tokenizer, tools, [])
+        if prompt and prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls"):
+            return conversation.render(prompt, continue_final_message=True)
+        if prompt:
+            return conversation.render(prompt, add_generation_prompt=True)
+        return conversation.prompt_of([]) or ""
 
 
 def _within_time(tokenizer: Any) -> contextlib.AbstractContextManager:
@@ -150,71 +171,15 @@ def _naming_the_template(tokenizer: Any) -> Iterator[None]:
     """Raises what the template raises as BadRow or ModelError."""
     try:
         yield
+    except ModelError:
+        raise
     except TemplateSyntaxError as error:
         problem = f"the chat template is not valid at its line {error.lineno}: {error.message}"
         remedy = "mend it in the tokenizer's folder, or set another with --data.chat_template"
         raise ModelError(f"{tokenizer.name_or_path}: {problem}; {remedy}") from error
     except TemplateError as error:
-        problem = f"the chat template refuses the conversation: {_first_line(error)}"
+        problem = f"the chat template refuses the conversation: {first_line(error)}"
         raise BadRow("refused by the chat template", problem) from error
     except Exception as error:  # a template is a program that comes with the model: it can fail in any way
-        problem = f"the chat template fails on the conversation: {type(error).__name__}: {_first_line(error)}"
+        problem = f"the chat template fails on the conversation: {type(error).__name__}: {first_line(error)}"
         raise BadRow("chat template failed", problem) from error
-
-
-class _Chat:
-    def __init__(self, tokenizer: Any, tools: list | None):
-        self.tokenizer = tokenizer
-        self.tools = tools
-        self.template = template_of(tokenizer, tools)
-
-    def text(self, messages: Messages, generation_prompt: bool = False) -> str:
-        if not messages:
-            return ""
-        return self.tokenizer.apply_chat_template(
-            messages, self.tools, chat_template=self.template, add_generation_prompt=generation_prompt, tokenize=False
-        )
-
-    def part(self, messages: Messages, generation_prompt: bool = False) -> str | None:
-        """The text of a conversation that need not be whole; None where the template cannot show such a part."""
-        try:
-            return self.text(messages, generation_prompt)
-        except Exception:  # a template is a program and may fail on a part in any way; on the whole, `text` raises
-            return None
-
-    def around(self, before: Messages) -> tuple[str | None, str]:
-        """Returns what the template writes up to the text of an assistant turn that follows `before`, and behind that
-        text.
-        """
-        text = self.part([*before, {"role": "assistant", "content": SENTINEL}]) or ""
-        head, found, mark = text.partition(SENTINEL)
-        return (head, mark) if found else (None, "")
-
-    def turn(self, text: str, messages: Messages, i: int, after: int) -> tuple[int, int]:
-        """The characters of assistant turn `i`, from where generation would begin to its end-of-turn mark.
-
-        Usually the text up to the turn, and with the turn, are beginnings of the whole. Some templates show earlier
-        turns otherwise (they drop <think> blocks): then the message's content is looked for behind its header.
-        """
-        # Templates give no generation prompt to a conversation without messages.
-        head = self.part(messages[:i], generation_prompt=True) if i else self.around([])[0]
-        head = head if head is not None and text.startswith(head) else None
-        tail = text if i == len(messages) - 1 else self.part(messages[: i + 1])
-        content = messages[i]["content"]
-        if head is not None and tail is not None and text.startswith(tail) and len(head) < len(tail):
-            end = max(len(tail.rstrip()), tail.rfind(content) + len(content) if content else 0)
-            return len(head), max(end, len(head))
-        before, mark = self.around(messages[:i])
-        before, mark = before or "", mark.rstrip()
-        start = len(head) if head is not None else max(after, len(before) if text.startswith(before) else 0)
-        for shown in (content, content.strip(), content.rpartition("</think>")[2].strip()):
-            found = text.find(shown, start) if shown else -1
-            if found >= 0:
-                end = found + len(shown)
-                end += len(mark) if text.startswith(mark, end) else 0
-                return start if head is not None else found, end
-        raise BadRow("turn not shown by the chat template", f"the chat template leaves out the turn {shorten(content)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_ds.data import chat
+from dpo_ds.data.chat import render as chat
 from dpo_ds.errors import ModelError
 from tests.data_helpers import CHATML, tokenizer
 

@@ -1,0 +1,216 @@
+"""Where in a conversation's text an assistant's turn stands, whatever the template does with turns.
+
+Spans are found in the one text that is trained. Usually the text before a turn, and with it, are beginnings of the
+whole. Templates that treat the last turn or those before the last question otherwise (Qwen 3, gpt-oss) give others:
+then the whole is rendered again with other words in one turn, and what differs is that turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from dpo_ds.data.chat.template import set_clock, template_of
+from dpo_ds.data.rows import BadRow, Messages, shorten
+
+OTHER = ("@an answer@", "#other words#")  # stand for a turn's words; they begin and end unlike each other
+MARKER = r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z_]+\]"  # <|im_end|>, </s>, [INST]: one mark, whether a token or not
+
+
+class Turn:
+    """Spans of characters. `start`: behind the header, where a model would begin. `words`: the end of what the turn
+    says. `end`: behind its end-of-turn mark."""
+
+    def __init__(self, start: int, words: int, end: int):
+        self.start, self.words, self.end = start, words, end
+
+
+class Conversation:
+    """Messages under a tokenizer's template. `text` is the whole; its turns are asked for in their order."""
+
+    def __init__(self, tokenizer: Any, tools: list | None, messages: Messages):
+        self.tokenizer, self.tools, self.messages = tokenizer, tools, messages
+        self.template = template_of(tokenizer, tools)
+        set_clock(tokenizer, self.template)
+        self.text = self.render(messages)
+
+    @cached_property
+    def marks(self) -> re.Pattern:
+        """Matches what is one mark: the tokenizer's own special tokens, and what looks like one."""
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join([*map(re.escape, sorted(special, key=len, reverse=True)), MARKER]))
+
+    def render(self, messages: Messages, **options: bool) -> str:
+        """Returns the template's text; raises whatever a template raises."""
+        if not messages:
+            return ""
+        return self.tokenizer.apply_chat_template(
+            messages, self.tools, chat_template=self.template, tokenize=False, **options
+        )
+
+    def part(self, messages: Messages, **options: bool) -> str | None:
+        """Returns the text of a conversation that need not be whole; None where the template cannot show such a one."""
+        try:
+            return self.render(messages, **options)
+        except Exception:  # a template is a program and may fail on a part in any way; on the whole, `render` raises
+            return None
+
+    def prompt_of(self, before: Messages) -> str | None:
+        """Returns the text up to where a model would begin to answer `before`.
+
+        Templates give no generation prompt to a conversation without messages: an answer's own header then.
+        """
+        if before:
+            return self.part(before, add_generation_prompt=True)
+        head, found, _ = (self.part([_answer(OTHER[0])]) or "").partition(OTHER[0])
+        return head if found else None
+
+    def turn(self, i: int, after: int) -> Turn:
+        """Finds assistant turn `i`, which begins at character `after` or later.
+
+        Raises:
+            BadRow: the template does not show it, or shows it so that it cannot be told from what surrounds it.
+        """
+        text, is_last = self.text, i == len(self.messages) - 1
+        prompt = self.prompt_of(self.messages[:i])
+        prompt = prompt if prompt is not None and text.startswith(prompt) else None
+        shown = text if is_last else self.part(self.messages[: i + 1])
+        if prompt is None or shown is None or not text.startswith(shown) or len(shown) <= len(prompt):
+            return self._turn_by_what_differs(i, after, None if prompt is None else len(prompt))
+        content = self.messages[i]["content"]
+        words = shown.rfind(content, len(prompt)) + len(content) if content and content in shown[len(prompt) :] else 0
+        end = max(len(shown.rstrip()), words, len(prompt))
+        if not is_last and (self.messages[i].get("tool_calls") or not shown[words:].strip()):
+            if not self._behind(OTHER[0], [*self.messages[:i], _answer(OTHER[0])]).strip():
+                end += self._mark(i, end)  # which this template writes between turns alone
+        return Turn(len(prompt), max(words, len(prompt)), end)
+
+    def _turn_by_what_differs(self, i: int, after: int, start: int | None) -> Turn:
+        others = list(filter(None, map(self.part, self._with_other_words(self.messages, i))))
+        start = self._start(i, after, others) if start is None else start
+        words = self._end_of_words(i, start, others)
+        if words <= start:
+            what = shorten(self.messages[i]["content"]) if self.messages[i]["content"] else "of calls alone"
+            raise BadRow("turn not shown by the chat template", f"the chat template leaves out the turn {what}")
+        return Turn(start, words, words + self._mark(i, words))
+
+    def _with_other_words(self, messages: Messages, i: int) -> Iterator[Messages]:
+        """Yields the messages with other words in turn `i`, and nothing else in it."""
+        kept = {key: messages[i][key] for key in ("name", "tool_call_id") if key in messages[i]}
+        for words in OTHER:
+            yield [*messages[:i], {"role": messages[i]["role"], "content": words, **kept}, *messages[i + 1 :]]
+
+    def _start(self, i: int, after: int, others: Sequence[str]) -> int:
+        """Returns where turn `i` begins: behind what generation writes behind the turn before, where that stands here;
+        else behind the header for generation; else where it becomes another text with other words.
+        """
+        before, lowest, header = self.messages[:i], after, ""
+        prompt = self.part(before, add_generation_prompt=True) or ""
+        if i:
+            texts = [self.text, *filter(None, map(self.part, self._with_other_words(self.messages, i - 1)))]
+            if len(texts) > 1:
+                lowest = max(after, len(self.text) - self._common_end(texts))
+            others_asked = self._with_other_words(before, i - 1)
+            asked = [self.part(messages, add_generation_prompt=True) for messages in others_asked]
+            if None not in asked:
+                header = prompt[len(prompt) - self._common_end([prompt, *asked]) :]
+                if header and self.text.startswith(header, lowest):
+                    return lowest + len(header)
+        alone = [self.part([*before, _answer(words)]) or "" for words in OTHER]
+        alone = [text for text in alone if text.startswith(self.text[:lowest])]
+        differs = max(lowest, self._common_beginning([self.text, *(others or alone)]))
+        without = self.part(before)
+        header = prompt[len(without) :] if without and prompt.startswith(without) else ""
+        at = self.text.rfind(header, lowest, differs) if header else -1
+        return at + len(header) if at >= 0 else differs
+
+    def _end_of_words(self, i: int, start: int, others: Sequence[str]) -> int:
+        """Returns where what turn `i` says ends: what follows is the same whatever it says."""
+        calls = self.messages[i].get("tool_calls")
+        if not calls and others:
+            return len(self.text) - self._common_end([self.text, *others])
+        before = self.messages[:i]
+        alone, answers = self.part(self.messages[: i + 1]), [self.part([*before, _answer(words)]) for words in OTHER]
+        if alone is not None and None not in answers:
+            begins = self.prompt_of(before)
+            if begins is None or not alone.startswith(begins):
+                begins = alone[: self._common_beginning([alone, *answers])]
+            mark = self._common_end([alone, *answers])
+            said = alone[len(begins) : len(alone) - mark].rstrip()
+            at = self.text.find(said, start)
+            if said and not self.text[start:at].strip():
+                return at + len(said)
+            # Before other turns it says less than as the last one, but its calls close in the same way.
+            called = [self._with_other_calls(i, words) for words in OTHER] if calls else []
+            closing = [self.part([*before, message]) for message in called]
+            whole = [self.part([*before, message, *self.messages[i + 1 :]]) for message in called]
+            if calls and None not in closing + whole:
+                end = len(self.text) - self._common_end([self.text, *whole])
+                return end + max(0, self._common_end([alone, *closing]) - mark)
+        problem = "the chat template shows a turn otherwise in the whole conversation than as its last; which part of"
+        problem += f" the text the turn {shorten(self.messages[i]['content'])} is cannot be told"
+        raise BadRow("turn not found in the chat template's text", problem)
+
+    def _with_other_calls(self, i: int, words: str) -> dict[str, Any]:
+        def other(call: dict[str, Any]) -> dict[str, Any]:
+            function = call.get("function", call)
+            is_text = isinstance(function.get("arguments"), str)
+            arguments = {words: words}
+            changed = function | {"name": words, "arguments": json.dumps(arguments) if is_text else arguments}
+            return call | {"function": changed} if "function" in call else changed
+
+        message = self.messages[i]
+        return message | {"tool_calls": [other(call) for call in message["tool_calls"]]}
+
+    def _mark(self, i: int, words: int) -> int:
+        """Returns how many characters the end-of-turn mark behind turn `i` has: what follows the turn, and would follow
+        it whoever speaks next, without what begins the next turn."""
+        rest = self.text[words:]
+        if i == len(self.messages) - 1:
+            return len(rest.rstrip())
+        before, answer = self.messages[:i], _answer(OTHER[0])
+        last = self._behind(OTHER[0], [*before, answer])
+        mark = rest[: self._common_beginning([rest, last])].rstrip()
+        if mark:
+            return len(mark)
+        for role in ("assistant", "user", "system", "tool"):
+            other = {"role": role, "content": OTHER[1]}
+            behind = self._behind(OTHER[0], [*before, answer, other]) if role != self.messages[i + 1]["role"] else ""
+            if OTHER[1] in behind:
+                mark = rest[: self._common_beginning([rest, behind])]
+                return len(self._without_the_next_header(mark, before).rstrip())
+        return 0
+
+    def _behind(self, words: str, messages: Messages) -> str:
+        return (self.part(messages) or "").partition(words)[2]
+
+    def _without_the_next_header(self, mark: str, before: Messages) -> str:
+        """Cuts off the end of `mark` where it begins a header, which the template writes for generation."""
+        with_header, without = self.part(before, add_generation_prompt=True), self.part(before)
+        if with_header and without and with_header.startswith(without):
+            header = with_header[len(without) :]
+            longest = next((n for n in range(len(mark) - 1, 0, -1) if header.startswith(mark[-n:])), 0)
+            return mark[: len(mark) - longest]
+        return mark
+
+    def _common_beginning(self, texts: Sequence[str]) -> int:
+        """Returns how many characters all texts begin with; a mark counts whole or not at all."""
+        length = len(os.path.commonprefix(texts))
+        cut = [m.start() for text in texts for m in self.marks.finditer(text) if m.start() < length < m.end()]
+        return min(cut, default=length)
+
+    def _common_end(self, texts: Sequence[str]) -> int:
+        length = len(os.path.commonprefix([text[::-1] for text in texts]))
+        for text in texts:
+            at = len(text) - length
+            cut = next((m.end() for m in self.marks.finditer(text) if m.start() < at < m.end()), None)
+            length = length if cut is None else min(length, len(text) - cut)
+        return length
+
+
+def _answer(words: str) -> dict[str, str]:
+    return {"role": "assistant", "content": words}

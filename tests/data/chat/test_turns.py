@@ -1,0 +1,162 @@
+"""Every character that an assistant says is trained once, with its end-of-turn mark, and nothing of anybody else's: a
+dozen kinds of templates, which say themselves what that is, and conversations of every kind.
+"""
+
+from __future__ import annotations
+
+from datetime import date
+
+import pytest
+from jinja2.exceptions import TemplateError
+
+from dpo_ds.data.chat.render import render, render_prompt
+from dpo_ds.data.chat.template import DATE, date_of, set_date
+from dpo_ds.data.rows import TRAINED, BadRow
+from tests.data.chat.templates import CLOSE, OPEN, TEMPLATES
+from tests.data_helpers import EOS, tokenizer
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, *names, **keys):
+    calls = [{"type": "function", "function": {"name": n, "arguments": {"x": 1, "unit": "m"}}} for n in names]
+    return {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {}), **keys}
+
+
+def tool(content):
+    return {"role": "tool", "content": content}
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+THOUGHT = "<think>\nlet me see\n</think>\n\n"
+
+CONVERSATIONS = {  # (prompt, completion)
+    "one turn": ([user("hi")], [assistant("hello")]),
+    "system": ([SYSTEM, user("hi")], [assistant("hello")]),
+    "several rounds": ([user("a")], [assistant("b"), user("c"), assistant("d"), user("e"), assistant("f")]),
+    "equal texts": ([user("a")], [assistant("a"), user("a"), assistant("a"), user("a"), assistant("a")]),
+    "texts of a letter of marks": ([user("s")], [assistant("s"), user("e"), assistant("e"), user("n"), assistant("m")]),
+    "rounds in the prompt": ([user("a"), assistant("b"), user("c")], [assistant("d"), user("e"), assistant("f")]),
+    "system and rounds": ([SYSTEM, user("a")], [assistant("b"), user("c"), assistant("d")]),
+    "reasoning": ([user("a")], [assistant(THOUGHT + "b")]),
+    "reasoning in each round": (
+        [user("a")],
+        [assistant(THOUGHT + "b"), user("c"), assistant(THOUGHT + "b"), user("d"), assistant(THOUGHT + "e")],
+    ),
+    "a call without text": ([user("a")], [assistant("", "f"), tool("7"), assistant("it is 7")]),
+    "a call behind text": ([user("a")], [assistant("I look", "f"), tool("7"), assistant("it is 7")]),
+    "the answer repeats the tool": ([user("a")], [assistant("", "f"), tool("seven"), assistant("seven")]),
+    "two calls": ([user("a")], [assistant("", "f", "g"), tool("7"), tool("8"), assistant("15")]),
+    "calls in two rounds": (
+        [user("a")],
+        [assistant("", "f"), tool("7"), assistant("7"), user("b"), assistant("", "g"), tool("8"), assistant("8")],
+    ),
+    "a call after a call": (
+        [user("a")], [assistant("", "f"), tool("7"), assistant("", "g"), tool("8"), assistant("15")],
+    ),
+    "reasoning and calls, then a question": (
+        [user("a")],
+        [assistant(THOUGHT, "f"), tool("7"), assistant(THOUGHT + "7"), user("b"), assistant(THOUGHT + "c")],
+    ),
+    "ends in a call": ([user("a")], [assistant("", "f")]),
+    "ends in a result": ([user("a")], [assistant("b", "f"), tool("7")]),
+    "ends in a question": ([user("a")], [assistant("b"), user("c")]),
+    "white space": ([user(" a ")], [assistant(" b\n"), user("c "), assistant("  d ")]),
+    "marks in the text": ([user("<b>")], [assistant("<i>x</i>"), user("</b>"), assistant("[INST] <|im_end|")]),
+}  # fmt: skip
+
+
+def plain(kind: str):
+    return tokenizer(template=TEMPLATES[kind].replace(OPEN, "").replace(CLOSE, ""))
+
+
+def marked(template: str, messages: list) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a template and what it says itself is to be trained."""
+    tok = tokenizer(template=template)
+    parts = tok.apply_chat_template(messages, tokenize=False).split(OPEN)
+    text, spans = parts[0], []
+    for part in parts[1:]:
+        said, rest = part.split(CLOSE)
+        spans.append((len(text), len(text) + len(said)))
+        text += said + rest
+    return text, spans
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_all_that_the_assistant_says_is_trained_and_nothing_else(kind, name):
+    prompt, completion = CONVERSATIONS[name]
+    try:
+        text, spans = marked(TEMPLATES[kind], prompt + completion)
+    except TemplateError as refusal:
+        with pytest.raises(BadRow, match=str(refusal)):
+            render(plain(kind), prompt, completion, None)
+        return
+    rendered = render(plain(kind), prompt, completion, None)
+    assert text.startswith(rendered.text) and not text[len(rendered.text) :].strip()
+    asked = sum(message["role"] == "assistant" for message in prompt)
+    expected = [text[begin:end] for begin, end in spans[asked:]]
+    assert [rendered.text[begin:end] for begin, end in rendered.trained] == expected
+    assert [begin for begin, _ in rendered.trained] == [begin for begin, _ in spans[asked:]]
+    assert rendered.prompt_end == rendered.trained[0][0]
+
+
+def test_a_turn_that_is_not_to_be_trained():
+    completion = [assistant("b", **{TRAINED: False}), user("c"), assistant("d")]
+    rendered = render(plain("chatml"), [], completion, None)
+    assert [rendered.text[a:b] for a, b in rendered.trained] == ["d<|im_end|>"]
+    assert rendered.text[rendered.prompt_end :].startswith("b<|im_end|>")
+    assert EOS not in rendered.text and TRAINED not in rendered.text
+
+
+R1 = "generation opens the reasoning, answers are cut at its end (DeepSeek-R1)"
+NEMOTRON = "generation opens the reasoning, which only the last turn shows (Nemotron)"
+MISTRAL = "the system's text stands in the last question (Mistral 0.3)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "trained_as_conversation", "asked"),
+    [
+        (R1, [user("a")], "\n\nb</s>", "<s><|User|>a<|Assistant|><think>\n"),
+        (NEMOTRON, [user("a")], None, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n"),
+        (MISTRAL, [SYSTEM, user("a")], " " + THOUGHT + "b</s>", "<s>[INST] be brief\n\na[/INST]"),
+        ("chatml", [user("a")], None, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)
+def test_a_prompt_that_generation_writes_otherwise(kind, prompt, trained_as_conversation, asked):
+    """data.prompt_rendering generation trains on what would be sampled: its prompt, and all of the answer behind it."""
+    tok, answer = plain(kind), assistant(THOUGHT + "b")
+    as_trained = render(tok, prompt, [answer], None)
+    assert as_trained.sampled == (asked if trained_as_conversation else None)
+    assert render_prompt(tok, prompt, None) == asked
+    if trained_as_conversation:
+        assert as_trained.text[as_trained.prompt_end :] == trained_as_conversation
+    assert as_trained.left_out == (answer["content"] if kind == R1 else None)
+    as_sampled = render(tok, prompt, [answer, user("c"), assistant("d")], None, "generation")
+    assert as_sampled.text[: as_sampled.prompt_end] == asked
+    first, second = (as_sampled.text[a:b] for a, b in as_sampled.trained)
+    if kind == R1:
+        assert first == "let me see\n</think>\n\nb</s>" and as_sampled.left_out is None
+    assert second.strip().startswith("d")
+
+
+@pytest.mark.parametrize("kind", ["chatml", R1, "no mark at a turn's end (GLM)", MISTRAL])
+def test_a_prompt_that_ends_in_the_assistants_turn_is_continued(kind):
+    tok, prompt = plain(kind), [user("a"), assistant("It is")]
+    rendered = render(tok, prompt, [assistant(" so")], None)
+    assert rendered.text[: rendered.prompt_end].endswith("It is")
+    assert render_prompt(tok, prompt, None) == rendered.text[: rendered.prompt_end] and rendered.sampled is None
+    whole, _ = marked(TEMPLATES[kind], [user("a"), assistant("It is so")])
+    assert rendered.text == whole.rstrip() or whole.startswith(rendered.text)
+    assert [rendered.text[a:b].startswith(" so") for a, b in rendered.trained] == [True]
+
+
+def test_the_date_of_a_template_is_the_one_that_is_recorded():
+    tok = plain("a date, and one call a turn (Llama 3.1)")
+    set_date(tok, {}, {DATE: "2024-02-29"})
+    assert date_of(tok) == "2024-02-29" and "Today: 29 Feb 2024\n" in render_prompt(tok, [user("a")], None)
+    set_date(tok)
+    assert date_of(tok) == date.today().isoformat()
+    assert date_of(plain("chatml")) is None
