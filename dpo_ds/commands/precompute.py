@@ -176,7 +176,8 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
     """Model, shards, manifest; all ranks together, or, as replicas, each on its own from the first shard on."""
     from dpo_ds.cluster.collectives import from_rank_0
     from dpo_ds.cluster.process_group import leave
-    from dpo_ds.models.engine import layout_notes, load_frozen, settle_layout
+    from dpo_ds.models.checks import layout_notes, settle_layout
+    from dpo_ds.models.engine import load_frozen
     from dpo_ds.models.layers.compile import settle_compilation
 
     say = speaker(launch)

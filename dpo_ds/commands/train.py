@@ -51,7 +51,8 @@ def train(
     from dpo_ds.checkpoint import shards
     from dpo_ds.data.batching import Layout
     from dpo_ds.models import export
-    from dpo_ds.models.engine import Policy, layout_notes, settle_layout
+    from dpo_ds.models.checks import layout_notes, settle_layout
+    from dpo_ds.models.engine import Policy
     from dpo_ds.models.layers.compile import settle_compilation
     from dpo_ds.reference.cached import spot_check
     from dpo_ds.training.profile import StepProfile

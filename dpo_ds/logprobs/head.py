@@ -63,4 +63,5 @@ def _logit_transform(config) -> tuple[float, float | None]:
         scale *= getattr(config, key, None) or 1.0
     logits_scaling = getattr(config, "logits_scaling", None) or 1.0  # Granite divides by it, HyperCLOVA X multiplies
     scale = scale * logits_scaling if config.model_type.startswith("hyperclovax") else scale / logits_scaling
-    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    caps = (getattr(config, key, None) for key in ("final_logit_softcapping", "logits_soft_cap"))
+    return scale, next(filter(None, caps), None)  # Gemma 2; RecurrentGemma

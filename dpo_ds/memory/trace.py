@@ -32,6 +32,7 @@ from dpo_ds.logprobs.chunked import PADDING, TILES
 from dpo_ds.logprobs.head import install_head
 from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION
+from dpo_ds.models.causal_lm import decoder_of
 from dpo_ds.models.layers.units import decoder_layers, with_gradients_at_the_input
 from dpo_ds.models.loading import switch_dropout_off
 from dpo_ds.models.packed.segments import forget_tables, is_merged, segment_table
@@ -111,7 +112,7 @@ def _traced(config, run: Pass) -> dict[str, int]:
         rows = torch.zeros(run.targets, dtype=torch.int64)
         with meter, torch.set_grad_enabled(run.training):
             table = segment_table(run.segments)
-            hidden = model.base_model(
+            hidden = decoder_of(model)(
                 input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False, segments=table
             ).last_hidden_state
             if run.training:

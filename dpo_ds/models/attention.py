@@ -67,9 +67,9 @@ def packed_attention_forward(
     if torch.compiler.is_compiling():
         inputs = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         return packed_attention(*inputs, segments.handle, scale, sliding_window, softcap)[0].unsqueeze(0), None
-    assert query.shape[0] == 1 and query.shape[2] == key.shape[2] == segments.length, (
-        f"a pack of {segments.length} tokens, but queries {tuple(query.shape)} and keys {tuple(key.shape)}"
-    )
+    if not (query.shape[0] == 1 and query.shape[2] == key.shape[2] == segments.length):
+        shapes = f"{tuple(query.shape)} and keys {tuple(key.shape)}"
+        refuse(f"for a pack of {segments.length} tokens its attention has queries {shapes}")
     rule = ScoreRule(scale, sliding_window, softcap)
     if (probe := open_probe()) is not None:
         try_backends(query, key, value, rule)
@@ -129,7 +129,7 @@ def _canary(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], Tensor]
         try:
             packed = forward_logps(packed_batch(pairs))
         except (TypeError, ValueError, LookupError, RuntimeError) as error:  # the model's own code, on unwonted input
-            return f"its forward fails on a packed batch: {first_line(error)}"
+            return next(iter(probe.refusals), f"its forward fails on a packed batch: {first_line(error)}")
     if probe.refusals:
         return probe.refusals[0]
     if len(probe.backends) != text.num_hidden_layers:
@@ -137,7 +137,7 @@ def _canary(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], Tensor]
     if not probe.masked <= probe.windowed:
         return f"it limits attention to {max(probe.masked)} tokens by a mask alone"
     causal_lm.set_attn_implementation("eager")
-    sides = [_as_chosen(pair, side) for pair in pairs for side in PAIR]
+    sides = [as_chosen(pair, side) for pair in pairs for side in PAIR]
     alone = torch.cat([forward_logps(padded_batch([side], CHOSEN_ONLY)) for side in sides])
     error = (packed.float() - alone.float()).abs().mean().item()
     tolerance = canary_tolerance(causal_lm, alone)
@@ -162,7 +162,7 @@ def canary_pairs(vocab_size: int) -> list[PreferencePair]:
     return [PreferencePair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
 
 
-def _as_chosen(pair: PreferencePair, side: str) -> PreferencePair:
+def as_chosen(pair: PreferencePair, side: str) -> PreferencePair:
     ids = pair.completion(side)
     return PreferencePair(pair.prompt, ids, ids, np.ones(len(ids), bool), np.ones(len(ids), bool))
 

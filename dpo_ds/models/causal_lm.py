@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_ds.batch import Batch
+from dpo_ds.errors import ModelError
 from dpo_ds.logprobs.head import install_head
+from dpo_ds.models.layers.rope import take_lengths, tell_lengths
 from dpo_ds.models.packed.segments import segment_table
 
 
@@ -19,6 +21,7 @@ class LogProbModel(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel):
         super().__init__()
         install_head(causal_lm)
+        take_lengths(causal_lm)
         self.causal_lm = causal_lm
 
     def forward(
@@ -27,6 +30,8 @@ class LogProbModel(nn.Module):
         """Token log-probs [N] float32 through the head, or TokenStatistics as a tuple; `own_logits`: from the logits of
         the model's own forward, as a check. Without a batch: that forward itself on `inputs`, to generate.
         """
+        if batch is None or own_logits:
+            tell_lengths(self.causal_lm, None)
         if batch is None:
             return self.causal_lm(**inputs)
         if own_logits:
@@ -38,10 +43,25 @@ class LogProbModel(nn.Module):
         return tuple(found) if with_statistics else found
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model without its head.
+
+    Raises:
+        ModelError: it keeps no such part, as far as transformers' names tell.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]  # Llama 4's prefix names none
+    if len(parts) != 1:
+        raise ModelError(f"{type(model).__name__}: it has no part that is its decoder alone, without the head")
+    return parts[0]
+
+
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:  # [rows * length, D]
     """Returns what the model without its head makes of a batch in either layout."""
     layout = {} if batch.segments is None else {"segments": segment_table(batch.segments)}
-    hidden = model.base_model(
+    tell_lengths(model, batch)
+    hidden = decoder_of(model)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,

@@ -18,17 +18,15 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_ds.batch import PAIR, Batch, padded_batch
+from dpo_ds.batch import PAIR, Batch
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.config import ModelSection
-from dpo_ds.errors import ConfigError, ModelError
+from dpo_ds.errors import ConfigError
 from dpo_ds.logprobs import TokenStatistics
-from dpo_ds.models.attention import canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.layers.units import make_units
 from dpo_ds.models.loading import load_causal_lm
-from dpo_ds.models.packed.backends import refused_backends
 
 deepspeed.utils.nvtx.enable_nvtx = False  # ranges for Nsight alone, around each of a thousand calls a step
 # DeepSpeed describes each parameter that it fetches or frees, in text that it shows only where its source is changed.
@@ -186,67 +184,6 @@ def free(model: FrozenModel | Replica) -> None:
     gc.collect()  # modules hold each other
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def settle_layout(wanted: str, models: Sequence[LoadedModel]) -> tuple[str, str]:
-    """Returns the layout that every model takes, and why it is not the one asked for, "" where it is. All ranks enter.
-
-    The head is checked first (`check_head`). Packed attention is tried on each model before it is relied on
-    (attention.packed_refusal).
-    """
-    for model in models:
-        check_head(model)
-    if wanted == "padded":
-        return "padded", ""
-    for model in models:
-        with model.evaluating():
-            refusal = packed_refusal(model.causal_lm, model.token_logps)
-        if refusal:
-            for switched in models:
-                switched.causal_lm.set_attn_implementation(switched.padded_attention)
-            return "padded", f"{type(model.causal_lm).__name__}: {refusal}"
-    return "packed", ""
-
-
-def layout_notes(key: str, refusal: str) -> list[str]:
-    """Returns the lines for the user of what `settle_layout` found: why the layout `key` asks for is not taken, or else
-    which attention kernels are installed and do not serve it."""
-    return [f"{key} padded, not packed: {refusal}"] if refusal else refused_backends()
-
-
-@torch.no_grad()
-def check_head(model: LoadedModel) -> None:
-    """Some families scale or bend their logits in their own way; one whose way the head does not know is refused.
-
-    All ranks enter, with the model's padded attention in place.
-
-    Raises:
-        ModelError: the head's log-probs or scores are not those of the model's own logits, or these are no numbers.
-    """
-    batch = padded_batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size)).to(model.device)
-    with model.evaluating():
-        ours, own = model.engine(batch), model.engine(batch, own_logits=True)
-    if not own.isfinite().all():
-        raise ModelError(_not_finite(model))
-    error = (ours - own).abs().mean().item()
-    tolerance = canary_tolerance(model.causal_lm, own)
-    if not error <= tolerance:  # also when it is not a number
-        raise ModelError(
-            f"{type(model.causal_lm).__name__} computes its logits in a way that dpo_ds does not know: what comes of "
-            f"them differs by {error:.1e} on average from its own, more than {tolerance:.0e}"
-        )
-
-
-def _not_finite(model: LoadedModel) -> str:
-    """Says whose fault it is that a model's own outputs are NaN or infinite. All ranks enter."""
-    parameters = model.causal_lm.named_parameters()
-    own = [name for name, p in parameters if not getattr(p, "ds_tensor", p).isfinite().all()]
-    names = sorted({name for part in collectives.gather_objects(own) for name in part})
-    path = model.causal_lm.config._name_or_path or type(model.causal_lm).__name__
-    if not names:
-        return f"{path}: its own outputs are NaN or infinite, though its weights are finite: they overflow in its dtype"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{path}: its own outputs are NaN or infinite, as its weights {', '.join(names[:3])}{more} hold such values"
 
 
 @contextlib.contextmanager

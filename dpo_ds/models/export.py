@@ -17,7 +17,7 @@ from dpo_ds import __version__
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.models import lora
-from dpo_ds.models.loading import save_tensors
+from dpo_ds.models.loading import own_dropout, save_tensors
 
 SHARD_BYTES = 5 * 10**9
 SCORING = """
@@ -87,11 +87,8 @@ def export(
         sizes = {name: getattr(t, "ds_numel", t.numel()) * t.element_size() for name, t in tensors.items()}
         write_shards(temporary, sizes, read, causal_lm)
     if is_first and not adapters_alone:
-        for name, rate in causal_lm.dropouts.items():
-            setattr(causal_lm.config, name, rate)
-        write_rest(temporary, causal_lm, causal_lm.dtype, tokenizer, card)
-        for name in causal_lm.dropouts:
-            setattr(causal_lm.config, name, 0.0)
+        with own_dropout(causal_lm):
+            write_rest(temporary, causal_lm, causal_lm.dtype, tokenizer, card)
     if is_first:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import os
 import re
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -17,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
@@ -155,15 +157,32 @@ def load_model(
 
 
 def switch_dropout_off(config) -> dict[str, float]:
-    """Sets every dropout and jitter rate of a transformers config to 0; returns what they were, for the export."""
-    rates = {
-        name: value
-        for name, value in vars(config).items()
-        if isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter"))
-    }
-    for name in rates:
-        setattr(config, name, 0.0)
+    """Sets every dropout and jitter rate of a transformers config, and of the configs in it, to 0; returns what they
+    were, by their dotted names, for the export.
+    """
+    rates = {}
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            rates |= {f"{name}.{inner}": rate for inner, rate in switch_dropout_off(value).items()}
+        elif isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter")):
+            rates[name] = value
+            setattr(config, name, 0.0)
     return rates
+
+
+@contextlib.contextmanager
+def own_dropout(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """A time in which the model's config says what it came with: for the config that is saved."""
+    for name, rate in causal_lm.dropouts.items():
+        _set(causal_lm.config, name, rate)
+    yield
+    for name in causal_lm.dropouts:
+        _set(causal_lm.config, name, 0.0)
+
+
+def _set(config, dotted: str, rate: float) -> None:
+    *outer, name = dotted.split(".")
+    setattr(functools.reduce(getattr, outer, config), name, rate)
 
 
 def check_folder(folder: Path, path: str, key: str, needs_weights: bool = True) -> None:

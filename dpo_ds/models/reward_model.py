@@ -18,6 +18,7 @@ from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
 from dpo_ds.models.adapters import folder_of
 from dpo_ds.models.causal_lm import hidden_states
+from dpo_ds.models.layers.rope import take_lengths, tell_lengths
 from dpo_ds.models.loading import CLASSIFIER, load_model
 
 REWARD_MEAN = "reward_mean"  # in config.json: the mean score over calibration data, which scoring subtracts
@@ -48,6 +49,7 @@ class RewardModel(nn.Module):
             raise ModelError(f"{type(classifier).__name__}: its 'score' layer is {found}; a reward model's is {rule}")
         head.__class__ = RewardHead
         head.requires_grad_(True)  # beside adapters, too: it is new
+        take_lengths(classifier)
         self.causal_lm = classifier  # the name that engines, checkpoints and exports know
 
     def forward(self, batch: Batch, own_logits: bool = False) -> Tensor:  # [sequences] float32
@@ -59,6 +61,7 @@ class RewardModel(nn.Module):
         return self.causal_lm.score(hidden_states(self.causal_lm, batch)[last_rows(batch)])[:, 0]
 
     def _own_scores(self, batch: Batch) -> Tensor:
+        tell_lengths(self.causal_lm, None)
         text_config = self.causal_lm.config.get_text_config()
         pad = text_config.pad_token_id
         text_config.pad_token_id = None  # else it passes over a last token that equals it

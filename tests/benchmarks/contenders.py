@@ -24,7 +24,7 @@ from dpo_ds.cluster import launch, process_group
 from dpo_ds.commands import cli, train
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
-from dpo_ds.models import attention, engine
+from dpo_ds.models import attention, checks, engine
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.reference import cached
 from tests.benchmarks import precompute_pass
@@ -46,7 +46,7 @@ def ours(
     watch = Stopwatch(work, results)
     replaced = {
         (train, "Tracker"): lambda *_: watch,
-        (engine, "layout_notes"): partial(no_other_layout, engine.layout_notes),
+        (checks, "layout_notes"): partial(no_other_layout, checks.layout_notes),
     }
     if reference == "cached" and work.from_config:
         replaced[cached, "check_cache"] = lambda *_: SimpleNamespace(id="drawn", ids=["drawn"])

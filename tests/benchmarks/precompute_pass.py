@@ -20,7 +20,8 @@ from dpo_ds.commands import precompute as command
 from dpo_ds.config import PrecomputeConfig
 from dpo_ds.data.batching import Layout
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import FrozenModel, Replica, settle_layout
+from dpo_ds.models.checks import settle_layout
+from dpo_ds.models.engine import FrozenModel, Replica
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.cache import SHARDS
 from tests.benchmarks.workload import Stopwatch, Workload

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from dpo_ds.cluster import collectives
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.errors import ConfigError, ModelError
-from dpo_ds.models import engine
+from dpo_ds.models import checks, engine
 from dpo_ds.models.causal_lm import LogProbModel
 
 
@@ -80,4 +80,4 @@ def test_outputs_that_are_no_numbers_are_the_weights_fault(value, said, monkeypa
         causal_lm.get_output_embeddings().weight.fill_(1.0)
     causal_lm.config._name_or_path = "models/broken"
     with pytest.raises(ModelError, match=f"^models/broken: its own outputs are NaN or infinite, {said}$"):
-        engine.check_head(engine.Replica(LogProbModel(causal_lm), torch.device("cpu")))
+        checks.check_head(engine.Replica(LogProbModel(causal_lm), torch.device("cpu")))

@@ -8,7 +8,7 @@ from dpo_ds.cluster import launch, process_group
 from dpo_ds.cluster.process_group import this_machine
 from dpo_ds.config import ModelSection
 from dpo_ds.config import deepspeed as ds_config
-from dpo_ds.models import engine
+from dpo_ds.models import checks, engine
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.loading import load_causal_lm
 
@@ -29,7 +29,7 @@ def main(path: str, config: str) -> None:
         model = LogProbModel(load_causal_lm(ModelSection(path=path), settings))
         is_spread = settings is filled
         model = engine.FrozenModel(model, filled, device) if is_spread else engine.Replica(model, device)
-        assert engine.settle_layout("packed", [model])[0] == "packed"
+        assert checks.settle_layout("packed", [model])[0] == "packed"
         assert weights_in_memory() > 50_000
         engine.free(model)
         assert weights_in_memory() == 0

@@ -12,7 +12,8 @@ from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import Policy, settle_layout
+from dpo_ds.models.checks import settle_layout
+from dpo_ds.models.engine import Policy
 from dpo_ds.models.loading import load_causal_lm
 from tests.tiny import VOCAB, random_pairs
 

@@ -21,7 +21,8 @@ from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.errors import ModelError
 from dpo_ds.losses import DPO
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import Policy, check_head, load_frozen, settle_layout
+from dpo_ds.models.checks import check_head, settle_layout
+from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.training.metrics import preference_sums

@@ -26,7 +26,8 @@ from dpo_ds.losses import DPO
 from dpo_ds.models import lora
 from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import Policy, load_frozen, settle_layout
+from dpo_ds.models.checks import settle_layout
+from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.layers.units import decoder_layers
 from dpo_ds.models.loading import load_causal_lm, switch_dropout_off

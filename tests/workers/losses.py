@@ -22,7 +22,8 @@ from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.losses import LOSSES, make_loss
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.engine import Policy, load_frozen, settle_layout
+from dpo_ds.models.checks import settle_layout
+from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.live import LiveReference

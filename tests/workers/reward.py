@@ -17,7 +17,8 @@ from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.models.engine import Policy, settle_layout
+from dpo_ds.models.checks import settle_layout
+from dpo_ds.models.engine import Policy
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.reward_model import INITIAL_STD, RewardModel, load_classifier
 from dpo_ds.training.reward import BradleyTerry, RewardObjective

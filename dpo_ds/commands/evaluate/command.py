@@ -183,7 +183,8 @@ def _ask(
 
     Returns its log-probs [prompts, n] of the completions of each of `of`. All ranks enter.
     """
-    from dpo_ds.models.engine import free, layout_notes, load_frozen, settle_layout
+    from dpo_ds.models.checks import layout_notes, settle_layout
+    from dpo_ds.models.engine import free, load_frozen
 
     run, started = work.run, time.monotonic()
     loaded = load_frozen(_section(run, model.path), work.engine, device)

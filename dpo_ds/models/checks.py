@@ -1,0 +1,156 @@
+"""What is found out by trying a loaded model before it trains: that its log-probs are right, and in which layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dpo_ds.batch import CHOSEN_ONLY, Batch, PreferencePair, padded_batch
+from dpo_ds.cluster import collectives
+from dpo_ds.cluster.foreign import SHOWN_BY, refusing
+from dpo_ds.errors import ModelError
+from dpo_ds.models import lora
+from dpo_ds.models.attention import as_chosen, canary_pairs, canary_tolerance, packed_refusal
+from dpo_ds.models.engine import LoadedModel
+from dpo_ds.models.layers.rope import check_lengths
+from dpo_ds.models.packed.backends import refused_backends
+
+
+def settle_layout(wanted: str, models: Sequence[LoadedModel]) -> tuple[str, str]:
+    """Returns the layout that every model takes, and why it is not the one asked for, "" where it is. All ranks enter.
+
+    The head is checked first (`check_head`). Packed attention is tried on each model before it is relied on
+    (attention.packed_refusal).
+    """
+    for model in models:
+        check_head(model)
+    if wanted == "padded":
+        _check_padding(models)
+        return "padded", ""
+    for model in models:
+        with model.evaluating():
+            refusal = packed_refusal(model.causal_lm, model.token_logps)
+        if refusal:
+            for switched in models:
+                switched.causal_lm.set_attn_implementation(switched.padded_attention)
+            _check_padding(models)
+            return "padded", f"{type(model.causal_lm).__name__}: {refusal}"
+    return "packed", ""
+
+
+def layout_notes(key: str, refusal: str) -> list[str]:
+    """Returns the lines for the user of what `settle_layout` found: why the layout `key` asks for is not taken, or else
+    which attention kernels are installed and do not serve it."""
+    return [f"{key} padded, not packed: {refusal}"] if refusal else refused_backends()
+
+
+@torch.no_grad()
+def check_head(model: LoadedModel) -> None:
+    """Some families scale or bend their logits in their own way; one whose way the head does not know is refused. So is
+    one that sees what comes behind a token, and one that is random while it trains.
+
+    All ranks enter, with the model's padded attention in place.
+
+    Raises:
+        ModelError: the head's log-probs or scores are not those of the model's own logits, or these are no numbers;
+            they depend on later tokens or on chance; the model's own code fails.
+    """
+    check_lengths(model.causal_lm)
+    vocabulary = model.causal_lm.config.get_text_config().vocab_size
+    pairs = canary_pairs(vocabulary)
+    twin = _twin(pairs[0], vocabulary)
+    batch, name = padded_batch([*pairs, twin]).to(model.device), type(model.causal_lm).__name__
+    with model.evaluating(), _naming(model):
+        ours, own = model.engine(batch), model.engine(batch, own_logits=True)
+    if not own.isfinite().all():
+        raise ModelError(_not_finite(model))
+    tolerance = canary_tolerance(model.causal_lm, own)
+    error = _difference(ours, own)
+    if not error <= tolerance:  # also when it is not a number
+        raise ModelError(
+            f"{name} computes its logits in a way that dpo_ds does not know: what comes of them differs by "
+            f"{error:.1e} on average from its own, more than {tolerance:.0e}"
+        )
+    if len(ours) == len(batch.targets):  # scores stand at the end
+        chosen, other_end = _sides(ours, batch)[-2:]
+        error = _difference(chosen[:-1], other_end[:-1])
+        if not error <= tolerance:
+            raise ModelError(
+                f"{name}: a token's log-prob changes by {error:.1e} with the token behind it, so it is no causal "
+                "language model (a BERT must have is_decoder true in its config.json)"
+            )
+    if model.engine.training:
+        _check_chance(model, batch, tolerance)
+
+
+def _check_chance(model: LoadedModel, batch: Batch, tolerance: float) -> None:
+    """Compares the same sequence with itself in training mode. LoRA's own dropout, which a user asks for, is off."""
+    adapted = lora.is_adapted(model.causal_lm)
+    with model.evaluating(), _naming(model), lora.adapters_off(model.causal_lm) if adapted else nullcontext():
+        model.engine.train()
+        found = model.engine(batch)
+    sides = _sides(found, batch) if len(found) == len(batch.targets) else found.split(1)
+    error = _difference(sides[0], sides[-2])
+    if not error <= tolerance / 10:
+        raise ModelError(
+            f"{type(model.causal_lm).__name__}: equal sequences differ by {error:.1e} while it trains: it has a "
+            "dropout that nothing in its config.json switches off, so policy and reference would differ by chance"
+        )
+
+
+@torch.no_grad()
+def _check_padding(models: Sequence[LoadedModel]) -> None:
+    """Raises ModelError where a row's outputs change with the padding beside it. All ranks enter."""
+    for model in models:
+        pairs = canary_pairs(model.causal_lm.config.get_text_config().vocab_size)
+        name = type(model.causal_lm).__name__
+        shortest = min(pairs, key=lambda pair: len(pair.prompt) + len(pair.chosen))
+        with model.evaluating(), _naming(model):
+            together = model.engine(padded_batch(pairs).to(model.device))
+            alone = model.engine(padded_batch([as_chosen(shortest, "chosen")], CHOSEN_ONLY).to(model.device))
+        batch = padded_batch(pairs)
+        sides = _sides(together, batch) if len(together) == len(batch.targets) else together.split(1)
+        error = _difference(sides[2 * pairs.index(shortest)], alone)
+        if not error <= canary_tolerance(model.causal_lm, alone):
+            raise ModelError(
+                f"{name}: a sequence's outputs differ by {error:.1e} on average beside longer ones: it does not heed "
+                "the attention mask, so no layout is right for it"
+            )
+
+
+def _twin(pair: PreferencePair, vocabulary: int) -> PreferencePair:
+    """Returns a pair whose sides are the first one's chosen, and the same with another last token."""
+    other = pair.chosen.copy()
+    other[-1] = (other[-1] + 1) % vocabulary
+    return replace(pair, rejected=other, rejected_mask=pair.chosen_mask)
+
+
+def _sides(outputs: Tensor, batch: Batch) -> Sequence[Tensor]:
+    return outputs.split(batch.target_counts.tolist())
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return (one.float() - other.float()).abs().mean().item()
+
+
+def _naming(model: LoadedModel) -> AbstractContextManager:
+    name = type(model.causal_lm).__name__
+    return refusing(lambda what: ModelError(f"{name}: its own forward fails: {what}{SHOWN_BY}"))
+
+
+def _not_finite(model: LoadedModel) -> str:
+    """Says whose fault it is that a model's own outputs are NaN or infinite. All ranks enter."""
+    parameters = model.causal_lm.named_parameters()
+    own = [name for name, p in parameters if not getattr(p, "ds_tensor", p).isfinite().all()]
+    names = sorted({name for part in collectives.gather_objects(own) for name in part})
+    path = model.causal_lm.config._name_or_path or type(model.causal_lm).__name__
+    if not names:
+        return f"{path}: its own outputs are NaN or infinite, though its weights are finite: they overflow in its dtype"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{path}: its own outputs are NaN or infinite, as its weights {', '.join(names[:3])}{more} hold such values"
+
+
