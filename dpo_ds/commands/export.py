@@ -6,8 +6,9 @@ import contextlib
 import math
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -107,31 +108,37 @@ def write_weights(folder: Path, shards: Shards, causal_lm, dtype: torch.dtype, s
 def write_merged(
     folder: Path, shards: Shards, causal_lm, section: ModelSection, dtype: torch.dtype, shard_bytes: int
 ) -> None:
-    """The model's own weights with alpha / r * B A added where a layer was adapted, summed in fp32; a reward model's
-    head as it was trained.
-    """
+    """The model's own weights with what the adapters add, summed in fp32; a reward model's head as it was trained."""
+    task = "SEQ_CLS" if isinstance(getattr(causal_lm, "score", None), torch.nn.Module) else "CAUSAL_LM"
+    with torch.device("meta"):
+        lora.add_adapters(causal_lm, section.lora, seed=0, task=task)  # for their names alone
+    merging, trained = lora.Merging(causal_lm), {name.removeprefix(ENGINE_PREFIX) for name in shards.slices}
+    names = {own: name for name, own in merging.names.items()}
     with contextlib.ExitStack() as files:
-        own, tensors = _own_weights(Path(folder_of(section.path)), files), dict(causal_lm.named_parameters())
-        trained = {name.removeprefix(ENGINE_PREFIX) for name in shards.slices}
-        if missing := sorted(tensors.keys() - own.keys() - trained):
-            raise ConfigError(
-                f"--merge: {section.path} has no safetensors weight named {missing[0]}; merge the adapters with peft"
-            )
+        source = _own_weights(Path(folder_of(section.path)), files)
+        if any(name not in source for own, name in names.items() if own not in trained):
+            source = _loaded(section)  # its files have other names than the model, as of experts one by one
 
-        def read(name: str) -> torch.Tensor:
-            if name in trained:
-                return shards.whole(f"{ENGINE_PREFIX}{name}", torch.float32)
-            return own[name].get_tensor(name).float()
+        def read(own: str) -> torch.Tensor:
+            return shards.whole(f"{ENGINE_PREFIX}{own}", torch.float32) if own in trained else source[names[own]]()
 
-        merged = lora.merged(read, trained, lora.scale_of(section.lora))
-        sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+        tensors, merged = causal_lm.state_dict(), merging.reader(read)
+        sizes = {name: tensors[own].numel() * dtype.itemsize for own, name in names.items()}
         write_shards(folder, sizes, lambda name: merged(name).to(dtype), causal_lm, shard_bytes)
 
 
-def _own_weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Any]:
-    """Name -> the open safetensors file that holds it."""
+def _own_weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name -> what reads it from its safetensors file."""
     opened = [files.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
-    return {name: file for file in opened for name in file.keys()}
+    return {name: partial(file.get_tensor, name) for file in opened for name in file.keys()}
+
+
+def _loaded(section: ModelSection) -> dict[str, Callable[[], torch.Tensor]]:
+    """As `_own_weights`, of the whole model in this host's memory, under the names that it has there."""
+    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code, "dtype": "auto"}
+    with refusing(lambda what: ModelError(f"{section.path}: cannot be loaded: {what}{SHOWN_BY}")):
+        model = AutoModelForCausalLM.from_pretrained(folder_of(section.path), **options)
+    return {name: tensor.detach for name, tensor in model.state_dict().items()}
 
 
 def _check_mergeable(checkpoint: Checkpoint, section: ModelSection, config) -> None:

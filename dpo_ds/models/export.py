@@ -80,10 +80,9 @@ def export(
             write_words(temporary, tokenizer, card)
     else:
         if lora.is_adapted(causal_lm):
-            adapted = {name.replace(".base_layer.", "."): name for name in held}
-            tensors = {name: held[own] for name, own in adapted.items() if ".lora_" not in name}
-            config = causal_lm.peft_config[lora.ADAPTER]
-            read = lora.merged(lambda name, read=read: read(adapted[name]), adapted, config.lora_alpha / config.r)
+            merging = lora.Merging(causal_lm)
+            tensors = {name: held[own] for name, own in merging.names.items()}
+            read = merging.reader(read)
         sizes = {name: getattr(t, "ds_numel", t.numel()) * t.element_size() for name, t in tensors.items()}
         write_shards(temporary, sizes, read, causal_lm)
     if is_first and not adapters_alone:

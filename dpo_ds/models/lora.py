@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,13 +54,25 @@ def add_adapters(causal_lm: PreTrainedModel, section: LoraSection, seed: int, ta
     try:
         causal_lm.add_adapter(config, ADAPTER)
     except ValueError as error:
-        known = sorted({name.rsplit(".", 1)[-1] for name, m in causal_lm.named_modules() if type(m) is torch.nn.Linear})
         raise ConfigError(
             f"--model.lora.target_modules {section.target_modules}: {str(error).splitlines()[0][:150]}; "
-            f"linear layers are {', '.join(known)}"
+            f"{_layers_that_can(causal_lm)}"
         ) from None
     for parameter in trained(causal_lm).values():
         parameter.data = parameter.data.to(causal_lm.dtype)  # DeepSpeed wants one type and keeps fp32 masters itself
+
+
+def _layers_that_can(causal_lm: PreTrainedModel) -> str:
+    """Lists the layers that peft can adapt, by the last part of their names, or what there is instead."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = causal_lm.get_output_embeddings()
+    last = {name.rpartition(".")[2]: module for name, module in causal_lm.named_modules() if module is not head}
+    linear = sorted(name for name, module in last.items() if isinstance(module, torch.nn.Linear | Conv1D))
+    if linear:
+        return f"linear layers are {', '.join(linear)}"
+    kinds = sorted({type(module).__name__ for module in last.values() if any(module.parameters(recurse=False))})
+    return f"it has no linear layer that peft can adapt; its weights lie in {', '.join(kinds)}"
 
 
 def is_adapted(causal_lm: PreTrainedModel) -> bool:
@@ -85,31 +98,58 @@ def adapters_off(causal_lm: PreTrainedModel) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def merged(
-    read: Callable[[str], Tensor | None], names: Collection[str], scale: float
-) -> Callable[[str], Tensor | None]:
-    """Returns what reads one of the model's own weights, by transformers' name, with scale * B A added in fp32.
+class Merging:
+    """Knows a model's own weights and which adapters are added to each, however many wrappers peft puts around it: one
+    around a linear layer, one for each fused parameter of a mixture's experts, within each other.
 
-    `read` gives one of `names`, the weights and adapters that there are, or None to a rank that only helps to gather;
-    so does what is returned. A weight whose adapters are not among `names` comes as it is.
+    names: transformers' name of a weight or buffer -> its name within the wrappers.
     """
 
-    def read_merged(name: str) -> Tensor | None:
-        weight = read(name)
-        b, a = (f"{name.removesuffix('.weight')}.lora_{side}.{ADAPTER}.weight" for side in "BA")
-        if b not in names:
+    def __init__(self, causal_lm: PreTrainedModel):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        modules = dict(causal_lm.named_modules())
+        wrappers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+        parameters = dict(causal_lm.named_parameters(remove_duplicate=False))
+        buffers = [name for name in causal_lm.state_dict() if name not in parameters]
+        own = [name for name, _ in causal_lm.named_parameters() if ".lora_" not in name] + buffers
+        self.names = {re.sub(r"(\.base_layer)+\.", ".", name): name for name in own}
+        self._around: dict[str, list[tuple[str, torch.nn.Module]]] = {name: [] for name in own}
+        for at, wrapper in wrappers.items():
+            inner = f"{at}.base_layer."
+            while inner.removesuffix(".") in wrappers:
+                inner += "base_layer."
+            self._around[f"{inner}{getattr(wrapper, 'parameter_name', 'weight')}"].append((at, wrapper))
+
+    def reader(self, read: Callable[[str], Tensor | None]) -> Callable[[str], Tensor | None]:
+        """Returns what reads a weight by transformers' name, its adapters added in fp32.
+
+        `read` gives a weight or adapter by the model's own name, or None to a rank that only helps to gather; so does
+        what is returned.
+        """
+
+        def read_merged(name: str) -> Tensor | None:
+            own = self.names[name]
+            weight = read(own)
+            for at, wrapper in self._around[own]:
+                a, b = (read(f"{at}.lora_{side}.{ADAPTER}.weight") for side in "AB")
+                if weight is not None:
+                    weight = (weight.float() + _delta(wrapper, a.float(), b.float())).to(weight.dtype)
             return weight
-        b, a = read(b), read(a)
-        return None if weight is None else (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
 
-    return read_merged
+        return read_merged
 
 
-def scale_of(section: LoraSection) -> float:
-    """Returns alpha / r, by which adapters count."""
-    return (2 * section.r if section.alpha is None else section.alpha) / section.r
-
-
+def _delta(wrapper: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """Returns what an adapter adds to its weight, as peft computes it: scale * B A, an expert at a time where several lie
+    in one parameter: a [experts * r, in], b [out, r * experts].
+    """
+    scale, experts = wrapper.scaling[ADAPTER], getattr(wrapper, "num_experts", 1)
+    if experts == 1:
+        return scale * ((b @ a).T if wrapper.fan_in_fan_out else b @ a)
+    a, b = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
+    order = "eoi" if wrapper._did_swap_in_out_features else "eio"
+    return scale * torch.einsum(f"ore,eri->{order}", b, a)
 
 
 def write_adapters(folder: Path, causal_lm: PreTrainedModel, read: Callable[[str], Tensor | None]) -> None:

@@ -24,7 +24,7 @@ from dpo_ds.cluster import launch, process_group
 from dpo_ds.commands import cli, train
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
-from dpo_ds.models import attention, checks, engine
+from dpo_ds.models import attention, checks
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.reference import cached
 from tests.benchmarks import precompute_pass

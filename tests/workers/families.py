@@ -26,8 +26,8 @@ from dpo_ds.models.checks import settle_layout
 from dpo_ds.models.engine import Policy
 from dpo_ds.models.export import export
 from dpo_ds.models.loading import load_causal_lm, load_tokenizer
-from tests.families import pairs, tiny_config_of
 from tests.data_helpers import tokenizer
+from tests.families import pairs, tiny_config_of
 
 
 def alone(model, pairs) -> torch.Tensor:
@@ -72,7 +72,8 @@ def try_family(family: str, folder: Path, device) -> dict:
     error = (logps.detach() - alone(reference, pairs())).abs().max().item()
     policy.backward(logps.mean(), is_last=True)
     norm = policy.step(1e-2)
-    export(policy.causal_lm, load_tokenizer(section, policy.causal_lm.config, str(path)), folder / f"{family}-final", "")
+    tokenizer_of = load_tokenizer(section, policy.causal_lm.config, str(path))
+    export(policy.causal_lm, tokenizer_of, folder / f"{family}-final", "")
     opened = AutoModelForCausalLM.from_pretrained(
         folder / f"{family}-final", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
