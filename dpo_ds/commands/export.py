@@ -25,6 +25,7 @@ from dpo_ds.data.chat.template import BUILT_IN, DEFAULT_CHAT_TEMPLATE, TEMPLATE,
 from dpo_ds.errors import ConfigError, ModelError, shorten
 from dpo_ds.models import lora
 from dpo_ds.models.adapters import folder_of
+from dpo_ds.models.causal_lm import freeze_beside_text
 from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, write_rest, write_shards, write_words
 from dpo_ds.models.fingerprint import MODEL, model_as_recorded
 from dpo_ds.models.loading import check_model, load_tokenizer
@@ -82,17 +83,22 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
         )
         write_words(temporary, tokenizer, _card(checkpoint))
     else:
-        write_weights(temporary, shards, causal_lm, DTYPES[precision], shard_bytes)
+        write_weights(temporary, shards, causal_lm, section, DTYPES[precision], shard_bytes)
         write_rest(temporary, causal_lm, DTYPES[precision], tokenizer, _card(checkpoint))
     temporary.rename(target)
     print(f"dpo-ds: step {checkpoint.step} of {checkpoint.path} is now {target} ({precision})", flush=True)
     return 0
 
 
-def write_weights(folder: Path, shards: Shards, causal_lm, dtype: torch.dtype, shard_bytes: int) -> None:
+def write_weights(
+    folder: Path, shards: Shards, causal_lm, section: ModelSection, dtype: torch.dtype, shard_bytes: int
+) -> None:
     """The checkpoint's weights in `dtype`, rounded from fp32; buffers as they are. `causal_lm` gives names alone."""
+    kept = freeze_beside_text(causal_lm)
     names = {name: f"{ENGINE_PREFIX}{name}" for name, _ in causal_lm.named_parameters()}
     missing = sorted(name for name, saved in names.items() if saved not in shards.slices)
+    if missing and kept:
+        return write_merged(folder, shards, causal_lm, section, dtype, shard_bytes)
     if missing:
         raise ConfigError(f"{shards.checkpoint.path}: holds no {missing[0]}, which {type(causal_lm).__name__} has")
     buffers = {name: shards.buffer(f"{ENGINE_PREFIX}{name}") for name in persistent_buffers(causal_lm)}
@@ -108,10 +114,11 @@ def write_weights(folder: Path, shards: Shards, causal_lm, dtype: torch.dtype, s
 def write_merged(
     folder: Path, shards: Shards, causal_lm, section: ModelSection, dtype: torch.dtype, shard_bytes: int
 ) -> None:
-    """The model's own weights with what the adapters add, summed in fp32; a reward model's head as it was trained."""
+    """The model's own weights with what was trained in their place, or what adapters add to them, summed in fp32."""
     task = "SEQ_CLS" if isinstance(getattr(causal_lm, "score", None), torch.nn.Module) else "CAUSAL_LM"
-    with torch.device("meta"):
-        lora.add_adapters(causal_lm, section.lora, seed=0, task=task)  # for their names alone
+    if section.lora.r:
+        with torch.device("meta"):
+            lora.add_adapters(causal_lm, section.lora, seed=0, task=task)  # for their names alone
     merging, trained = lora.Merging(causal_lm), {name.removeprefix(ENGINE_PREFIX) for name in shards.slices}
     names = {own: name for name, own in merging.names.items()}
     with contextlib.ExitStack() as files:

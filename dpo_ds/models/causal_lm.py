@@ -57,6 +57,23 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return parts[0]
 
 
+def freeze_beside_text(model: PreTrainedModel) -> list[str]:
+    """Freezes what a model of images or sounds has beside its text model, which no gradient reaches: AdamW's decay
+    would shrink it. Returns the names of those parts.
+    """
+    if model.config.get_text_config() is model.config:
+        return []
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    text = {*model.get_decoder().parameters(), *head.parameters(), *inputs.parameters()}
+    score = getattr(model, "score", None)  # a reward model's
+    text |= {*score.parameters()} if isinstance(score, nn.Module) else set()
+    beside = {name: parameter for name, parameter in model.named_parameters() if parameter not in text}
+    for parameter in beside.values():
+        parameter.requires_grad_(False)
+    parts = [name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] for name in beside]
+    return sorted(set(parts))
+
+
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:  # [rows * length, D]
     """Returns what the model without its head makes of a batch in either layout."""
     layout = {} if batch.segments is None else {"segments": segment_table(batch.segments)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_ds.batch import CHOSEN_ONLY, Batch, PreferencePair, padded_batch
 from dpo_ds.cluster import collectives
@@ -17,6 +18,7 @@ from dpo_ds.models import lora
 from dpo_ds.models.attention import as_chosen, canary_pairs, canary_tolerance, packed_refusal
 from dpo_ds.models.engine import LoadedModel
 from dpo_ds.models.layers.rope import check_lengths
+from dpo_ds.models.layers.units import decoder_layers
 from dpo_ds.models.packed.backends import refused_backends
 
 
@@ -65,7 +67,14 @@ def check_head(model: LoadedModel) -> None:
     twin = _twin(pairs[0], vocabulary)
     batch, name = padded_batch([*pairs, twin]).to(model.device), type(model.causal_lm).__name__
     with model.evaluating(), _naming(model):
-        ours, own = model.engine(batch), model.engine(batch, own_logits=True)
+        with _counting(decoder_layers(model.causal_lm)) as calls:
+            ours = model.engine(batch)
+        own = model.engine(batch, own_logits=True)
+    if model.engine.training and calls and max(calls.values()) > 1:
+        raise ModelError(
+            f"{name}: runs its layers {max(calls.values())} times in a forward; DeepSpeed takes the gradients of a "
+            "layer once, so it cannot be trained under ZeRO-3"
+        )
     if not own.isfinite().all():
         raise ModelError(_not_finite(model))
     tolerance = canary_tolerance(model.causal_lm, own)
@@ -120,6 +129,18 @@ def _check_padding(models: Sequence[LoadedModel]) -> None:
                 f"{name}: a sequence's outputs differ by {error:.1e} on average beside longer ones: it does not heed "
                 "the attention mask, so no layout is right for it"
             )
+
+
+@contextmanager
+def _counting(layers: Sequence[nn.Module]) -> Iterator[Counter]:
+    """Counts the calls of each layer."""
+    calls: Counter = Counter()
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: calls.update([layer])) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _twin(pair: PreferencePair, vocabulary: int) -> PreferencePair:

@@ -22,9 +22,9 @@ from dpo_ds.batch import PAIR, Batch
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.config import ModelSection
-from dpo_ds.errors import ConfigError
+from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.logprobs import TokenStatistics
-from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.causal_lm import LogProbModel, freeze_beside_text
 from dpo_ds.models.layers.units import make_units
 from dpo_ds.models.loading import load_causal_lm
 
@@ -57,6 +57,10 @@ class Policy:
     """The model being trained: log-probs forward, gradients backward, AdamW under ZeRO-3."""
 
     def __init__(self, model: LogProbModel, ds_config: dict, device: torch.device):
+        kept = freeze_beside_text(model.causal_lm)
+        if kept and collectives.rank() == 0:
+            what = f"{', '.join(kept)} stay as they are; the text model alone is trained"
+            print(f"dpo-ds: {type(model.causal_lm).__name__}: {what}", flush=True)
         groups = parameter_groups(model, ds_config["optimizer"]["params"]["weight_decay"])
         self.padded_attention = model.causal_lm.config._attn_implementation
         self.engine = _initialize(model, ds_config, model_parameters=groups)
@@ -83,7 +87,18 @@ class Policy:
         """Adds the gradient; `is_last` says that an update follows. Gradients are averaged over ranks."""
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss, scale_wrt_gas=False)
+        if not self.has_run_backward:
+            self._check_gradients()
         self.has_run_backward = True
+
+    def _check_gradients(self) -> None:
+        """Raises ModelError where DeepSpeed has not taken a gradient that autograd gave: it would be lost."""
+        left = [name for name, parameter in self.causal_lm.named_parameters() if parameter.grad is not None]
+        if left:
+            raise ModelError(
+                f"{type(self.causal_lm).__name__}: DeepSpeed does not see the gradients of {len(left)} parameters, the "
+                f"first {left[0]}: it does not know how this model's layers call each other"
+            )
 
     def step(self, learning_rate: float) -> float:
         """One clipped AdamW update; returns the gradient norm before clipping."""

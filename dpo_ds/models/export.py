@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import yaml
-from transformers.core_model_loading import revert_weight_conversion
+from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import cached_file
 
 from dpo_ds import __version__
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.shared_files import leftovers, temporary_beside
+from dpo_ds.errors import ModelError
 from dpo_ds.models import lora
+from dpo_ds.models.adapters import folder_of
 from dpo_ds.models.loading import own_dropout, save_tensors
 
 SHARD_BYTES = 5 * 10**9
@@ -85,6 +97,8 @@ def export(
             read = merging.reader(read)
         sizes = {name: getattr(t, "ds_numel", t.numel()) * t.element_size() for name, t in tensors.items()}
         write_shards(temporary, sizes, read, causal_lm)
+        if is_first:
+            check_written(temporary, causal_lm, {n: tuple(getattr(t, "ds_shape", t.shape)) for n, t in tensors.items()})
     if is_first and not adapters_alone:
         with own_dropout(causal_lm):
             write_rest(temporary, causal_lm, causal_lm.dtype, tokenizer, card)
@@ -106,6 +120,7 @@ def write_shards(
 
     `read` gives a tensor by name, or None to a rank that only helps to gather. One above the limit is a file alone.
     """
+    source = names_of(causal_lm, sizes, headers(folder_of(causal_lm.config._name_or_path or "")))
     plan: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -117,23 +132,75 @@ def write_shards(
     weight_map = {}
     for number, names in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        weight_map |= dict.fromkeys(_write_shard(folder / file, names, read, causal_lm), file)
+        weight_map |= dict.fromkeys(_write_shard(folder / file, names, read, causal_lm, source), file)
     if len(plan) > 1 and weight_map:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, names: list[str], read: Callable[[str], torch.Tensor | None], causal_lm) -> list[str]:
+def _write_shard(
+    path: Path, names: list[str], read: Callable[[str], torch.Tensor | None], causal_lm, source: dict[str, list[str]]
+) -> list[str]:
     """One file; the names in it, none on a rank that only helps to gather. Nothing of it stays in memory."""
     shard: dict[str, torch.Tensor] = {}
     for name in names:
         tensor = read(name)
         if tensor is not None:
             # Experts are fused when a model is loaded; on disk each has a name of its own.
-            shard |= revert_weight_conversion(causal_lm, {name: tensor})
+            parts = revert_weight_conversion(causal_lm, {name: tensor})
+            theirs = sorted(source.get(name, ()), key=dot_natural_key)
+            if len(theirs) == len(parts):
+                parts = dict(zip(theirs, (parts[own] for own in sorted(parts, key=dot_natural_key)), strict=True))
+            shard |= parts
     if shard:
         save_tensors(shard, path)
     return list(shard)
+
+
+def headers(path: str) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of the tensors in a model's safetensors files, a folder's or a Hub id's in the cache; none
+    where there are no such files.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        config = cached_file(path, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        folder = Path(config).parent if config else folder
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    return found
+
+
+def names_of(causal_lm, own: Iterable[str], on_disk: Iterable[str]) -> dict[str, list[str]]:
+    """Returns for each of the model's own names those that it has on disk, as transformers reads them: one, or those of
+    experts that it fuses. final/ gets the names of the folder that the model came from.
+    """
+    conversions = get_model_conversion_mapping(causal_lm)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    known, found = dict.fromkeys(own, True), {}
+    for name in on_disk:
+        target, _ = rename_source_key(name, renamings, converters, causal_lm.base_model_prefix, known)
+        found.setdefault(target, []).append(name)
+    return found
+
+
+def check_written(folder: Path, causal_lm, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Reads the headers of what was written once more.
+
+    Raises:
+        ModelError: transformers would not find every weight of the model there, or find one of another shape.
+    """
+    written = headers(str(folder))
+    found = names_of(causal_lm, shapes, written)
+    for name, shape in shapes.items():
+        files = found.get(name, [])
+        if not files:
+            kept = "the run's checkpoint is whole"
+            raise ModelError(f"{folder}: lacks {name}, which {type(causal_lm).__name__} has; {kept}")
+        if len(files) == 1 and math.prod(written[files[0]]) != math.prod(shape):
+            raise ModelError(f"{folder}: {files[0]} has the shape {written[files[0]]}, not {shape}")
 
 
 def write_rest(folder: Path, causal_lm, dtype: torch.dtype, tokenizer, card: str) -> None:

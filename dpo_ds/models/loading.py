@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import MethodType
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
+from dpo_ds.cluster import collectives
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.cluster.records import Damaged, read_object
 from dpo_ds.config import ModelSection
@@ -151,23 +153,43 @@ def load_model(
     if not section.from_config:
         check_complete(path, set(loading["missing_keys"]) - set(new))
         check_no_more(path, causal_lm, loading["unexpected_keys"])
+        if loading["unexpected_keys"] and collectives.rank() == 0:
+            print(f"dpo-ds: {_left_out(path, causal_lm, loading['unexpected_keys'])}", flush=True)
     del zero_init
+    if type(causal_lm.config) not in auto_class._model_mapping and not causal_lm.is_remote_code():
+        name = type(causal_lm).__name__
+        raise ModelError(f"{path}: its text part, {name}, is nothing that transformers could open by itself again")
     causal_lm.dropouts = dropouts
+    switch_jitter_off(causal_lm)
     return causal_lm
 
 
 def switch_dropout_off(config) -> dict[str, float]:
-    """Sets every dropout and jitter rate of a transformers config, and of the configs in it, to 0; returns what they
-    were, by their dotted names, for the export.
+    """Sets every dropout rate of a transformers config, and of the configs in it, to 0; returns what they were, by
+    their dotted names, for the export.
     """
     rates = {}
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             rates |= {f"{name}.{inner}": rate for inner, rate in switch_dropout_off(value).items()}
-        elif isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter")):
+        elif isinstance(value, float) and value > 0 and "drop" in name:
             rates[name] = value
             setattr(config, name, 0.0)
     return rates
+
+
+def switch_jitter_off(model: nn.Module) -> None:
+    """Keeps modules that jitter while they train, the routers of mixtures of experts, in evaluation mode for good.
+    Their rates stay: Phi's routers use theirs in evaluation, too.
+    """
+    for module in model.modules():
+        if any("jitter" in name and isinstance(value, float) and value for name, value in vars(module).items()):
+            module.train = MethodType(_stay_in_evaluation, module)
+            module.eval()
+
+
+def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
 
 
 @contextlib.contextmanager
@@ -233,6 +255,12 @@ def _check_weights(folder: Path, path: str, key: str) -> None:
             raise ModelError(f"--{key} {path}: {file.name} is missing, {index.name} names it") from None
         except SafetensorError as error:
             raise ModelError(f"--{key} {path}: {file.name} is broken or cut short ({error}); copy it again") from None
+
+
+def _left_out(path: str, model: nn.Module, names: Collection[str]) -> str:
+    parts = sorted({name.rpartition(".layers.")[0] or name.rpartition(".")[0] for name in names})
+    shown = ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+    return f"{path}: {len(names)} weights are left out, as {type(model).__name__} has no {shown}; final/ lacks them"
 
 
 def check_complete(path: str, missing: set[str]) -> None:

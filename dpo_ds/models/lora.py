@@ -141,8 +141,8 @@ class Merging:
 
 
 def _delta(wrapper: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    """Returns what an adapter adds to its weight, as peft computes it: scale * B A, an expert at a time where several lie
-    in one parameter: a [experts * r, in], b [out, r * experts].
+    """Returns what an adapter adds to its weight, as peft computes it: scale * B A, an expert at a time where several
+    lie in one parameter: a [experts * r, in], b [out, r * experts].
     """
     scale, experts = wrapper.scaling[ADAPTER], getattr(wrapper, "num_experts", 1)
     if experts == 1:

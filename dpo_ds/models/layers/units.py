@@ -40,6 +40,7 @@ def make_units(model: nn.Module, zero: dict) -> str:
         set_z3_leaf_module(layer, True)
         if any(parameter.requires_grad for parameter in layer.parameters()):
             layer.register_forward_pre_hook(with_gradients_at_the_input, with_kwargs=True)
+        layer.register_forward_hook(_as_tuple)
         for module in layer.modules():
             if type(module) is nn.Linear:
                 module.__class__ = UnitLinear
@@ -98,6 +99,11 @@ def with_gradients_at_the_input(layer: nn.Module, args: tuple, kwargs: dict[str,
         args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
     hidden = args[0]
     return (args if hidden.requires_grad else (hidden.requires_grad_(), *args[1:])), kwargs
+
+
+def _as_tuple(layer: nn.Module, args: tuple, output: Any) -> Any:
+    """DeepSpeed 0.19.8 sees no tensor in a list, as GPT-1's layers return, and would take every gradient for zero."""
+    return tuple(output) if isinstance(output, list) else None
 
 
 def is_compiled(model: nn.Module) -> bool:
