@@ -32,7 +32,7 @@ from dpo_ds.data.prompts import Prompt
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import file_digests
-from dpo_ds.models.loading import check_model, load_tokenizer
+from dpo_ds.models.loading import check_model, has_table_of_positions, load_tokenizer
 from dpo_ds.models.lora import check_lora
 from dpo_ds.reference import cached
 from dpo_ds.training.tasks import Prepared, Supervised
@@ -179,9 +179,6 @@ def prepare_data(
     return prepared
 
 
-LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt")
-
-
 def check_fit(prepared: dict[str, data.PairDataset], text_config, say: Say) -> None:
     """The tokens and the lengths that the data really has, against what the model has room for."""
     for split, pairs in prepared.items():
@@ -194,7 +191,7 @@ def check_fit(prepared: dict[str, data.PairDataset], text_config, say: Say) -> N
         positions = getattr(text_config, "max_position_embeddings", None)
         if positions is None or longest <= positions:
             continue
-        if text_config.model_type in LEARNED_POSITIONS:
+        if has_table_of_positions(text_config):
             raise ConfigError(
                 f"{split} data has a completion that ends at token {longest}, the model knows {positions} positions; "
                 f"cut with --data.max_length {positions}"
@@ -209,7 +206,7 @@ def check_room(prompts: Sequence[Prompt], text_config, key: str, max_new_tokens:
     if positions is None or longest <= positions:
         return
     what = f"the longest prompt and {key}.max_new_tokens are {longest} tokens, the model"
-    if text_config.model_type in LEARNED_POSITIONS:
+    if has_table_of_positions(text_config):
         room = positions - max_new_tokens
         cut = f"cut prompts with --data.max_prompt_length {room}" if room > 0 else f"lower {key}.max_new_tokens"
         raise ConfigError(f"{what} knows {positions} positions; {cut}")

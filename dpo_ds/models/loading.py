@@ -207,6 +207,20 @@ def _set(config, dotted: str, rate: float) -> None:
     setattr(functools.reduce(getattr, outer, config), name, rate)
 
 
+def has_table_of_positions(text_config) -> bool:
+    """Tells whether a model looks positions up in a table, as GPT-1 and 2 and OPT do, which ends at
+    max_position_embeddings or a few places behind; others compute them for any length. Built without weights.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(text_config)
+    except Exception:  # a model of the folder's own code, or one that is no language model by itself
+        return False
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    beside_words = [table for table in tables if table is not model.get_input_embeddings()]
+    return any(0 <= table.num_embeddings - text_config.max_position_embeddings <= 8 for table in beside_words)
+
+
 def check_folder(folder: Path, path: str, key: str, needs_weights: bool = True) -> None:
     """ModelError: no readable config.json, no weights, or some that are missing or cut short."""
     if not (folder / "config.json").is_file():

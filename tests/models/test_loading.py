@@ -14,7 +14,15 @@ from dpo_ds.config import ModelSection
 from dpo_ds.demo.tiny import random_model, save_tiny_model, tiny_config, train_tokenizer
 from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.models import loading
-from dpo_ds.models.loading import check_model, check_no_more, load_causal_lm, load_tokenizer, save_tensors
+from dpo_ds.models.loading import (
+    check_model,
+    check_no_more,
+    has_table_of_positions,
+    load_causal_lm,
+    load_tokenizer,
+    save_tensors,
+)
+from tests.families import tiny_config_of
 
 
 def test_a_reward_model_is_no_language_model(tmp_path):
@@ -120,3 +128,12 @@ def test_a_mistake_for_deepspeed_is_not_called_the_models(tmp_path):
     with pytest.raises(ConfigError, match="DeepSpeed refuses deepspeed.config: .*offload_param is 'cpu'") as caught:
         load_causal_lm(ModelSection(path=str(tmp_path)), engine)
     assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "looks_up"),
+    [("gpt2", True), ("openai-gpt", True), ("opt", True), ("gpt_neo", True), ("biogpt", True), ("gpt_bigcode", True),
+     ("llama", False), ("gpt_neox", False), ("gemma3_text", False), ("bloom", False), ("mixtral", False)],
+)  # fmt: skip
+def test_a_table_of_positions_is_told_from_positions_that_are_computed(family, looks_up):
+    assert has_table_of_positions(tiny_config_of(family)) == looks_up
