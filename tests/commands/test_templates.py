@@ -11,7 +11,7 @@ from dpo_ds.commands import export as command
 from dpo_ds.config import ExportConfig
 from dpo_ds.data.chat.template import DEFAULT_CHAT_TEMPLATE
 from tests.data_helpers import CHATML
-from tests.small_jobs import exact, make_world, run, weights
+from tests.small_jobs import exact, make_world, run, train_command, weights
 
 pytestmark = pytest.mark.distributed
 
@@ -92,3 +92,27 @@ def test_a_template_from_a_file_is_the_runs_own_whatever_becomes_of_the_file(for
     keys["data__chat_template"] = CHATML  # its text, by the command line
     codes, output = run(forks, world, "chatml", **keys, **STEPS)
     assert codes == [0] and "nothing left to do" in output, output
+
+
+DATED = "Today: {{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+
+def test_what_is_begun_on_one_day_goes_on_on_the_next_with_the_same_date(forks, world):
+    """A run, a cache of the reference, and the run that trains on it."""
+    keys = {"data__train": world / "chat.jsonl", "data__chat_template": DATED}
+    yesterday = {"module": "tests.workers.another_day", "DPO_DS_CACHE": str(world / "cache")}
+    begun = train_command(world, "dated", **keys, train__max_steps=1, checkpoint__every=1)
+    codes, output = forks.run(begun, 1, world / "dated.logs", **yesterday)
+    assert codes == [0], output
+    (manifest,) = (json.loads(path.read_text()) for path in (world / "dated/checkpoints").glob("step-*/MANIFEST.json"))
+    assert manifest["identity"]["the date that the chat template writes"] == "2024-02-29"
+    codes, output = run(forks, world, "dated", **keys, **STEPS)
+    assert codes == [0] and "resumed from" in output and len(exact(world / "dated")) == 2, output
+
+    filling = ["precompute", "--model.path", world / "model", "--data.train", world / "chat.jsonl"]
+    filling += ["--data.chat_template", DATED, "--reference.cache", world / "dated-cache", "--deepspeed.config", "none"]
+    codes, output = forks.run(filling, 1, world / "dated.logs", **yesterday)
+    assert codes == [0], output
+    cached = {"reference__kind": "cached", "reference__cache": world / "dated-cache"}
+    codes, output = run(forks, world, "dated-cached", **keys, **cached, **STEPS)
+    assert codes == [0] and len(exact(world / "dated-cached")) == 2, output
