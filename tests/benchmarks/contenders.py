@@ -49,7 +49,7 @@ def ours(
         (checks, "layout_notes"): partial(no_other_layout, checks.layout_notes),
     }
     if reference == "cached" and work.from_config:
-        replaced[cached, "check_cache"] = lambda *_: SimpleNamespace(id="drawn", ids=["drawn"])
+        replaced[cached, "check_cache"] = lambda *_: SimpleNamespace(id="drawn", ids=["drawn"], values={})
         replaced[cached, "find_rows"] = lambda *_: DrawnRows()
         replaced[cached, "spot_check"] = lambda *_: []
     for (module, name), stand_in in replaced.items():
