@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpo_ds.data.rows import BadRow, Messages, Row, shorten
+from dpo_ds.data.rows import REASONING, BadRow, Messages, Row, shorten, without_nulls
 
 SYSTEM = ("system", "system_prompt")
 
@@ -44,9 +44,13 @@ def joined(prompt: Messages, side: str, turns: Messages) -> Messages:
     head = system or other_system
     if repeated := _overlap(asked, said):
         return [*head, *asked, *said[repeated:]]
-    if asked and any(_alike(asked, said[at : at + len(asked)]) for at in range(len(said) - len(asked) + 1)):
+    if not said or not asked:
+        return [*head, *asked, *said]
+    starts_anew = said[0]["role"] != "assistant"
+    if starts_anew and any(_alike(asked, said[at : at + len(asked)]) for at in range(len(said) - len(asked) + 1)):
         return [*head, *said]
-    if asked and asked[-1]["role"] == "user" and said and (said[0]["role"] == "user" or (other_system and not system)):
+    asks_anew = starts_anew and (asked[-1]["role"] != "assistant" or _alike(asked[:1], said[:1]))
+    if asks_anew or (other_system and not system and asked[-1]["role"] == "user"):
         raise contradiction(asked[-1]["content"], side, turns, turns[0]["content"])
     return [*head, *asked, *said]
 
@@ -67,9 +71,11 @@ def repeats(prompt: Messages, turns: Messages) -> bool:
 
 def common_turns(chosen: Messages, rejected: Messages) -> int:
     """Returns how many turns both sides begin with, whatever ids and other metadata they carry; one at least is left of
-    each."""
+    each. Reasoning that differs is a difference."""
     split = 0
     while split < min(len(chosen), len(rejected)) - 1 and _same(chosen[split], rejected[split], str):
+        if any(chosen[split].get(key) != rejected[split].get(key) for key in REASONING):
+            break
         split += 1
     return split
 
@@ -131,5 +137,6 @@ def _words(text: str) -> list[str]:
 
 
 def _calls(message: dict[str, Any]) -> list:
-    """Returns an assistant's calls without their ids, which are random."""
-    return [{key: value for key, value in call.items() if key != "id"} for call in message.get("tool_calls") or []]
+    """Returns what an assistant calls: names and arguments, without nulls; ids are random, a type may be left out."""
+    functions = [call.get("function", call) for call in message.get("tool_calls") or []]
+    return [(function.get("name"), without_nulls(function.get("arguments"))) for function in functions]

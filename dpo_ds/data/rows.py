@@ -11,6 +11,7 @@ from dpo_ds.errors import DataError, shorten
 
 Messages = list[dict[str, Any]]  # {"role", "content"} and, on some, "tool_calls", "name", ...
 
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn that templates know
 TRAINED = "trained"  # our key of a message that is not to be trained: False
 MAX_MARGIN = 1e6  # exact enough in float32
 REMEDY = "drop such rows with --data.on_bad_row skip"

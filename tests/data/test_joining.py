@@ -66,6 +66,7 @@ def test_the_users_turn_comes_once(prompt, said, expected):
     ("prompt", "chosen"),
     [
         (HI, [user("ho"), *A]),
+        ([*HI, assistant("g1")], [*HI, assistant("g2"), user("x"), *A]),
         (HI, [SYSTEM, *A]),
         ([SYSTEM, *HI], [{**SYSTEM, "content": "be long"}, *HI, *A]),
     ],
@@ -74,6 +75,30 @@ def test_a_side_that_asks_anew_is_a_bad_row(prompt, chosen):
     row = Row({"prompt": prompt, "chosen": chosen, "rejected": B}, {})
     with pytest.raises(BadRow, match="'prompt' is .*, but 'chosen' begins with"):
         read(row, detect(row, PAIR), PAIR)
+
+
+def test_a_question_that_comes_back_in_a_side_stays_there():
+    chosen = [assistant("x"), user("hi"), assistant("z")]
+    row = Row({"prompt": HI, "chosen": chosen, "rejected": B}, {})
+    conversation = read(row, detect(row, PAIR), PAIR)
+    assert (conversation.prompt, conversation.chosen, conversation.rejected) == (HI, chosen, B)
+
+
+def test_calls_of_a_repeated_prompt_may_be_written_otherwise():
+    """Without a type, arguments as text or with a null; the prompt ends in the tool's turn."""
+    bare = {"function": {"name": "f", "arguments": '{"x": 1, "y": null}'}}
+    full = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    asked, again = ([*HI, assistant("", tool_calls=[call]), {"role": "tool", "content": "7"}] for call in (bare, full))
+    row = Row({"prompt": asked, "chosen": [*again, *A], "rejected": [*again, *B]}, {})
+    conversation = read(row, detect(row, PAIR), PAIR)
+    assert [turn["role"] for turn in conversation.prompt] == ["user", "assistant", "tool"]
+    assert (conversation.chosen, conversation.rejected) == (A, B)
+
+
+def test_a_pair_that_differs_in_its_reasoning_alone_keeps_it():
+    sides = {side: [*HI, assistant("", reasoning_content=side), {"role": "tool", "content": "7"}, *A] for side in PAIR}
+    conversation = read(Row(sides, {}), "implicit", PAIR)
+    assert conversation.prompt == HI and conversation.chosen[0]["reasoning_content"] == "chosen"
 
 
 def test_turns_share_their_prompt_whatever_ids_they_carry():

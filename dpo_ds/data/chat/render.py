@@ -13,13 +13,12 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from dpo_ds.cluster.foreign import time_limit
 from dpo_ds.data.chat.template import first_line
 from dpo_ds.data.chat.turns import Conversation
-from dpo_ds.data.rows import TRAINED, BadRow, Messages, as_text, shorten
+from dpo_ds.data.rows import REASONING, TRAINED, BadRow, Messages, as_text, shorten
 from dpo_ds.errors import ModelError
 
 TEMPLATE_SECONDS = 60.0  # for one conversation, which takes a millisecond
 RENDERED = "the chat template's text"
 CONVERSATION, GENERATION = "conversation", "generation"  # data.prompt_rendering
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn that templates know
 
 
 @dataclass(frozen=True)

@@ -140,9 +140,10 @@ class Conversation:
             if begins is None or not alone.startswith(begins):
                 begins = alone[: self._common_beginning([alone, *answers])]
             mark = self._common_end([alone, *answers])
-            said = alone[len(begins) : len(alone) - mark].rstrip()
+            said = alone[len(begins) : len(alone) - mark]
+            said = said if self.text.find(said, start) >= 0 else said.rstrip()
             at = self.text.find(said, start)
-            if said and not self.text[start:at].strip():
+            if said.strip() and not self.text[start:at].strip():
                 return at + len(said)
             # Before other turns it says less than as the last one, but its calls close in the same way.
             called = [self._with_other_calls(i, words) for words in OTHER] if calls else []
@@ -160,7 +161,7 @@ class Conversation:
             function = call.get("function", call)
             is_text = isinstance(function.get("arguments"), str)
             arguments = {words: words}
-            changed = function | {"name": words, "arguments": json.dumps(arguments) if is_text else arguments}
+            changed = function | {"arguments": json.dumps(arguments) if is_text else arguments}
             return call | {"function": changed} if "function" in call else changed
 
         message = self.messages[i]

@@ -160,3 +160,18 @@ def test_the_date_of_a_template_is_the_one_that_is_recorded():
     set_date(tok)
     assert date_of(tok) == date.today().isoformat()
     assert date_of(plain("chatml")) is None
+
+
+def test_the_mark_behind_a_calls_line_end_is_trained():
+    """White space between call and mark, under a generation prompt that is no beginning (Nemotron 3)."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\\n' }}"
+        "{% if m.role == 'assistant' and '<think>' not in m.content %}<think></think>{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{{ '\\n' }}{% endfor %}"
+        "<|im_end|>{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n<think>\\n' }}{% endif %}"
+    )
+    completion = [assistant("", "f"), tool("7"), assistant("x")]
+    rendered = render(tokenizer(template=template), [user("q")], completion, None)
+    first, last = (rendered.text[begin:end] for begin, end in rendered.trained)
+    assert first.endswith("</tool_call>\n<|im_end|>") and last.endswith("x<|im_end|>")
