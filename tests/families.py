@@ -59,7 +59,7 @@ SMALL = {  # whatever of these a family's config has
 }  # fmt: skip
 ENCODERS = (  # decoders only where their config says so
     "bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "megatron-bert", "data2vec-text",
-    "bert-generation", "rembert", "roformer", "roc_bert", "big_bird", "reformer",
+    "bert-generation", "rembert", "roformer", "roc_bert", "big_bird",
 )  # fmt: skip
 LATENT = (  # multi-head latent attention, whose head_dim is that of the rotary part
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "axk2", "glm_moe_dsa", "youtu", "minicpm3", "hy_v4",
@@ -75,11 +75,8 @@ SETTINGS = {  # where a family needs more than to be narrow
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "zaya": {"num_experts_per_tok": 1},
     "deepseek_v2": {"head_dim": 4, "num_key_value_heads": 4, "num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
-    "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 4},
-    "longcat_flash": {"qk_head_dim": 8},
 }  # fmt: skip
 
 

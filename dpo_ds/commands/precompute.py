@@ -27,7 +27,7 @@ from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data import PairDataset
 from dpo_ds.data.batching import Layout
-from dpo_ds.data.chat.template import DATE, date_of, set_date, set_template, settle_template
+from dpo_ds.data.chat.template import DATE, dated, set_date, set_template, settle_template
 from dpo_ds.data.shard import SHARD_NAME, head_of, shard_files, shard_name
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.reference.cache import (
@@ -138,8 +138,7 @@ def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
     heads = [head_of(path) for path in shard_files(folder)] if manifest is None else [manifest.values]
     set_date(tokenizer, *heads)
     if launch.is_first:
-        of_model = identity(run, tokenizer)
-        of_model |= {DATE: date_of(tokenizer)} if date_of(tokenizer) else {}
+        of_model = identity(run, tokenizer) | dated(tokenizer)
         for found in filter(None, heads):
             check_identity(run, found, of_model)
         if manifest is not None:

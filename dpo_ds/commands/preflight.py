@@ -27,7 +27,7 @@ from dpo_ds.config import (
 )
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import steps_per_epoch
-from dpo_ds.data.chat.template import BUILT_IN, DATE, TEMPLATE, date_of, set_date, set_template, settle_template
+from dpo_ds.data.chat.template import BUILT_IN, DATE, TEMPLATE, dated, set_date, set_template, settle_template
 from dpo_ds.data.prompts import Prompt
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
@@ -85,7 +85,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     if launch.is_first:
         _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
     known = {TEMPLATE: BUILT_IN} if notes and prepared["train"].census["message_lists"] else {}
-    known |= {DATE: date_of(tokenizer)} if date_of(tokenizer) and (DATE in recorded or not candidates) else {}
+    known |= dated(tokenizer) if DATE in recorded or not candidates else {}
     known = _check_identity(run, launch, model_config, policy_config, prepared["train"], candidates, manifest, known)
     reference = getattr(run, "reference", None)
     models = {"model.path": run.model.path, "reference.path": None if reference is None else reference.path}

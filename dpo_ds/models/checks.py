@@ -84,7 +84,7 @@ def check_head(model: LoadedModel) -> None:
             f"{name} computes its logits in a way that dpo_ds does not know: what comes of them differs by "
             f"{error:.1e} on average from its own, more than {tolerance:.0e}"
         )
-    if len(ours) == len(batch.targets):  # scores stand at the end
+    if _are_of_tokens(ours, batch):  # scores stand at the end
         chosen, other_end = _sides(ours, batch)[-2:]
         error = _difference(chosen[:-1], other_end[:-1])
         if not error <= tolerance:
@@ -102,7 +102,7 @@ def _check_chance(model: LoadedModel, batch: Batch, tolerance: float) -> None:
     with model.evaluating(), _naming(model), lora.adapters_off(model.causal_lm) if adapted else nullcontext():
         model.engine.train()
         found = model.engine(batch)
-    sides = _sides(found, batch) if len(found) == len(batch.targets) else found.split(1)
+    sides = _sides(found, batch)
     error = _difference(sides[0], sides[-2])
     if not error <= tolerance / 10:
         raise ModelError(
@@ -116,14 +116,12 @@ def _check_padding(models: Sequence[LoadedModel]) -> None:
     """Raises ModelError where a row's outputs change with the padding beside it. All ranks enter."""
     for model in models:
         pairs = canary_pairs(model.causal_lm.config.get_text_config().vocab_size)
-        name = type(model.causal_lm).__name__
+        name, batch = type(model.causal_lm).__name__, padded_batch(pairs)
         shortest = min(pairs, key=lambda pair: len(pair.prompt) + len(pair.chosen))
         with model.evaluating(), _naming(model):
-            together = model.engine(padded_batch(pairs).to(model.device))
+            together = model.engine(batch.to(model.device))
             alone = model.engine(padded_batch([as_chosen(shortest, "chosen")], CHOSEN_ONLY).to(model.device))
-        batch = padded_batch(pairs)
-        sides = _sides(together, batch) if len(together) == len(batch.targets) else together.split(1)
-        error = _difference(sides[2 * pairs.index(shortest)], alone)
+        error = _difference(_sides(together, batch)[2 * pairs.index(shortest)], alone)
         if not error <= canary_tolerance(model.causal_lm, alone):
             raise ModelError(
                 f"{name}: a sequence's outputs differ by {error:.1e} on average beside longer ones: it does not heed "
@@ -150,8 +148,13 @@ def _twin(pair: PreferencePair, vocabulary: int) -> PreferencePair:
     return replace(pair, rejected=other, rejected_mask=pair.chosen_mask)
 
 
+def _are_of_tokens(outputs: Tensor, batch: Batch) -> bool:
+    return len(outputs) == len(batch.targets)
+
+
 def _sides(outputs: Tensor, batch: Batch) -> Sequence[Tensor]:
-    return outputs.split(batch.target_counts.tolist())
+    """Splits log-probs of tokens, or scores, into those of each sequence."""
+    return outputs.split(batch.target_counts.tolist() if _are_of_tokens(outputs, batch) else 1)
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

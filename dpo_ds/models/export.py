@@ -97,8 +97,6 @@ def export(
             read = merging.reader(read)
         sizes = {name: getattr(t, "ds_numel", t.numel()) * t.element_size() for name, t in tensors.items()}
         write_shards(temporary, sizes, read, causal_lm)
-        if is_first:
-            check_written(temporary, causal_lm, {n: tuple(getattr(t, "ds_shape", t.shape)) for n, t in tensors.items()})
     if is_first and not adapters_alone:
         with own_dropout(causal_lm):
             write_rest(temporary, causal_lm, causal_lm.dtype, tokenizer, card)
@@ -119,8 +117,13 @@ def write_shards(
     """The tensors named in `sizes` (name -> bytes) as safetensors files of at most `limit` bytes, and their index.
 
     `read` gives a tensor by name, or None to a rank that only helps to gather. One above the limit is a file alone.
+
+    Raises:
+        ModelError: what was written, read once more, is not the whole model.
     """
-    source = names_of(causal_lm, sizes, headers(folder_of(causal_lm.config._name_or_path or "")))
+    path, shapes = causal_lm.config._name_or_path, {}
+    on_disk = headers(folder_of(path)) if path else {}
+    source = names_of(causal_lm, sizes, on_disk)
     plan: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -132,20 +135,26 @@ def write_shards(
     weight_map = {}
     for number, names in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        weight_map |= dict.fromkeys(_write_shard(folder / file, names, read, causal_lm, source), file)
+        weight_map |= dict.fromkeys(_write_shard(folder / file, names, read, causal_lm, source, shapes), file)
+    if weight_map:
+        check_written(folder, causal_lm, shapes)
     if len(plan) > 1 and weight_map:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_shard(
-    path: Path, names: list[str], read: Callable[[str], torch.Tensor | None], causal_lm, source: dict[str, list[str]]
-) -> list[str]:
-    """One file; the names in it, none on a rank that only helps to gather. Nothing of it stays in memory."""
+    path: Path, names: list[str], read: Callable[[str], torch.Tensor | None], causal_lm, source: dict[str, list[str]],
+    shapes: dict[str, tuple[int, ...]],
+) -> list[str]:  # fmt: skip
+    """One file; the names in it, none on a rank that only helps to gather. Nothing of it stays in memory but, by the
+    model's own names, the `shapes`.
+    """
     shard: dict[str, torch.Tensor] = {}
     for name in names:
         tensor = read(name)
         if tensor is not None:
+            shapes[name] = tuple(tensor.shape)
             # Experts are fused when a model is loaded; on disk each has a name of its own.
             parts = revert_weight_conversion(causal_lm, {name: tensor})
             theirs = sorted(source.get(name, ()), key=dot_natural_key)

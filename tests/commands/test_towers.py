@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.data_helpers import tokenizer
+from tests.data_helpers import tokenizer, write_lines
 from tests.families import tiny_config_of
+from tests.small_jobs import run
 
 pytestmark = pytest.mark.distributed
 
@@ -22,14 +21,9 @@ def test_final_and_export_are_the_same_bytes_under_the_names_of_the_source(forks
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{i}?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(8)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    keys = {
-        "model.path": tmp_path / "model", "data.train": tmp_path / "pairs.jsonl",
-        "deepspeed.config": "ds_configs/zero3_cpu.json", "train.global_batch_size": 4, "train.max_steps": 2,
-        "train.learning_rate": 1e-2, "output_dir": tmp_path / "run",
-    }  # fmt: skip
-    argv = ["train", *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
-    codes, output = forks.run(argv, 2, tmp_path / "logs", DPO_DS_CACHE=str(tmp_path / "cache"))
+    write_lines(tmp_path / "train.jsonl", rows)
+    settings = {"train__global_batch_size": 4, "train__max_steps": 2, "train__learning_rate": 1e-2}
+    codes, output = run(forks, tmp_path, "run", **settings)
     assert codes == [0, 0], output
     assert "multi_modal_projector, vision_tower stay as they are; the text model alone is trained" in output
     assert forks.run(["export", tmp_path / "run", "--to", tmp_path / "e"], 1, tmp_path / "logs")[0] == [0]

@@ -16,6 +16,7 @@ from dpo_ds.demo.corpus import preference_rows, write_jsonl
 from dpo_ds.demo.tiny import save_tiny_model, train_tokenizer
 from dpo_ds.models import lora
 from tests.families import tiny_config_of
+from tests.small_jobs import run
 
 pytestmark = pytest.mark.distributed
 FAMILIES = ("mixtral", "qwen3_moe", "gpt2")
@@ -50,20 +51,13 @@ def world(tmp_path_factory, forks):
     torch.manual_seed(0)
     save_tiny_model(folder / "model", tokenizer, AutoModelForCausalLM.from_config(config))
 
-    def run(command, out, **settings):
-        keys = {
-            "deepspeed.config": "ds_configs/zero3_cpu.json", "model.path": folder / "model",
-            "data.train": folder / "train.jsonl", "model.lora.r": 4, "train.global_batch_size": 8,
-            "train.micro_batch_tokens": 600, "train.learning_rate": 5e-2, "train.schedule": "constant",
-            "train.max_steps": 2, "output_dir": folder / out,
-        }  # fmt: skip
-        keys |= {key.replace("__", "."): value for key, value in settings.items()}
-        argv = [command, *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
-        codes, output = forks.run(argv, 2, folder / "logs", DPO_DS_CACHE=str(folder / "derived"))
+    def train(out, **settings):
+        settings |= {"model__lora__r": 4, "train__learning_rate": 5e-2, "train__max_steps": 2}
+        codes, output = run(forks, folder, out, **settings)
         assert codes == [0, 0], output
         return folder / out
 
-    return type("World", (), {"folder": folder, "run": staticmethod(run), "forks": forks})
+    return type("World", (), {"folder": folder, "train": staticmethod(train), "forks": forks})
 
 
 def logits(model, tokenizer) -> torch.Tensor:
@@ -74,7 +68,7 @@ def logits(model, tokenizer) -> torch.Tensor:
 
 def test_a_reward_models_final_folder_holds_the_experts_that_were_trained(world):
     """Before, the wrappers' names stayed in it and transformers drew every expert anew."""
-    out = world.run("reward", "reward")
+    out = world.train("reward", command="reward")
     model, loading = AutoModelForSequenceClassification.from_pretrained(out / "final", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     source = {name.removeprefix("model.") for name in load_file(world.folder / "model/model.safetensors")}
@@ -88,7 +82,7 @@ def test_a_reward_models_final_folder_holds_the_experts_that_were_trained(world)
 
 
 def test_adapters_on_experts_alone_train_and_merge(world):
-    out = world.run("train", "experts", model__lora__target_modules="[w1, w2, w3]")
+    out = world.train("experts", model__lora__target_modules="[w1, w2, w3]")
     first, last = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     assert last["loss"] < first["loss"]
     base = AutoModelForCausalLM.from_pretrained(world.folder / "model")

@@ -26,7 +26,7 @@ from dpo_ds.commands.preflight import check_room, tell_content
 from dpo_ds.commands.sample.folder import Folder, begun_with, completion_rows, is_a_sample
 from dpo_ds.config import SampleConfig
 from dpo_ds.config import deepspeed as ds_config
-from dpo_ds.data.chat.template import DATE, date_of, set_date, set_template, settle_template
+from dpo_ds.data.chat.template import dated, set_date, set_template, settle_template
 from dpo_ds.data.prompts import Prompt, read_prompts
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError, UserError
@@ -107,7 +107,7 @@ def prepare(run: SampleConfig, launch: Launch) -> Work:
         settings = {
             "model.path": "random weights" if run.model.from_config else weights_digest(run.model, run.model.path)[:12],
             "tokenizer": _digest(fingerprint(tokenizer)),
-            **({DATE: date_of(tokenizer)} if date_of(tokenizer) else {}),
+            **dated(tokenizer),
             "sample.prompts": _digest("\0".join(texts)),
             "sample.score": None if scorer is None else scorer.identity(),
             **{f"sample.{key}": getattr(sample, key) for key in KEYS},

@@ -54,8 +54,8 @@ def render(
         ModelError: the template is no Jinja or does not come to an end.
     """
     with _within_time(tokenizer):
-        rendered = _render(tokenizer, prompt, completion, tools)
-        if completion[0]["role"] != "assistant":
+        rendered, is_asked = _render(tokenizer, prompt, completion, tools)
+        if is_asked or completion[0]["role"] != "assistant":
             return rendered
         asked = _prompt(tokenizer, prompt, tools)
         if rendered.text[: rendered.prompt_end] == asked:
@@ -70,9 +70,10 @@ def render_prompt(tokenizer: Any, prompt: Messages, tools: list | None) -> str:
         return as_text(RENDERED, _prompt(tokenizer, prompt, tools))
 
 
-def _render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> Rendered:
-    first, continued = len(prompt), _continued(prompt, completion)
-    messages = [*prompt, *completion]
+def _render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list | None) -> tuple[Rendered, bool]:
+    """Returns also whether the prompt is known to be as generation writes it."""
+    first, messages, is_asked = len(prompt), [*prompt, *completion], False
+    continued = prompt[-1]["content"] if completion[0]["role"] == "assistant" and _is_open(prompt) else None
     if continued is not None:
         first -= 1
         joined = completion[0] | {"content": continued + completion[0]["content"]}
@@ -86,9 +87,9 @@ def _render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list 
         if messages[i]["role"] == "assistant":
             turn, before = conversation.turn(i, after=end), end
             start, end = turn.start, turn.end
-            if i == first and continued is not None:
-                start = _behind(text, start, continued)
             if i == first:
+                is_asked = turn.is_asked and continued is None
+                start = start if continued is None else _behind(text, start, continued)
                 prompt_end, cut = start, _cut(messages[i]["content"], text[start : turn.words])
             if messages[i].get(TRAINED, True):
                 trained.append((start, end))
@@ -99,15 +100,12 @@ def _render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list 
     if text.rstrip().endswith(tokenizer.eos_token):
         text = text.rstrip()
     ends_in_answer = messages[-1]["role"] == "assistant" and messages[-1].get(TRAINED, True)
-    return Rendered(text, prompt_end, trained, ends_in_answer, left_out=left_out, cut=cut)
+    return Rendered(text, prompt_end, trained, ends_in_answer, left_out=left_out, cut=cut), is_asked
 
 
-def _continued(prompt: Messages, completion: Messages) -> str | None:
-    """Returns the words of the prompt's last turn where the completion goes on with them."""
-    if not prompt or completion[0]["role"] != "assistant":
-        return None
-    last = prompt[-1]
-    return last["content"] if last["role"] == "assistant" and not last.get("tool_calls") else None
+def _is_open(prompt: Messages) -> bool:
+    """Tells whether a prompt ends in an assistant's turn, which an answer continues."""
+    return bool(prompt) and prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls")
 
 
 def _behind(text: str, start: int, beginning: str) -> int:
@@ -150,7 +148,7 @@ def _as_sampled(rendered: Rendered) -> Rendered:
 def _prompt(tokenizer: Any, prompt: Messages, tools: list | None) -> str:
     with _naming_the_template(tokenizer):
         conversation = Conversation(tokenizer, tools, [])
-        if prompt and prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls"):
+        if _is_open(prompt):
             return conversation.render(prompt, continue_final_message=True)
         if prompt:
             return conversation.render(prompt, add_generation_prompt=True)

@@ -96,6 +96,12 @@ def date_of(tokenizer: Any) -> str | None:
     return getattr(tokenizer, "day_of_template", None) or date.today().isoformat()
 
 
+def dated(tokenizer: Any) -> dict[str, str]:
+    """Returns what checkpoints, caches and samples record of the day: nothing for a template that writes none."""
+    day = date_of(tokenizer)
+    return {} if day is None else {DATE: day}
+
+
 def set_clock(tokenizer: Any, template: str) -> None:
     """Gives the template, before it is rendered, the run's day at midnight in place of transformers' own clock.
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_ds.data.chat.template import set_clock, template_of
 from dpo_ds.data.rows import BadRow, Messages, shorten
@@ -21,12 +21,15 @@ OTHER = ("@an answer@", "#other words#")  # stand for a turn's words; they begin
 MARKER = r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z_]+\]"  # <|im_end|>, </s>, [INST]: one mark, whether a token or not
 
 
-class Turn:
-    """Spans of characters. `start`: behind the header, where a model would begin. `words`: the end of what the turn
-    says. `end`: behind its end-of-turn mark."""
+class Turn(NamedTuple):
+    """Places a turn. start: behind the header, where a model would begin. words: the end of what the turn says. end:
+    behind its end-of-turn mark. is_asked: all up to `start` is what generation would write.
+    """
 
-    def __init__(self, start: int, words: int, end: int):
-        self.start, self.words, self.end = start, words, end
+    start: int
+    words: int
+    end: int
+    is_asked: bool
 
 
 class Conversation:
@@ -87,16 +90,17 @@ class Conversation:
         if not is_last and (self.messages[i].get("tool_calls") or not shown[words:].strip()):
             if not self._behind(OTHER[0], [*self.messages[:i], _answer(OTHER[0])]).strip():
                 end += self._mark(i, end)  # which this template writes between turns alone
-        return Turn(len(prompt), max(words, len(prompt)), end)
+        return Turn(len(prompt), max(words, len(prompt)), end, is_asked=True)
 
     def _turn_by_what_differs(self, i: int, after: int, start: int | None) -> Turn:
+        is_asked = start is not None
         others = list(filter(None, map(self.part, self._with_other_words(self.messages, i))))
         start = self._start(i, after, others) if start is None else start
         words = self._end_of_words(i, start, others)
         if words <= start:
             what = shorten(self.messages[i]["content"]) if self.messages[i]["content"] else "of calls alone"
             raise BadRow("turn not shown by the chat template", f"the chat template leaves out the turn {what}")
-        return Turn(start, words, words + self._mark(i, words))
+        return Turn(start, words, words + self._mark(i, words), is_asked)
 
     def _with_other_words(self, messages: Messages, i: int) -> Iterator[Messages]:
         """Yields the messages with other words in turn `i`, and nothing else in it."""
@@ -123,8 +127,7 @@ class Conversation:
         alone = [self.part([*before, _answer(words)]) or "" for words in OTHER]
         alone = [text for text in alone if text.startswith(self.text[:lowest])]
         differs = max(lowest, self._common_beginning([self.text, *(others or alone)]))
-        without = self.part(before)
-        header = prompt[len(without) :] if without and prompt.startswith(without) else ""
+        header = self._header_for_generation(before)
         at = self.text.rfind(header, lowest, differs) if header else -1
         return at + len(header) if at >= 0 else differs
 
@@ -191,12 +194,14 @@ class Conversation:
 
     def _without_the_next_header(self, mark: str, before: Messages) -> str:
         """Cuts off the end of `mark` where it begins a header, which the template writes for generation."""
-        with_header, without = self.part(before, add_generation_prompt=True), self.part(before)
-        if with_header and without and with_header.startswith(without):
-            header = with_header[len(without) :]
-            longest = next((n for n in range(len(mark) - 1, 0, -1) if header.startswith(mark[-n:])), 0)
-            return mark[: len(mark) - longest]
-        return mark
+        header = self._header_for_generation(before)
+        longest = next((n for n in range(len(mark) - 1, 0, -1) if header.startswith(mark[-n:])), 0)
+        return mark[: len(mark) - longest]
+
+    def _header_for_generation(self, before: Messages) -> str:
+        """Returns what the template adds to `before` for an answer to come; "" where it does not merely add."""
+        asked, without = self.part(before, add_generation_prompt=True), self.part(before)
+        return asked[len(without) :] if asked and without and asked.startswith(without) else ""
 
     def _common_beginning(self, texts: Sequence[str]) -> int:
         """Returns how many characters all texts begin with; a mark counts whole or not at all."""

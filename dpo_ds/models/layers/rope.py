@@ -21,15 +21,18 @@ VARYING = ("dynamic", "longrope")  # transformers' types whose frequencies depen
 
 def take_lengths(model: nn.Module) -> None:
     """Makes the model's rotary embeddings that vary heed `tell_lengths`; others are left alone."""
-    for module in _varying(model):
+    model.ropes_of_length = [module for module in model.modules() if any(map(_varies, _kinds(module)))]
+    for module in model.ropes_of_length:
         module.lengths = None
         module.forward = MethodType(_by_length, module)
 
 
 def tell_lengths(model: nn.Module, batch: Batch | None) -> None:
     """Tells the pairs' lengths for the forward that follows, and its recomputation; None: transformers' own way."""
-    for module in _taking(model):
-        module.lengths = None if batch is None else lengths_of(batch)
+    if modules := getattr(model, "ropes_of_length", None):
+        lengths = None if batch is None else lengths_of(batch)
+        for module in modules:
+            module.lengths = lengths
 
 
 def lengths_of(batch: Batch) -> Tensor:  # [rows, length] int64
@@ -53,7 +56,7 @@ def check_lengths(model: nn.Module) -> None:
     Raises:
         ModelError: the frequencies of a short sequence change with a long one beside it all the same.
     """
-    for module in _taking(model):
+    for module in model.ropes_of_length:
         short, long = 4, boundary_of(module) + 4
         positions = torch.cat([torch.arange(short), torch.arange(long)])[None]
         lengths = torch.tensor([short] * short + [long] * long)[None]
@@ -115,12 +118,8 @@ def _forget(module: nn.Module) -> None:
         setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
-def _varying(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if any(word in kind for kind in _kinds(module) for word in VARYING)]
-
-
-def _taking(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if "lengths" in vars(module)]
+def _varies(kind: str) -> bool:
+    return any(word in kind for word in VARYING)
 
 
 def _is_dynamic(module: nn.Module) -> bool:
