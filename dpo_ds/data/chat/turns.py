@@ -8,9 +8,8 @@ then the whole is rendered again with other words in one turn, and what differs 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,7 +17,9 @@ from dpo_ds.data.chat.template import set_clock, template_of
 from dpo_ds.data.rows import BadRow, Messages, shorten
 
 OTHER = ("@an answer@", "#other words#")  # stand for a turn's words; they begin and end unlike each other
-MARKER = r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z_]+\]"  # <|im_end|>, </s>, [INST]: one mark, whether a token or not
+QUESTION = {"role": "user", "content": "@a question@"}  # before an answer that nothing stands before
+MARKER = r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z_]{1,40}\]"  # <|im_end|>, </s>, [INST]: one mark, whether a token or not
+LONGEST = 43  # characters that MARKER matches
 
 
 class Turn(NamedTuple):
@@ -39,18 +40,55 @@ class Conversation:
         self.tokenizer, self.tools, self.messages = tokenizer, tools, messages
         self.template = template_of(tokenizer, tools)
         set_clock(tokenizer, self.template)
+        self._form: Callable[[Messages], Messages] = list
+        self._texts: dict[tuple, tuple[Messages, str]] = {}  # the messages too, as their ids are the key
         self.text = self.render(messages)
 
     @cached_property
-    def marks(self) -> re.Pattern:
-        """Matches what is one mark: the tokenizer's own special tokens, and what looks like one."""
+    def marks(self) -> tuple[re.Pattern, int]:
+        """A pattern of what is one mark, which are the tokenizer's own special tokens and what looks like one, and the
+        most characters that it matches."""
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("|".join([*map(re.escape, sorted(special, key=len, reverse=True)), MARKER]))
+        others = sorted((token for token in special if not re.fullmatch(MARKER, token)), key=len, reverse=True)
+        return re.compile("|".join([*map(re.escape, others), MARKER])), max([LONGEST, *map(len, others)])
 
     def render(self, messages: Messages, **options: bool) -> str:
-        """Returns the template's text; raises whatever a template raises."""
+        """Returns the template's text; raises whatever a template raises.
+
+        A template may want a call's arguments as JSON text (DeepSeek V3) or a message's text as a list of parts (LLaVA).
+        The first form that it shows is then that of the whole conversation.
+        """
         if not messages:
             return ""
+        key = (*map(id, messages), *options)
+        if key not in self._texts:
+            self._texts[key] = messages, self._in_a_form_that_is_shown(messages, options)
+        return self._texts[key][1]
+
+    def _in_a_form_that_is_shown(self, messages: Messages, options: dict[str, bool]) -> str:
+        failure, text = None, ""
+        try:
+            text = self._apply(self._form(messages), options)
+        except Exception as error:
+            failure = error
+        if failure is None and _shows(text, messages):
+            return text
+        for form in (_with_arguments_as_text, _with_parts):
+            formed = form(messages)
+            if formed == messages:
+                continue
+            try:
+                other = self._apply(formed, options)
+            except Exception:  # what the template says of the usual form is what is raised
+                continue
+            if _shows(other, messages):
+                self._form = form
+                return other
+        if failure is not None:
+            raise failure
+        return text
+
+    def _apply(self, messages: Messages, options: dict[str, bool]) -> str:
         return self.tokenizer.apply_chat_template(
             messages, self.tools, chat_template=self.template, tokenize=False, **options
         )
@@ -160,15 +198,11 @@ class Conversation:
         raise BadRow("turn not found in the chat template's text", problem)
 
     def _with_other_calls(self, i: int, words: str) -> dict[str, Any]:
-        def other(call: dict[str, Any]) -> dict[str, Any]:
-            function = call.get("function", call)
-            is_text = isinstance(function.get("arguments"), str)
-            arguments = {words: words}
-            changed = function | {"arguments": json.dumps(arguments) if is_text else arguments}
-            return call | {"function": changed} if "function" in call else changed
+        def other(arguments: Any) -> Any:
+            return json.dumps({words: words}) if isinstance(arguments, str) else {words: words}
 
         message = self.messages[i]
-        return message | {"tool_calls": [other(call) for call in message["tool_calls"]]}
+        return message | {"tool_calls": [_with_arguments(call, other) for call in message["tool_calls"]]}
 
     def _mark(self, i: int, words: int) -> int:
         """Returns how many characters the end-of-turn mark behind turn `i` has: what follows the turn, and would follow
@@ -205,17 +239,62 @@ class Conversation:
 
     def _common_beginning(self, texts: Sequence[str]) -> int:
         """Returns how many characters all texts begin with; a mark counts whole or not at all."""
-        length = len(os.path.commonprefix(texts))
-        cut = [m.start() for text in texts for m in self.marks.finditer(text) if m.start() < length < m.end()]
-        return min(cut, default=length)
+        length = _how_many(min(map(len, texts)), lambda n: all(text.startswith(texts[0][:n]) for text in texts))
+        split = [mark.start() for text in texts if (mark := self._mark_around(length, text))]
+        return min(split, default=length)
 
     def _common_end(self, texts: Sequence[str]) -> int:
-        length = len(os.path.commonprefix([text[::-1] for text in texts]))
-        for text in texts:
-            at = len(text) - length
-            cut = next((m.end() for m in self.marks.finditer(text) if m.start() < at < m.end()), None)
-            length = length if cut is None else min(length, len(text) - cut)
-        return length
+        shortest, first = min(map(len, texts)), texts[0]
+        length = _how_many(shortest, lambda n: all(text.endswith(first[len(first) - n :]) for text in texts))
+        split = [len(text) - mark.end() for text in texts if (mark := self._mark_around(len(text) - length, text))]
+        return min(split, default=length)
+
+    def _mark_around(self, at: int, text: str) -> re.Match | None:
+        pattern, longest = self.marks
+        found = pattern.finditer(text, max(0, at - longest), at + longest)
+        return next((mark for mark in found if mark.start() < at < mark.end()), None)
+
+
+def _how_many(most: int, holds: Callable[[int], bool]) -> int:
+    """Returns the greatest n up to `most` for which something holds that holds for all smaller n."""
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if holds(middle) else (least, middle - 1)
+    return least
+
+
+def _shows(text: str, messages: Messages) -> bool:
+    """Tells whether a text has the words of any message, and no call's arguments as Python would print them."""
+    calls = [call.get("function", call) for message in messages for call in message.get("tool_calls") or []]
+    arguments = [call["arguments"] for call in calls if isinstance(call.get("arguments"), dict)]
+    if any(str(given) in text and json.dumps(given) != str(given) for given in arguments if given):
+        return False
+    words = [words for message in messages if (words := message["content"].strip())]
+    return not words or any(said in text for said in words)
+
+
+def _with_arguments_as_text(messages: Messages) -> Messages:
+    return [
+        message | {"tool_calls": [_with_arguments(call, _as_json) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_parts(messages: Messages) -> Messages:
+    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _with_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    changed = function | {"arguments": change(function.get("arguments"))}
+    return call | {"function": changed} if "function" in call else changed
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _answer(words: str) -> dict[str, str]:
