@@ -103,12 +103,15 @@ class Conversation:
     def prompt_of(self, before: Messages) -> str | None:
         """Returns the text up to where a model would begin to answer `before`.
 
-        Templates give no generation prompt to a conversation without messages: an answer's own header then.
+        Templates give no generation prompt to a conversation without messages: what stands before an answer then, up to
+        its header, which is that of an answer to a question.
         """
         if before:
             return self.part(before, add_generation_prompt=True)
+        header = self._header_for_generation([QUESTION])
         head, found, _ = (self.part([_answer(OTHER[0])]) or "").partition(OTHER[0])
-        return head if found else None
+        at = head.rfind(header) if header else -1
+        return head[: at + len(header)] if at >= 0 else head if found else header or None
 
     def turn(self, i: int, after: int) -> Turn:
         """Finds assistant turn `i`, which begins at character `after` or later.
@@ -136,9 +139,16 @@ class Conversation:
         start = self._start(i, after, others) if start is None else start
         words = self._end_of_words(i, start, others)
         if words <= start:
-            what = shorten(self.messages[i]["content"]) if self.messages[i]["content"] else "of calls alone"
-            raise BadRow("turn not shown by the chat template", f"the chat template leaves out the turn {what}")
+            message, without = self.messages[i], self.part([*self.messages[:i], *self.messages[i + 1 :]])
+            if message["content"].strip() or message.get("tool_calls") or len(without or self.text) >= len(self.text):
+                raise left_out(message)
+            words = start  # it says nothing, and its mark is trained
         return Turn(start, words, words + self._mark(i, words), is_asked)
+
+    def _before(self, i: int) -> Messages:
+        """Returns the messages before turn `i`, with a question where there is none, as some templates want one."""
+        before = self.messages[:i]
+        return before if any(message["role"] == "user" for message in before) else [*before, QUESTION]
 
     def _with_other_words(self, messages: Messages, i: int) -> Iterator[Messages]:
         """Yields the messages with other words in turn `i`, and nothing else in it."""
@@ -160,14 +170,24 @@ class Conversation:
             asked = [self.part(messages, add_generation_prompt=True) for messages in others_asked]
             if None not in asked:
                 header = prompt[len(prompt) - self._common_end([prompt, *asked]) :]
-                if header and self.text.startswith(header, lowest):
-                    return lowest + len(header)
+                standing = self._as_it_stands(header, lowest)
+                if standing:
+                    return lowest + standing
         alone = [self.part([*before, _answer(words)]) or "" for words in OTHER]
         alone = [text for text in alone if text.startswith(self.text[:lowest])]
         differs = max(lowest, self._common_beginning([self.text, *(others or alone)]))
-        header = self._header_for_generation(before)
+        header = self._header_for_generation(self._before(i))
         at = self.text.rfind(header, lowest, differs) if header else -1
         return at + len(header) if at >= 0 else differs
+
+    def _as_it_stands(self, header: str, at: int) -> int:
+        """Returns how many characters of the header for generation the text has at a place: the whole, or all before an
+        element that generation opens and closes (<think></think>) and the text fills."""
+        if self.text.startswith(header, at):
+            return len(header)
+        common = self._common_beginning([header, self.text[at : at + len(header)]])
+        opened = re.search(r"<([^<>/\s]+)>\s*$", header[:common])
+        return opened.start() if opened and f"</{opened[1]}>" in header[common:] else 0
 
     def _end_of_words(self, i: int, start: int, others: Sequence[str]) -> int:
         """Returns where what turn `i` says ends: what follows is the same whatever it says."""
@@ -210,7 +230,7 @@ class Conversation:
         rest = self.text[words:]
         if i == len(self.messages) - 1:
             return len(rest.rstrip())
-        before, answer = self.messages[:i], _answer(OTHER[0])
+        before, answer = self._before(i), _answer(OTHER[0])
         last = self._behind(OTHER[0], [*before, answer])
         mark = rest[: self._common_beginning([rest, last])].rstrip()
         if mark:
@@ -295,6 +315,15 @@ def _with_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[
 
 def _as_json(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def left_out(message: dict[str, Any]) -> BadRow:
+    calls = [call.get("function", call).get("name") for call in message.get("tool_calls") or []]
+    if message["content"].strip():
+        what = f"the turn {shorten(message['content'])}"
+    else:
+        what = f"a turn that calls {', '.join(map(str, calls))}" if calls else "a turn without text"
+    return BadRow("turn not shown by the chat template", f"the chat template leaves out {what}")
 
 
 def _answer(words: str) -> dict[str, str]:
