@@ -143,7 +143,20 @@ class Conversation:
             if message["content"].strip() or message.get("tool_calls") or len(without or self.text) >= len(self.text):
                 raise left_out(message)
             words = start  # it says nothing, and its mark is trained
-        return Turn(start, words, words + self._mark(i, words), is_asked)
+        turn = Turn(start, words, words + self._mark(i, words), is_asked)
+        if self.messages[i].get("tool_calls") and self.messages[i]["content"].strip():
+            self._require_one_place(i, turn)
+        return turn
+
+    def _require_one_place(self, i: int, turn: Turn) -> None:
+        """BadRow where the text of a turn with calls stands elsewhere than its calls, as behind their results (Gemma 4)."""
+        with_other_text = [self.messages[i] | {"content": words} for words in OTHER]
+        around = self.messages[:i], self.messages[i + 1 :]
+        texts = [self.text, *filter(None, (self.part([*around[0], turn, *around[1]]) for turn in with_other_text))]
+        begins, ends = self._common_beginning(texts), len(self.text) - self._common_end(texts)
+        if begins < ends and (begins < turn.start or ends > turn.end):
+            problem = f"the chat template writes the text {shorten(self.messages[i]['content'])} apart from its calls"
+            raise BadRow("a turn in two places", problem)
 
     def _before(self, i: int) -> Messages:
         """Returns the messages before turn `i`, with a question where there is none, as some templates want one."""
@@ -285,13 +298,14 @@ def _how_many(most: int, holds: Callable[[int], bool]) -> int:
 
 
 def _shows(text: str, messages: Messages) -> bool:
-    """Tells whether a text has the words of any message, and no call's arguments as Python would print them."""
+    """Tells whether a text has the users' words (else anybody's), and nothing as Python would print it."""
     calls = [call.get("function", call) for message in messages for call in message.get("tool_calls") or []]
     arguments = [call["arguments"] for call in calls if isinstance(call.get("arguments"), dict)]
-    if any(str(given) in text and json.dumps(given) != str(given) for given in arguments if given):
+    if any(given and str(given) in text for given in arguments) or "{'type': 'text', 'text': " in text:
         return False
-    words = [words for message in messages if (words := message["content"].strip())]
-    return not words or any(said in text for said in words)
+    users = [message for message in messages if message["role"] == "user"]
+    heard = [message["content"].strip() in text for message in users or messages]
+    return all(heard) if users else any(heard)
 
 
 def _with_arguments_as_text(messages: Messages) -> Messages:
@@ -304,7 +318,11 @@ def _with_arguments_as_text(messages: Messages) -> Messages:
 
 
 def _with_parts(messages: Messages) -> Messages:
-    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    return [message | {"content": [_part(message["content"])]} for message in messages]
+
+
+def _part(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
 
 
 def _with_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
