@@ -126,6 +126,7 @@ class Conversation:
         if prompt is None or shown is None or not text.startswith(shown) or len(shown) <= len(prompt):
             return self._turn_by_what_differs(i, after, None if prompt is None else len(prompt))
         content = self.messages[i]["content"]
+        content = content if content in shown[len(prompt) :] else content.strip()
         words = shown.rfind(content, len(prompt)) + len(content) if content and content in shown[len(prompt) :] else 0
         end = max(len(shown.rstrip()), words, len(prompt))
         if not is_last and (self.messages[i].get("tool_calls") or not shown[words:].strip()):
@@ -157,6 +158,27 @@ class Conversation:
         if begins < ends and (begins < turn.start or ends > turn.end):
             problem = f"the chat template writes the text {shorten(self.messages[i]['content'])} apart from its calls"
             raise BadRow("a turn in two places", problem)
+
+    def require_alone(self, i: int, turn: Turn) -> None:
+        """BadRow where what another says stands in what is taken for turn `i`."""
+        said = self.text[turn.start : turn.end]
+        for j, message in enumerate(self.messages):
+            words = message["content"].strip()
+            if j == i or message["role"] == "assistant" or not words or words not in said:
+                continue
+            texts = [self.text, *filter(None, map(self.part, self._with_other_words(self.messages, j)))]
+            begins, ends = self._common_beginning(texts), len(self.text) - self._common_end(texts)
+            if len(texts) > 1 and max(begins, turn.start) < min(ends, turn.end):
+                problem = f"the chat template writes {shorten(words)}, which the {message['role']} says, within the"
+                raise BadRow("a turn around another", f"{problem} answer {shorten(self.messages[i]['content'])}")
+
+    def beginning_of(self, i: int) -> int:
+        """Returns where message `i` begins, which is not the assistant's; its header may stand before."""
+        before = self.part(self.messages[:i])
+        if before is not None and self.text.startswith(before):
+            return len(before)
+        others = filter(None, map(self.part, self._with_other_words(self.messages, i)))
+        return self._common_beginning([self.text, *others])
 
     def _before(self, i: int) -> Messages:
         """Returns the messages before turn `i`, with a question where there is none, as some templates want one."""
