@@ -13,7 +13,7 @@ SYSTEM = ("system", "system_prompt")
 def with_system(row: Row, name: str, turns: Messages) -> Messages:
     """Puts the system turn that a column of its own gives before the turns of the field `name`."""
     system = row.optional_text(row.first_of(*SYSTEM))
-    if not system or (turns and is_system(turns[0]) and turns[0]["content"] == system):
+    if not system or (turns and is_system(turns[0]) and _words(turns[0]["content"]) == _words(system)):
         return turns
     if turns and is_system(turns[0]):
         raise BadRow("two system turns", f"'system' is given and {name!r} begins with another system turn")
@@ -52,7 +52,7 @@ def joined(prompt: Messages, side: str, turns: Messages) -> Messages:
     asks_anew = starts_anew and (asked[-1]["role"] != "assistant" or _alike(asked[:1], said[:1]))
     if asks_anew or (other_system and not system and asked[-1]["role"] == "user"):
         raise contradiction(asked[-1]["content"], side, turns, turns[0]["content"])
-    return [*head, *asked, *said]
+    return [*head, *asked, *_continuing(asked[-1], said)]
 
 
 def end_of_prompt(prompt: Messages, whole: Messages) -> int:
@@ -61,6 +61,15 @@ def end_of_prompt(prompt: Messages, whole: Messages) -> int:
     first = len(_split_system(whole)[0])
     ends = range(first + len(asked), len(whole) + 1)
     return next(end for end in ends if _alike(asked, whole[end - len(asked) : end]))
+
+
+def _continuing(last: dict[str, Any], said: Messages) -> Messages:
+    """Returns what is said without the words of an open turn `last`, with which an answer that gives it whole begins."""
+    begun = last["content"].rstrip() if last["role"] == "assistant" and not last.get("tool_calls") else ""
+    if not begun or said[0]["role"] != "assistant" or not said[0]["content"].startswith(begun):
+        return said
+    given = last["content"] if said[0]["content"].startswith(last["content"]) else begun
+    return [said[0] | {"content": said[0]["content"].removeprefix(given)}, *said[1:]]
 
 
 def repeats(prompt: Messages, turns: Messages) -> bool:
@@ -115,9 +124,10 @@ def _split_system(turns: Messages) -> tuple[Messages, Messages]:
 
 
 def _overlap(asked: Messages, said: Messages) -> int:
-    """Returns how many of the first turns said are the last ones asked; a question is among them."""
-    if not said or said[0]["role"] == "assistant":
-        return 0
+    """Returns how many of the first turns said are the last ones asked. A question is among them, or more follows them:
+    an answer alone that says what the prompt ends in goes on from it."""
+    if said and said[0]["role"] == "assistant":
+        return int(len(said) > 1 and _alike(asked[-1:], said[:1]))
     lengths = range(min(len(asked), len(said)), 0, -1)
     return next((length for length in lengths if _alike(asked[-length:], said[:length])), 0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_ds.errors import DataError, shorten
@@ -18,8 +18,10 @@ REMEDY = "drop such rows with --data.on_bad_row skip"
 ROLES = {  # ShareGPT's names, and others that data sets use
     "human": "user", "gpt": "assistant", "ai": "assistant", "bot": "assistant", "chatgpt": "assistant",
     "model": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
-    "tool_response": "tool", "function_call": "assistant", "tool_call": "assistant",
+    "tool_response": "tool", "tool_result": "tool", "tool_results": "tool", "ipython": "tool", "environment": "tool",
+    "prompter": "user", "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
+ARGUMENTS = ("arguments", "parameters")  # a call's, of which a null may be meant
 CALLING = ("function_call", "tool_call")  # roles whose text is a call
 UNTRAINED = ("weight", "loss", "train", TRAINED)  # keys by which data sets say that a turn is not to be trained
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -137,7 +139,7 @@ def as_message(name: str, value: Any) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise wrong_type(name, value, "a message {role, content} or {from, value}")
-    message = without_nulls(value, but="arguments")
+    message = without_nulls(value, but=ARGUMENTS)
     keys = ("from", "value") if "from" in message else ("role", "content")
     if keys[0] not in message:
         raise BadRow("message without a role", f"{name} lacks a role ({shorten(value)}); a message needs role, content")
@@ -147,21 +149,17 @@ def as_message(name: str, value: Any) -> dict[str, Any]:
     if role not in KNOWN_ROLES:
         known = ", ".join([*KNOWN_ROLES, *ROLES])
         raise BadRow("unknown role", f"{name} has the unknown role {shorten(their_role)}; known: {known}")
-    if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):  # OpenAI's, of before tools
-        message["tool_calls"] = [message.pop("function_call")]
+    if message.get("function_call") and not message.get("tool_calls"):  # OpenAI's, of before tools
+        message["tool_calls"] = message.pop("function_call")
+    if message.get("tool_calls"):
+        message["tool_calls"] = _calls(f"{name}.tool_calls", message["tool_calls"])
     if content is None and not message.get("tool_calls"):
         raise BadRow("message without content", f"{name} has no content, or null ({shorten(value)})")
     content = "" if content is None else _content(f"{name}.{keys[1]}", content)
     if their_role in CALLING:
-        calls = _json(name, content)
-        calls = calls if isinstance(calls, list) else [calls]
-        if not all(isinstance(call, dict) for call in calls):
-            raise wrong_type(name, content, "JSON of a call {name, arguments}, or a list of them")
-        message["tool_calls"], content = calls, ""
-    if message.get("tool_calls"):
-        message["tool_calls"] = _calls(f"{name}.tool_calls", message["tool_calls"])
-    trained = [_is_trained(f"{name}.{key}", key, message.pop(key)) for key in UNTRAINED if key in message]
-    if role == "assistant" and not all(trained):
+        message["tool_calls"], content = _calls(name, content), ""
+    flags = {key: message.pop(key) for key in UNTRAINED if key in message}
+    if role == "assistant" and not all([_is_trained(f"{name}.{key}", key, flag) for key, flag in flags.items()]):
         message[TRAINED] = False
     return {"role": role, "content": content, **message}
 
@@ -174,7 +172,10 @@ def _is_trained(name: str, key: str, value: Any) -> bool:
 
 
 def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
-    """Returns calls as {"type": "function", "function": {"name", "arguments": object}}, with what else they have."""
+    """Returns calls, one or a list of them or JSON text of either, as {"type": "function", "function": {"name",
+    "arguments": object}}, with what else they have."""
+    calls = without_nulls(_json(name, calls), but=ARGUMENTS) if isinstance(calls, str) else calls
+    calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise wrong_type(name, calls, "a call {name, arguments}, or a list of them")
     calls = [call if "function" in call else {"type": "function", "function": call} for call in calls]
@@ -185,12 +186,14 @@ def _with_arguments(name: str, call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
     if not isinstance(function, dict):
         raise wrong_type(name, function, "an object {name, arguments}")
+    if "arguments" not in function and "parameters" in function:
+        function = {{"parameters": "arguments"}.get(key, key): value for key, value in function.items()}
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
         return function
     try:
-        read = json.loads(arguments) if arguments.strip() else {}
-    except (ValueError, RecursionError):
+        read = json.loads(arguments, object_pairs_hook=unique_keys) if arguments.strip() else {}
+    except (ValueError, RecursionError, BadRow):
         return function  # a model's call can be wrong, which a rejected side is to show
     return function | {"arguments": read} if isinstance(read, dict) else function
 
@@ -231,13 +234,13 @@ def wrong_type(name: str, value: Any, wanted: str) -> BadRow:
     return BadRow("wrong type", f"{name!r} is {type(value).__name__} {shorten(value)}; it must be {wanted}")
 
 
-def without_nulls(value: Any, but: str | None = None) -> Any:
+def without_nulls(value: Any, but: Sequence[str] = ()) -> Any:
     """Returns nested values without keys that are null, as Arrow gives every struct of a column all keys; a template
-    would render those. What stands under the key `but` is left as it is: a call's argument may mean its null.
+    would render those. What stands under the keys `but` is left as it is: a call's argument may mean its null.
     """
     if isinstance(value, dict):
         items = ((key, item) for key, item in value.items() if item is not None)
-        return {key: item if key == but else without_nulls(item, but) for key, item in items}
+        return {key: item if key in but else without_nulls(item, but) for key, item in items}
     return [without_nulls(item, but) for item in value] if isinstance(value, list) else value
 
 

@@ -335,7 +335,7 @@ MISTAKES = [
             "rejected": {"from": "gpt", "value": "b"},
         },
         "wrong type",
-        r"'chosen' is str '3'; it must be JSON of a call",
+        r"'chosen' is int 3; it must be a call {name, arguments}",
     ),
     (
         {"conversations": [{"from": "system", "value": "s"}], "system": "t", "chosen": {}, "rejected": {}},
