@@ -13,9 +13,10 @@ SYSTEM = ("system", "system_prompt")
 def with_system(row: Row, name: str, turns: Messages) -> Messages:
     """Puts the system turn that a column of its own gives before the turns of the field `name`."""
     system = row.optional_text(row.first_of(*SYSTEM))
-    if not system or (turns and is_system(turns[0]) and _words(turns[0]["content"]) == _words(system)):
+    has_one = bool(turns) and is_system(turns[0])
+    if not system or (has_one and _words(turns[0]["content"]) == _words(system)):
         return turns
-    if turns and is_system(turns[0]):
+    if has_one:
         raise BadRow("two system turns", f"'system' is given and {name!r} begins with another system turn")
     return [{"role": "system", "content": system}, *turns]
 

@@ -62,6 +62,25 @@ def test_the_users_turn_comes_once(prompt, said, expected):
     assert (shown(conversation.prompt), conversation.chosen) == (shown(expected), A)
 
 
+@pytest.mark.parametrize("said", ["It is so", " so"])
+def test_an_answer_that_gives_an_open_turn_whole_goes_on_from_it(said):
+    row = Row({"prompt": [*HI, assistant("It is")], "chosen": [assistant(said)], "rejected": [assistant(" no")]}, {})
+    conversation = read(row, detect(row, PAIR), PAIR)
+    assert (conversation.prompt, conversation.chosen) == ([*HI, assistant("It is")], [assistant(" so")])
+
+
+def test_a_side_that_begins_with_the_prompts_last_answer_and_asks_on_repeats_it():
+    sides = {"chosen": [assistant("ho"), user("x"), *A], "rejected": [assistant("ho"), user("x"), *B]}
+    row = Row({"prompt": [*HI, assistant("ho")], **sides}, {})
+    conversation = read(row, detect(row, PAIR), PAIR)
+    assert (conversation.prompt, conversation.chosen) == ([*HI, assistant("ho")], [user("x"), *A])
+
+
+def test_the_system_column_and_the_system_turn_may_differ_in_white_space():
+    row = Row({"system": "be  brief\n", "prompt": [SYSTEM, *HI], "chosen": A, "rejected": B}, {})
+    assert read(row, detect(row, PAIR), PAIR).prompt == [SYSTEM, *HI]
+
+
 @pytest.mark.parametrize(
     ("prompt", "chosen"),
     [
@@ -123,6 +142,7 @@ def test_sft_finds_messages_beside_a_prompt():
     [
         ("ai", "assistant"), ("Assistant", "assistant"), ("model", "assistant"), ("bot", "assistant"),
         ("gpt", "assistant"), ("Human", "user"), ("USER", "user"), ("function", "tool"), ("system", "system"),
+        ("ipython", "tool"), ("environment", "tool"), ("tool_results", "tool"), ("prompter", "user"),
     ],
 )  # fmt: skip
 def test_roles(theirs, ours):
@@ -133,7 +153,7 @@ def test_roles(theirs, ours):
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}])
 def test_turns_that_are_not_to_be_trained(flag):
     assert as_message("m", assistant("x", **flag)) == assistant("x", **{TRAINED: False})
-    assert as_message("m", user("x", **flag)) == user("x")
+    assert as_message("m", user("x", **flag)) == as_message("m", user("x", weight=0.5)) == user("x")
     key = next(iter(flag))
     assert as_message("m", assistant("x", **{key: type(flag[key])(1)})) == assistant("x")
     with pytest.raises(BadRow, match=f"'m.{key}' is .*; it must be"):
@@ -152,6 +172,10 @@ AS_OBJECT = [{"type": "function", "function": CALL}]
         assistant("", tool_calls=[CALL]),
         assistant(None, tool_calls=[{"type": "function", "function": AS_TEXT}]),
         assistant(None, function_call=AS_TEXT),
+        assistant(None, function_call=json.dumps(CALL)),
+        assistant("", tool_calls=json.dumps(AS_OBJECT)),
+        assistant("", tool_calls=AS_OBJECT[0]),
+        assistant("", tool_calls=[{"name": "f", "parameters": CALL["arguments"]}]),
         {"from": "function_call", "value": json.dumps(CALL)},
         {"from": "tool_call", "value": json.dumps([CALL])},
     ],
@@ -161,7 +185,7 @@ def test_arguments_of_calls_are_objects_whose_nulls_stay(message):
 
 
 def test_arguments_that_are_no_object_stay_as_they_are():
-    for text in ('{"x": ', "3"):
+    for text in ('{"x": ', "3", '{"x": 1, "x": 2}'):
         call = {"type": "function", "function": {"name": "f", "arguments": text}}
         assert as_message("m", assistant("", tool_calls=[call]))["tool_calls"] == [call]
 

@@ -55,8 +55,8 @@ class Conversation:
     def render(self, messages: Messages, **options: bool) -> str:
         """Returns the template's text; raises whatever a template raises.
 
-        A template may want a call's arguments as JSON text (DeepSeek V3) or a message's text as a list of parts (LLaVA).
-        The first form that it shows is then that of the whole conversation.
+        A template may want a call's arguments as JSON text (DeepSeek V3), or a message's text as a list of parts
+        (LLaVA). The first form that it shows is then that of the whole conversation.
         """
         if not messages:
             return ""
@@ -103,15 +103,17 @@ class Conversation:
     def prompt_of(self, before: Messages) -> str | None:
         """Returns the text up to where a model would begin to answer `before`.
 
-        Templates give no generation prompt to a conversation without messages: what stands before an answer then, up to
-        its header, which is that of an answer to a question.
+        Templates give no generation prompt to a conversation without messages: what stands before an answer then,
+        without what an answer to a question has in front of its words behind the generation prompt.
         """
         if before:
             return self.part(before, add_generation_prompt=True)
-        header = self._header_for_generation([QUESTION])
-        head, found, _ = (self.part([_answer(OTHER[0])]) or "").partition(OTHER[0])
-        at = head.rfind(header) if header else -1
-        return head[: at + len(header)] if at >= 0 else head if found else header or None
+        answer = _answer(OTHER[0])
+        asked, answered = self.part([QUESTION], add_generation_prompt=True) or "", self.part([QUESTION, answer]) or ""
+        if OTHER[0] not in (alone := self.part([answer]) or ""):
+            return self._header_for_generation([QUESTION]) or None
+        lead = answered.removeprefix(asked).partition(OTHER[0])[0] if answered.startswith(asked) else ""
+        return alone.partition(OTHER[0])[0].removesuffix(lead)
 
     def turn(self, i: int, after: int) -> Turn:
         """Finds assistant turn `i`, which begins at character `after` or later.
@@ -150,10 +152,10 @@ class Conversation:
         return turn
 
     def _require_one_place(self, i: int, turn: Turn) -> None:
-        """BadRow where the text of a turn with calls stands elsewhere than its calls, as behind their results (Gemma 4)."""
-        with_other_text = [self.messages[i] | {"content": words} for words in OTHER]
-        around = self.messages[:i], self.messages[i + 1 :]
-        texts = [self.text, *filter(None, (self.part([*around[0], turn, *around[1]]) for turn in with_other_text))]
+        """BadRow where the text of a turn with calls stands apart from them, as behind their results (Gemma 4)."""
+        reworded = [self.messages[i] | {"content": words} for words in OTHER]
+        others = (self.part([*self.messages[:i], other, *self.messages[i + 1 :]]) for other in reworded)
+        texts = [self.text, *filter(None, others)]
         begins, ends = self._common_beginning(texts), len(self.text) - self._common_end(texts)
         if begins < ends and (begins < turn.start or ends > turn.end):
             problem = f"the chat template writes the text {shorten(self.messages[i]['content'])} apart from its calls"

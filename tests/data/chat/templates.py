@@ -126,6 +126,21 @@ _WRITTEN = {
         "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
+    "generation closes the reasoning, which turns may fill; a question is wanted (Qwen 3.5)": (
+        LAST_QUESTION + "{% if ns.last < 0 %}{{ raise_exception('no question') }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+        "{% if m.content.startswith('<think>') %}«{{ m.content }}"
+        "{% else %}<think>\n\n</think>\n\n«{{ m.content }}{% endif %}" + CALLS + "<|im_end|>»\n"
+        "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    ),
+    "trimmed texts, a mark between turns only": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}«{% endif %}{{ m.content | trim }}"
+        + CALLS
+        + "{% if not loop.last %}<|end|>{% endif %}{% if m.role == 'assistant' %}»{% endif %}"
+        "{% if not loop.last %}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|end|>\n<|assistant|>\n{% endif %}"
+    ),
     "a line a turn, no header of its own": (
         "{% for m in messages %}{% if m.role == 'assistant' %}«{{ m.content }}" + CALLS + "{{ eos_token }}»"
         "{% else %}{{ m.role }}: {{ m.content }} ->{% endif %}\n{% endfor %}"

@@ -4,6 +4,7 @@ dozen kinds of templates, which say themselves what that is, and conversations o
 
 from __future__ import annotations
 
+import time
 from datetime import date
 
 import pytest
@@ -12,7 +13,7 @@ from jinja2.exceptions import TemplateError
 from dpo_ds.data.chat.render import render, render_prompt
 from dpo_ds.data.chat.template import DATE, date_of, set_date
 from dpo_ds.data.rows import TRAINED, BadRow
-from tests.data.chat.templates import CLOSE, OPEN, TEMPLATES
+from tests.data.chat.templates import CALLS, CLOSE, OPEN, TEMPLATES
 from tests.data_helpers import EOS, tokenizer
 
 
@@ -64,6 +65,8 @@ CONVERSATIONS = {  # (prompt, completion)
     "ends in a result": ([user("a")], [assistant("b", "f"), tool("7")]),
     "ends in a question": ([user("a")], [assistant("b"), user("c")]),
     "white space": ([user(" a ")], [assistant(" b\n"), user("c "), assistant("  d ")]),
+    "the assistant begins": ([], [assistant("hello"), user("a"), assistant("b")]),
+    "a turn without text": ([user("a")], [assistant(""), user("b"), assistant("c")]),
     "marks in the text": ([user("<b>")], [assistant("<i>x</i>"), user("</b>"), assistant("[INST] <|im_end|")]),
 }  # fmt: skip
 
@@ -140,6 +143,114 @@ def test_a_prompt_that_generation_writes_otherwise(kind, prompt, trained_as_conv
     if kind == R1:
         assert first == "let me see\n</think>\n\nb</s>" and as_sampled.left_out is None
     assert second.strip().startswith("d")
+
+
+def test_generation_puts_the_first_answer_whole_before_what_follows():
+    """Reasoning that a template drops once a question follows, or that stands in a key of its own, is what was said."""
+    follows = [user("c"), assistant("d")]
+    kind = "reasoning of earlier turns is dropped, results of tools are the user's (Qwen 3)"
+    as_sampled = render(plain(kind), [user("a")], [assistant(THOUGHT + "b"), *follows], None, "generation")
+    assert as_sampled.sampled is None and as_sampled.left_out is None
+    assert [as_sampled.text[a:b] for a, b in as_sampled.trained] == [
+        THOUGHT + "b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>",
+    ]  # fmt: skip
+    assert as_sampled.text[as_sampled.trained[0][1] :].startswith("\n<|im_start|>user\nc<|im_end|>")
+    answer = assistant("b", reasoning_content="let me see")
+    assert render(plain(R1), [user("a")], [answer], None).left_out == "let me see"
+    for completion in ([answer], [answer, *follows]):
+        as_sampled = render(plain(R1), [user("a")], completion, None, "generation")
+        assert as_sampled.text[slice(*as_sampled.trained[0])] == "let me see\n</think>\n\nb</s>"
+        assert as_sampled.left_out is None
+    called = render(plain(R1), [user("a")], [assistant(THOUGHT + "b", "f"), tool("7")], None, "generation")
+    said = called.text[slice(*called.trained[0])]
+    assert said.startswith("let me see\n</think>\n\nb\n<tool_call>") and said.endswith("</tool_call></s>")
+
+
+QWEN35 = "generation closes the reasoning, which turns may fill; a question is wanted (Qwen 3.5)"
+GPT_OSS = "channels, other marks in the middle (gpt-oss)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [(QWEN35, "<think>\n\n</think>\n\n"), (GPT_OSS, "<|channel|>final<|message|>")]
+)
+def test_a_prompt_is_continued_behind_what_the_template_puts_before_its_words(kind, head):
+    tok, prompt = plain(kind), [user("a"), assistant("It is")]
+    assert render_prompt(tok, prompt, None).endswith(head + "It is")
+    for completion in ([assistant(" so")], [assistant(" so"), user("b"), assistant("c")]):
+        rendered = render(tok, prompt, completion, None)
+        assert rendered.text[: rendered.prompt_end] == render_prompt(tok, prompt, None) and rendered.sampled is None
+        assert rendered.text[slice(*rendered.trained[0])].startswith(" so<|")
+    nothing = [user("a"), assistant("")]
+    assert render_prompt(tok, nothing, None) == render_prompt(tok, [user("a")], None)
+    assert render(tok, nothing, [assistant("b")], None) == render(tok, [user("a")], [assistant("b")], None)
+
+
+CHATML = plain("chatml").chat_template
+
+
+@pytest.mark.parametrize("kind", ["chatml", "EOS at the end of everything (Phi-3)"])
+def test_a_call_that_the_template_does_not_show_is_said(kind):
+    shown = CALLS.replace("%}\n", "%}{{ '\\n' }}")
+    tok = tokenizer(template=plain(kind).chat_template.replace(shown, ""))
+    follows = [tool("7"), assistant("7")]
+    for completion in ([assistant("", "f", "g")], [assistant("", "f", "g"), *follows]):
+        with pytest.raises(BadRow, match="the chat template leaves out a turn that calls f, g"):
+            render(tok, [user("a")], completion, None)
+    assert render(tok, [user("a")], [assistant("I look", "f"), *follows], None).left_out == "f"
+
+
+def test_arguments_are_given_as_json_text_where_the_template_takes_no_other():
+    """DeepSeek V3 concatenates them; a template that prints them would print Python's quotes."""
+    concatenated = CHATML.replace("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}")
+    printed = CHATML.replace("{{ c.function.arguments | tojson }}", "{{ c.function.arguments }}")
+    call, expected = assistant("é", "f"), render(plain("chatml"), [user("a")], [assistant("é", "f")], None)
+    assert concatenated != CHATML != printed
+    for template in (concatenated, printed):
+        tok = tokenizer(template=template)
+        assert render(tok, [user("a")], [call], None) == expected
+        with_results = [user("a"), call, tool("7")]
+        assert render_prompt(tok, with_results, None) == render_prompt(plain("chatml"), with_results, None)
+
+
+def test_texts_are_given_as_parts_where_the_template_shows_no_others():
+    """LLaVA and Idefics look for parts of type text, and find none in the letters of a text."""
+    shown = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    template = CHATML.replace("{{ m.content }}", shown)
+    prompt, completion = [SYSTEM, user("What is it?")], [assistant("A cat."), user("Sure?"), assistant("Yes.")]
+    expected = render(plain("chatml"), prompt, completion, None)
+    assert template != CHATML and render(tokenizer(template=template), prompt, completion, None) == expected
+
+
+GEMMA4 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|turn>model\n"
+    "{% for c in m.tool_calls or [] %}<|tool_call>{{ c.function.name }}{{ c.function.arguments | tojson }}<tool_call|>"
+    "{% endfor %}{% set ns = namespace(results='') %}"
+    "{% for n in messages[loop.index:] %}{% if n.role == 'tool' %}"
+    "{% set ns.results = ns.results + '<|tool_response>' + n.content + '<tool_response|>' %}{% endif %}{% endfor %}"
+    "{{ ns.results if m.tool_calls }}{{ m.content }}<turn|>\n"
+    "{% elif m.role == 'user' %}<|turn>user\n{{ m.content }}<turn|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+).replace("%}\n", "%}{{ '\\n' }}")
+
+
+def test_a_turn_whose_text_stands_behind_the_results_of_its_calls_is_a_bad_row():
+    completion = [assistant("I look", "f"), tool("seven"), assistant("it is 7")]
+    with pytest.raises(BadRow) as refused:
+        render(tokenizer(template=GEMMA4), [user("a")], completion, None)
+    assert refused.value.reason in ("a turn in two places", "a turn around another")
+
+
+def test_many_rounds_and_many_special_tokens_take_no_long_time():
+    """Marks were searched in the whole of every text once, which took a minute."""
+    tok, rendered = plain("reasoning of earlier turns is dropped, results of tools are the user's (Qwen 3)"), []
+    tok.add_special_tokens({"additional_special_tokens": [f"<SPECIAL_{i}>" for i in range(1000)]})
+    apply = tok.apply_chat_template
+    tok.apply_chat_template = lambda *given, **options: rendered.append(1) or apply(*given, **options)
+    rounds = [[assistant("", "f"), tool("7"), assistant("seven"), user("and?")] for _ in range(15)]
+    completion = [turn for turns in rounds for turn in turns][:-1]
+    started = time.process_time()
+    spans = render(tok, [user("a")], completion, None).trained
+    assert len(spans) == 30 and len(rendered) < 16 * len(spans) and time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("kind", ["chatml", R1, "no mark at a turn's end (GLM)", MISTRAL])
