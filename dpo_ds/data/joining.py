@@ -13,10 +13,11 @@ SYSTEM = ("system", "system_prompt")
 def with_system(row: Row, name: str, turns: Messages) -> Messages:
     """Puts the system turn that a column of its own gives before the turns of the field `name`."""
     system = row.optional_text(row.first_of(*SYSTEM))
-    has_one = bool(turns) and is_system(turns[0])
-    if not system or (has_one and _words(turns[0]["content"]) == _words(system)):
+    if not system:
         return turns
-    if has_one:
+    if turns and is_system(turns[0]):
+        if _words(turns[0]["content"]) == _words(system):
+            return turns
         raise BadRow("two system turns", f"'system' is given and {name!r} begins with another system turn")
     return [{"role": "system", "content": system}, *turns]
 
@@ -65,7 +66,7 @@ def end_of_prompt(prompt: Messages, whole: Messages) -> int:
 
 
 def _continuing(last: dict[str, Any], said: Messages) -> Messages:
-    """Returns what is said without the words of an open turn `last`, with which an answer that gives it whole begins."""
+    """Returns what is said without the words of the open turn `last`, with which an answer that is whole begins."""
     begun = last["content"].rstrip() if last["role"] == "assistant" and not last.get("tool_calls") else ""
     if not begun or said[0]["role"] != "assistant" or not said[0]["content"].startswith(begun):
         return said

@@ -162,8 +162,9 @@ def _as_sampled(
     rendered, first, answer = whole.rendered, whole.first, completion[0]
     alone, begins, _ = _render(tokenizer, prompt, completion[:1], tools) if len(completion) > 1 else whole
     if alone.text.startswith(asked):
-        said = alone.text[len(asked) : begins.words if begins.words > begins.start else begins.end]
-        said += rendered.text[first.words : first.end] if begins.words > begins.start else ""
+        has_words = begins.words > begins.start and not answer.get("tool_calls")
+        said = alone.text[len(asked) : begins.words if has_words else begins.end]
+        said += rendered.text[first.words : first.end] if has_words else ""  # the mark that turns have in the middle
     else:
         said = _with_what_is_cut(answer, rendered.text[rendered.prompt_end : first.end], asked)
     moved = len(asked) + len(said) - first.end

@@ -164,6 +164,11 @@ def test_generation_puts_the_first_answer_whole_before_what_follows():
     called = render(plain(R1), [user("a")], [assistant(THOUGHT + "b", "f"), tool("7")], None, "generation")
     said = called.text[slice(*called.trained[0])]
     assert said.startswith("let me see\n</think>\n\nb\n<tool_call>") and said.endswith("</tool_call></s>")
+    completion = [assistant(THOUGHT + "b", "f"), tool("7"), *follows]
+    called = render(plain(kind), [user("a")], completion, None, "generation")
+    said = called.text[slice(*called.trained[0])]
+    assert said.startswith(THOUGHT + "b\n<tool_call>") and said.count("</tool_call>") == 1
+    assert said.endswith("<|im_end|>") and called.left_out is None
 
 
 QWEN35 = "generation closes the reasoning, which turns may fill; a question is wanted (Qwen 3.5)"
