@@ -168,11 +168,9 @@ def _as_sampled(
     else:
         said = _with_what_is_cut(answer, rendered.text[rendered.prompt_end : first.end], asked)
     moved = len(asked) + len(said) - first.end
-    spans = [(a + moved, b + moved) for a, b in rendered.trained if a >= first.end]
-    missing = list(whole.left_out)
+    spans, missing = [(a + moved, b + moved) for a, b in rendered.trained], list(whole.left_out)
     if answer.get(TRAINED, True):
-        spans.insert(0, (len(asked), len(asked) + len(said)))
-        missing[0] = _left_out(answer, asked + said)
+        spans[0], missing[0] = (len(asked), len(asked) + len(said)), _left_out(answer, asked + said)
     return replace(
         rendered,
         text=asked + said + rendered.text[first.end :],

@@ -143,7 +143,9 @@ class Conversation:
         words = self._end_of_words(i, start, others)
         if words <= start:
             message, without = self.messages[i], self.part([*self.messages[:i], *self.messages[i + 1 :]])
-            if message["content"].strip() or message.get("tool_calls") or len(without or self.text) >= len(self.text):
+            stands = any(text.replace(words, "", 1) == self.text for text in others for words in OTHER)
+            stands = stands or len(without or self.text) < len(self.text)
+            if message["content"].strip() or message.get("tool_calls") or not stands:
                 raise left_out(message)
             words = start  # it says nothing, and its mark is trained
         turn = Turn(start, words, words + self._mark(i, words), is_asked)

@@ -171,6 +171,12 @@ def test_generation_puts_the_first_answer_whole_before_what_follows():
     assert said.endswith("<|im_end|>") and called.left_out is None
 
 
+def test_generation_of_a_first_answer_without_a_word():
+    kind = "a line a turn, no header of its own"
+    rendered = render(plain(kind), [user("a")], [assistant(""), user("b"), assistant("c")], None, "generation")
+    assert [rendered.text[a:b] for a, b in rendered.trained] == ["</s>", "c</s>"]
+
+
 QWEN35 = "generation closes the reasoning, which turns may fill; a question is wanted (Qwen 3.5)"
 GPT_OSS = "channels, other marks in the middle (gpt-oss)"
 
