@@ -1,53 +1,79 @@
-"""Preference pairs as token ids, and the micro-batches that a model sees.
+"""Groups of completions as token ids, and the micro-batches that a model sees.
 
-Two layouts stand behind one `Batch`: padded (chosen and rejected as rows of their own, the oracle) and packed (a pair
-stored once as prompt ++ chosen ++ rejected, pairs end to end, no padding). Whoever computes log-probs reads
-`target_rows`, `targets` and `target_counts` and need not know which layout it was.
+A group is a prompt with its completions and with what is known of them: which of two is better. A preference pair is
+the group of two with one comparison, a supervised row the group of one with none.
+
+Two layouts stand behind one `Batch`: padded (every completion a row of its own behind its prompt, the oracle) and
+packed (a group stored once as prompt ++ y_1 ++ ... ++ y_n, groups end to end, no padding). Whoever computes log-probs
+reads `target_rows`, `targets` and `target_counts` and need not know which layout it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PAIR = ("chosen", "rejected")  # the sides of a preference batch, in the order of `target_counts`
-CHOSEN_ONLY = ("chosen",)  # the sides of a supervised batch
+PAIR = ("chosen", "rejected")  # the sides of a preference pair
+CHOSEN_ONLY = ("chosen",)  # of a supervised row
+
+NO_COMPARISON = np.zeros((0, 2), np.int64)
+OF_A_PAIR = np.array([[0, 1]])  # the first is better than the second
 
 
 @dataclass(frozen=True)
-class PreferencePair:
-    """One tokenised pair: the tokens both sides share, then what each side goes on with.
+class Group:
+    """A tokenised prompt and what each completion goes on with.
 
-    prompt [P], chosen [C], rejected [R]: int64 token ids. chosen_mask [C], rejected_mask [R]: bool, true where a token
-    is trained on (user turns inside a completion are not). `index` is the row in the tokenised data set.
+    prompt [P], completions [n][C_i]: int64 token ids. masks [n][C_i]: bool, true where a token is trained on (user
+    turns inside a completion are not). comparisons [K, 2] int64: the better and the worse completion. margins [K]
+    float32: how much better it is, where that was asked for; else None. `index` is the row in the tokenised data set.
     """
 
     prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-    chosen_mask: np.ndarray
-    rejected_mask: np.ndarray
+    completions: tuple[np.ndarray, ...]
+    masks: tuple[np.ndarray, ...]
+    comparisons: np.ndarray = field(default_factory=lambda: NO_COMPARISON)
+    margins: np.ndarray | None = None
     index: int = -1
 
-    def completion(self, side: str) -> np.ndarray:
-        return getattr(self, side)
+    @classmethod
+    def pair(
+        cls, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, chosen_mask: np.ndarray,
+        rejected_mask: np.ndarray, index: int = -1,
+    ) -> Group:  # fmt: skip
+        return cls(prompt, (chosen, rejected), (chosen_mask, rejected_mask), OF_A_PAIR, index=index)
 
-    def target_positions(self, side: str) -> np.ndarray:
-        """Positions inside the completion whose token is trained on; a token that nothing precedes cannot be
+    @property
+    def chosen(self) -> np.ndarray:
+        """The better completion of a pair, the only one of a supervised row."""
+        return self.completions[0]
+
+    @property
+    def rejected(self) -> np.ndarray:
+        return self.completions[1]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.completions))
+
+    def target_positions(self, i: int) -> np.ndarray:
+        """Positions inside completion `i` whose token is trained on; a token that nothing precedes cannot be
         predicted.
         """
-        positions = np.flatnonzero(getattr(self, f"{side}_mask"))
+        positions = np.flatnonzero(self.masks[i])
         return positions if len(self.prompt) else positions[positions > 0]
 
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probs summed over each completion's trained tokens, and how many tokens those are; all [pairs].
+    """Log-probs of both sides of comparisons, summed over each completion's trained tokens, and how many tokens those
+    are; all [comparisons]: one a pair.
 
     The sums are float32; counts are int64.
     """
@@ -58,21 +84,25 @@ class PairLogps:
     rejected_tokens: Tensor
 
     @property
-    def logratio(self) -> Tensor:  # [pairs]
+    def logratio(self) -> Tensor:  # [comparisons]
         return self.chosen - self.rejected
 
 
 class Segment(NamedTuple):
-    """Places one pair in a packed row: prompt, chosen and rejected follow each other from `start`."""
+    """Places one group in a packed row: from `start` on its prompt and completions, of these lengths."""
 
     start: int
     prompt: int
-    chosen: int
-    rejected: int
+    completions: tuple[int, ...]
 
     @property
     def end(self) -> int:
-        return self.start + self.prompt + self.chosen + self.rejected
+        return self.start + self.prompt + sum(self.completions)
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each completion ends."""
+        return list(accumulate(self.completions, initial=self.start + self.prompt))[1:]
 
 
 @dataclass(frozen=True)
@@ -80,9 +110,11 @@ class Batch:
     """A micro-batch in either layout.
 
     input_ids, position_ids: [rows, length]. attention_mask: [rows, length] bool, padded layout only. segments: one per
-    pair, packed layout only (rows is 1). target_rows [N]: index into the flattened [rows * length] hidden states of the
-    row that predicts `targets` [N]. target_counts [pairs * sides]: how N splits into sequences, sides of a pair
-    adjacent. num_tokens counts each prompt once, padding never. pair_indices: rows of the data set.
+    group, packed layout only (rows is 1). target_rows [N]: index into the flattened [rows * length] hidden states of
+    the row that predicts `targets` [N]. target_counts [completions]: how N splits into completions, those of a group
+    adjacent. comparisons [K, 2]: the better and the worse completion, among all of the batch; margins [K] float32 or
+    None. group_sizes: completions of each group. num_tokens counts each prompt once, padding never. indices: rows of
+    the data set.
     """
 
     input_ids: Tensor
@@ -92,9 +124,15 @@ class Batch:
     target_rows: Tensor
     targets: Tensor
     target_counts: Tensor
-    num_pairs: int
+    comparisons: Tensor
+    margins: Tensor | None
+    group_sizes: tuple[int, ...]
     num_tokens: int
-    pair_indices: tuple[int, ...]
+    indices: tuple[int, ...]
+
+    @property
+    def num_comparisons(self) -> int:
+        return len(self.comparisons)
 
     def to(self, device: torch.device | str) -> Batch:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
@@ -108,10 +146,15 @@ class Batch:
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
     def pair_logps(self, token_logps_N: Tensor) -> PairLogps:
-        """Sums per side; `token_logps_N` in the order of `targets`."""
-        sums = sum_per_sequence(token_logps_N, self.target_counts).view(self.num_pairs, len(PAIR))
-        counts = self.target_counts.view(self.num_pairs, len(PAIR))
-        return PairLogps(sums[:, 0], sums[:, 1], counts[:, 0], counts[:, 1])
+        """Sums for both sides of every comparison; `token_logps_N` in the order of `targets`."""
+        return self.compared(sum_per_sequence(token_logps_N, self.target_counts))
+
+    def compared(self, sums: Tensor) -> PairLogps:
+        """Puts sums [completions] side by side, with the counts of their tokens. A completion may be in several
+        comparisons: indexing adds up its gradients in one order, index_select would not."""
+        better, worse = self.comparisons.unbind(1)
+        counts = self.target_counts
+        return PairLogps(sums[better], sums[worse], counts[better], counts[worse])
 
 
 def sum_per_sequence(values_N: Tensor, counts: Tensor) -> Tensor:
@@ -123,21 +166,22 @@ def sum_per_sequence(values_N: Tensor, counts: Tensor) -> Tensor:
     return torch.segment_reduce(values_N.float(), "sum", lengths=counts, unsafe=True)
 
 
-def padded_batch(pairs: Sequence[PreferencePair], sides: tuple[str, ...] = PAIR) -> Batch:
-    """Every side of every pair a row of its own, padded on the right: chosen of pair 0, rejected of pair 0, ...
+def padded_batch(groups: Sequence[Group]) -> Batch:
+    """Every completion of every group a row of its own behind its prompt, padded on the right, in the order of groups.
 
-    Pad positions hold token 0 and are never a target. No pairs give one token and no target: the rank that has none
+    Pad positions hold token 0 and are never a target. No groups give one token and no target: the rank that has none
     left still takes part in every collective.
     """
-    sequences = [(pair, side, np.concatenate([pair.prompt, pair.completion(side)])) for pair in pairs for side in sides]
+    sequences = [(group, i, np.concatenate([group.prompt, ids])) for group in groups
+                 for i, ids in enumerate(group.completions)]  # fmt: skip
     length = max((len(ids) for _, _, ids in sequences), default=1)
     input_ids = np.zeros((max(len(sequences), 1), length), dtype=np.int64)
     mask = np.zeros_like(input_ids, dtype=bool)
     rows, targets, counts = [], [], []
-    for row, (pair, side, ids) in enumerate(sequences):
+    for row, (group, i, ids) in enumerate(sequences):
         input_ids[row, : len(ids)] = ids
         mask[row, : len(ids)] = True
-        positions = len(pair.prompt) + pair.target_positions(side)
+        positions = len(group.prompt) + group.target_positions(i)
         rows.append(row * length + positions - 1)
         targets.append(ids[positions])
         counts.append(len(positions))
@@ -151,37 +195,34 @@ def padded_batch(pairs: Sequence[PreferencePair], sides: tuple[str, ...] = PAIR)
         target_rows=_int64(rows),
         targets=_int64(targets),
         target_counts=torch.tensor(counts, dtype=torch.int64),
-        num_pairs=len(pairs),
-        num_tokens=_num_tokens(pairs, sides),
-        pair_indices=tuple(pair.index for pair in pairs),
+        **_known(groups),
     )
 
 
-def packed_batch(pairs: Sequence[PreferencePair], sides: tuple[str, ...] = PAIR) -> Batch:
-    """One row without padding: prompt ++ chosen ++ rejected of pair 0, of pair 1, ...; rejected's positions restart
-    after the prompt, whose last row predicts the first token of both. Needs the packed attention, which hides chosen
-    from rejected.
+def packed_batch(groups: Sequence[Group]) -> Batch:
+    """One row without padding: prompt ++ y_1 ++ ... ++ y_n of group 0, of group 1, ...; a completion's positions begin
+    behind the prompt, whose last row predicts the first token of each. Needs the packed attention, which hides the
+    completions of a group from each other.
     """
     ids, positions, segments, rows, targets, counts = [], [], [], [], [], []
     start = 0
-    for pair in pairs:
-        prompt = len(pair.prompt)
-        lengths = {side: len(pair.completion(side)) if side in sides else 0 for side in PAIR}
-        ids.append(pair.prompt)
+    for group in groups:
+        prompt = len(group.prompt)
+        ids.append(group.prompt)
         positions.append(np.arange(prompt))
         offset = start + prompt
-        for side in sides:
-            completion, wanted = pair.completion(side), pair.target_positions(side)
+        for i, completion in enumerate(group.completions):
+            wanted = group.target_positions(i)
             ids.append(completion)
             positions.append(prompt + np.arange(len(completion)))
             rows.append(np.where(wanted > 0, offset + wanted - 1, start + prompt - 1))
             targets.append(completion[wanted])
             counts.append(len(wanted))
             offset += len(completion)
-        segments.append(Segment(start, prompt, lengths["chosen"], lengths["rejected"]))
+        segments.append(Segment(start, prompt, tuple(map(len, group.completions))))
         start = offset
-    if not pairs:  # one token that nobody reads, as in padded_batch
-        ids, positions, segments = [[0]], [[0]], [Segment(0, 1, 0, 0)]
+    if not groups:  # one token that nobody reads, as in padded_batch
+        ids, positions, segments = [[0]], [[0]], [Segment(0, 1, ())]
     return Batch(
         input_ids=_int64(ids)[None],
         position_ids=_int64(positions)[None],
@@ -190,14 +231,23 @@ def packed_batch(pairs: Sequence[PreferencePair], sides: tuple[str, ...] = PAIR)
         target_rows=_int64(rows),
         targets=_int64(targets),
         target_counts=torch.tensor(counts, dtype=torch.int64),
-        num_pairs=len(pairs),
-        num_tokens=_num_tokens(pairs, sides),
-        pair_indices=tuple(pair.index for pair in pairs),
+        **_known(groups),
     )
 
 
-def _num_tokens(pairs: Sequence[PreferencePair], sides: tuple[str, ...]) -> int:
-    return sum(len(pair.prompt) + sum(len(pair.completion(side)) for side in sides) for pair in pairs)
+def _known(groups: Sequence[Group]) -> dict[str, Any]:
+    """Returns what a batch holds of its groups in either layout."""
+    sizes = [len(group.completions) for group in groups]
+    firsts = np.cumsum([0, *sizes])
+    comparisons = [group.comparisons + first for group, first in zip(groups, firsts, strict=False)]
+    margins = [group.margins for group in groups if group.margins is not None]
+    return {
+        "comparisons": torch.from_numpy(np.concatenate([NO_COMPARISON, *comparisons])),
+        "margins": torch.from_numpy(np.concatenate(margins).astype(np.float32)) if margins else None,
+        "group_sizes": tuple(sizes),
+        "num_tokens": sum(group.num_tokens for group in groups),
+        "indices": tuple(group.index for group in groups),
+    }
 
 
 def _int64(arrays: list) -> Tensor:

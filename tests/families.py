@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from dpo_ds.batch import PreferencePair
+from dpo_ds.batch import Group
 from tests.ranks import ROOT, WORKERS, start_ranks
 
 VOCABULARY, LAYERS = 160, 2
@@ -113,10 +113,10 @@ def shrink(config: Any) -> None:
             shrink(value)
 
 
-def pairs(vocabulary: int = VOCABULARY) -> list[PreferencePair]:
+def pairs(vocabulary: int = VOCABULARY) -> list[Group]:
     generator = np.random.default_rng(1)
     tokens = [[generator.integers(3, vocabulary, size=n) for n in pair] for pair in UNEVEN]
-    return [PreferencePair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
+    return [Group.pair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
 
 
 def try_all(folder: Path) -> dict[str, dict[str, Any]]:

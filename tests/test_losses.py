@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_ds import config, losses
-from dpo_ds.batch import PairLogps, PreferencePair, packed_batch
+from dpo_ds.batch import PairLogps, Group, packed_batch
 from dpo_ds.commands import cli
 from dpo_ds.errors import ConfigError
 from dpo_ds.logprobs import TokenStatistics
@@ -193,7 +193,7 @@ def test_a_sum_counts_each_loss_by_its_weight():
     assert both(POLICY, REFERENCE).item() == pytest.approx(2 * nls(1.5) + 0.5 * 0.7, rel=1e-6)
 
 
-SHORT = PreferencePair(
+SHORT = Group.pair(
     np.array([7]), *(np.array(ids) for ids in ([1, 2], [3, 4, 5])), *(np.ones(n, bool) for n in (2, 3))
 )
 

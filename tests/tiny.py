@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpo_ds.batch import PreferencePair
+from dpo_ds.batch import Group
 
 VOCAB = 257
 
 
-def random_pairs(count: int, seed: int = 0, vocab: int = VOCAB) -> list[PreferencePair]:
+def random_pairs(count: int, seed: int = 0, vocab: int = VOCAB) -> list[Group]:
     """Uneven pairs: prompts of 1 to 12 tokens, completions of 1 to 9; one with an untrained turn in the middle."""
     generator = np.random.default_rng(seed)
     pairs = []
@@ -21,7 +21,7 @@ def random_pairs(count: int, seed: int = 0, vocab: int = VOCAB) -> list[Preferen
         mask[1:3] = chosen < 5  # a user's turn inside the completion
         tokens = generator.integers(1, vocab, prompt + chosen + rejected)
         pairs.append(
-            PreferencePair(
+            Group.pair(
                 prompt=tokens[:prompt],
                 chosen=tokens[prompt : prompt + chosen],
                 rejected=tokens[prompt + chosen :],

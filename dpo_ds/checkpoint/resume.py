@@ -152,11 +152,11 @@ def data_id(dataset) -> str:
     and the tokens of pairs spread evenly over the data.
     """
     digest = hashlib.sha256(b"" if dataset.margins is None else dataset.margins)
-    for lengths in (dataset.prompt_lengths, dataset.chosen_lengths, dataset.rejected_lengths):
+    for lengths in (dataset.prompt_lengths, *dataset.completion_lengths.T):
         digest.update(np.ascontiguousarray(lengths, dtype=np.int64))
     for row in np.unique(np.linspace(0, len(dataset) - 1, PAIRS).astype(int)):
-        pair = dataset[int(row)]
-        for tokens in (pair.prompt, pair.chosen, pair.rejected):
+        group = dataset[int(row)]
+        for tokens in (group.prompt, *group.completions):
             digest.update(np.ascontiguousarray(tokens, dtype=np.int64))
     return digest.hexdigest()[:16]
 

@@ -1,7 +1,7 @@
-"""`dpo-ds precompute`: the reference's log-probs on all pairs, into reference.cache, by any number of ranks.
+"""`dpo-ds precompute`: the reference's log-probs on all completions, into reference.cache, by any number of ranks.
 
-Pairs that the cache lacks are cut into shards in the order of the data. A shard is one rank's work, and its
-micro-batches depend on nothing but its pairs, so that its bytes are the same whoever computes it, and when.
+Rows with completions that the cache lacks are cut into shards in the order of the data. A shard is one rank's work, and
+its micro-batches depend on nothing but its rows, so that its bytes are the same whoever computes it, and when.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import contextlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dpo_ds.batch import PAIR, PreferencePair
+from dpo_ds.batch import PAIR, Group
 from dpo_ds.checkpoint.manifest import versions
 from dpo_ds.cluster import collectives, signals
 from dpo_ds.cluster.launch import Launch, from_environment
@@ -25,7 +28,7 @@ from dpo_ds.cluster.shared_files import FolderLock, leftovers, make_writable, re
 from dpo_ds.commands.preflight import check_fit, check_reference_model, prepare_data, tell_content
 from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
-from dpo_ds.data import PairDataset
+from dpo_ds.data import GroupDataset
 from dpo_ds.data.batching import Layout
 from dpo_ds.data.chat.template import DATE, dated, set_date, set_template, settle_template
 from dpo_ds.data.shard import SHARD_NAME, head_of, shard_files, shard_name
@@ -38,8 +41,10 @@ from dpo_ds.reference.cache import (
     Manifest,
     Shard,
     check_shards,
+    holds_pairs,
     is_a_cache,
     is_finished,
+    pair_keys,
     read_manifest,
     read_shards,
     sort_keys,
@@ -53,22 +58,35 @@ from dpo_ds.training.tracking import Progress
 NO_DEEPSPEED = "none"
 
 
+class Lacking(NamedTuple):
+    """A row, counting through all data sets, the places of its completions that the cache lacks, and their tokens."""
+
+    row: int
+    completions: tuple[int, ...]
+    prompt: int
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + sum(self.lengths)
+
+
 @dataclass(frozen=True)
 class Work:
     """Holds what is left to do. engine: DeepSpeed's config, None for a replica a rank. identity: rank 0's, None on
     others.
 
-    keys [rows, 2], lengths [rows, 3] (tokens of prompt, chosen and rejected): of all data sets, row numbers counting
-    through. shards: the rows in each new shard.
+    keys [completions, 2]: of all data sets; firsts [rows]: where a row's completions begin among them. shards: what
+    each new one holds.
     """
 
     engine: dict | None
     identity: dict | None
-    datasets: Sequence[PairDataset]
+    datasets: Sequence[GroupDataset]
     keys: np.ndarray
-    lengths: np.ndarray
+    firsts: np.ndarray
     manifest: Manifest | None
-    shards: Sequence[np.ndarray]
+    shards: Sequence[Sequence[Lacking]]
     hidden_size: int
     lock: FolderLock
 
@@ -79,12 +97,15 @@ class Work:
     def path(self, folder: Path, shard: int) -> Path:
         return folder / shard_name(self.first_number + shard)
 
-    def pair(self, row: int) -> PreferencePair:
-        """With every token of both completions a target, whatever the masks: they apply when the cache is read."""
-        data = next(data for data in reversed(self.datasets) if data.first_index <= row)
-        pair = data[row - data.first_index]
-        everything = {f"{side}_mask": np.ones(len(pair.completion(side)), bool) for side in PAIR}
-        return replace(pair, **everything)
+    def shard_keys(self, rows: Sequence[Lacking]) -> np.ndarray:
+        return self.keys[[self.firsts[row.row] + i for row in rows for i in row.completions]]
+
+    def group(self, lacking: Lacking) -> Group:
+        """With every token of the completions a target, whatever the masks: they apply when the cache is read."""
+        data = next(data for data in reversed(self.datasets) if data.first_index <= lacking.row)
+        group = data[lacking.row - data.first_index]
+        completions = tuple(group.completions[i] for i in lacking.completions)
+        return Group(group.prompt, completions, tuple(np.ones(len(ids), bool) for ids in completions))
 
 
 def start_verify(run: VerifyConfig) -> int:
@@ -100,7 +121,8 @@ def start(run: PrecomputeConfig) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     work = prepare(run, launch)
     if not work.shards:
-        speaker(launch)([f"{run.reference.cache}: complete, {work.manifest.values['rows']} pairs; nothing to compute"])
+        there = f"{work.manifest.values['rows']} completions"
+        speaker(launch)([f"{run.reference.cache}: complete, {there}; nothing to compute"])
         work.lock.close()
         return 0
     kept = f"finished shards stay in {run.reference.cache}, and the same command goes on from there"
@@ -150,25 +172,39 @@ def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
     tell_content(launch, models, tokenizer, prepared, {"DeepSpeed's configuration": filled})
     datasets = list(prepared.values())
     keys = np.concatenate([data_keys(data, build=launch.is_first_on_node) for data in datasets])
-    new = missing_rows(keys, manifest)
+    firsts = np.concatenate([data.completions for data in datasets]).cumsum()
+    firsts = np.concatenate([[0], firsts[:-1]])
+    new = lacking(datasets, keys, firsts, manifest)
     size = run.precompute.shard_rows
     shards = [new[begin : begin + size] for begin in range(0, len(new), size)]
-    columns = [(d.prompt_lengths, d.chosen_lengths, d.rejected_lengths) for d in datasets]
-    lengths = np.concatenate([np.stack(column, axis=1) for column in columns])
-    shards = [rows[np.argsort(-lengths[rows].sum(1), kind="stable")] for rows in shards]  # like lengths share a forward
-    return Work(filled, of_model, datasets, keys, lengths, manifest, shards, text_config.hidden_size, lock)
+    shards = [sorted(rows, key=lambda row: -row.tokens) for rows in shards]  # like lengths share a forward
+    return Work(filled, of_model, datasets, keys, firsts, manifest, shards, text_config.hidden_size, lock)
 
 
-def missing_rows(keys: np.ndarray, manifest: Manifest | None) -> np.ndarray:
-    """Rows whose key the cache lacks, each key once, in the order of the data."""
+def lacking(
+    datasets: Sequence[GroupDataset], keys: np.ndarray, firsts: np.ndarray, manifest: Manifest | None
+) -> list[Lacking]:
+    """Returns the rows with completions that the cache lacks, each key once, in the order of the data."""
     order = sort_keys(keys)
-    is_first = np.ones(len(keys), bool)
-    is_first[1:] = (keys[order][1:] != keys[order][:-1]).any(1)
-    rows = np.sort(order[is_first])  # sort_keys is stable: the first of equal keys
-    if manifest is None:
-        return rows
-    there = np.concatenate([np.array(shard.keys) for shard in read_shards(manifest)])
-    return rows[KeyIndex(there[sort_keys(there)].T).find(keys[rows]) < 0]
+    is_new = np.zeros(len(keys), bool)
+    is_new[order[0]] = True
+    is_new[order[1:]] = (keys[order][1:] != keys[order][:-1]).any(1)  # sort_keys is stable: the first of equal keys
+    if manifest is not None:
+        there = np.concatenate([np.array(shard.keys) for shard in read_shards(manifest)])
+        index = KeyIndex(there[sort_keys(there)].T)
+        is_new &= index.find(keys) < 0
+        if holds_pairs(read_shards(manifest)):
+            has_pair = np.concatenate([index.find(pair_keys(data)) >= 0 for data in datasets])
+            is_new &= ~np.repeat(has_pair, np.diff([*firsts, len(keys)]))
+    found = []
+    prompts = np.concatenate([data.prompt_lengths for data in datasets])
+    lengths = np.concatenate([of[of > 0] for of in (data.completion_lengths for data in datasets)])
+    owners = np.searchsorted(firsts, is_new.nonzero()[0], side="right") - 1
+    for row, members in groupby(zip(owners.tolist(), is_new.nonzero()[0].tolist(), strict=True), key=itemgetter(0)):
+        places = [place for _, place in members]
+        own = tuple(place - int(firsts[row]) for place in places)
+        found.append(Lacking(row, own, int(prompts[row]), tuple(lengths[places].tolist())))
+    return found
 
 
 def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device) -> None:
@@ -184,7 +220,7 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
     layout_name, refusal = settle_layout(run.precompute.layout, [model])
     say(layout_notes("precompute.layout", refusal))
     settle_compilation(run.model.compile, [model], say)
-    layout = Layout(layout_name, PAIR, run.precompute.micro_batch_tokens, work.hidden_size)
+    layout = Layout(layout_name, run.precompute.micro_batch_tokens, work.hidden_size)
 
     work.lock.share(collectives.barrier)
     of_model, folder = from_rank_0(work.identity), Path(run.reference.cache)
@@ -213,7 +249,7 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
         build = {**settings, "shard_rows": run.precompute.shard_rows, "shards": [{"file": path.name} for path in paths]}
         before = [] if work.manifest is None else work.manifest.values["builds"]
         manifest = write_manifest(folder, of_model, [*before, build])
-        print(f"dpo-ds: done: {folder}: {manifest.values['rows']} pairs, cache id {manifest.id}", flush=True)
+        print(f"dpo-ds: done: {folder}: {manifest.values['rows']} completions, cache id {manifest.id}", flush=True)
 
 
 def compute_shards(
@@ -222,11 +258,12 @@ def compute_shards(
     """Writes the shards in `todo`, this rank every `ranks`th of them."""
     rounds = [todo[begin : begin + ranks] for begin in range(0, len(todo), ranks)]
     mine = [shards[rank] for shards in rounds if rank < len(shards)]
-    progress = Progress(sum(int(work.lengths[work.shards[shard]].sum()) for shard in mine), talks, "token", "pairs")
+    tokens = sum(row.tokens for shard in mine for row in work.shards[shard])
+    progress = Progress(tokens, talks, "token", "completions")
     for shards in rounds:
-        # ZeRO-3 is collective: every rank runs as many forwards, on nothing where it has no pairs left.
-        forwards = max(len(micro_batches(work.lengths[work.shards[shard]], layout)) for shard in shards)
-        rows = work.shards[shards[rank]] if rank < len(shards) else work.shards[0][:0]
+        # ZeRO-3 is collective: every rank runs as many forwards, on nothing where it has no rows left.
+        forwards = max(len(micro_batches(work.shards[shard], layout)) for shard in shards)
+        rows = work.shards[shards[rank]] if rank < len(shards) else []
         computed = compute(model, work, rows, forwards, layout, progress)
         if len(rows):
             SHARDS.write(work.path(folder, shards[rank]), computed, head)
@@ -238,7 +275,7 @@ def _unfinished(work: Work, folder: Path, head: dict) -> list[int]:
     todo = []
     for shard, rows in enumerate(work.shards):
         path = work.path(folder, shard)
-        if not is_finished(path, work.keys[rows], head):
+        if not is_finished(path, work.shard_keys(rows), head):
             path.unlink(missing_ok=True)
             todo.append(shard)
     last = work.path(folder, len(work.shards) - 1).name
@@ -248,42 +285,39 @@ def _unfinished(work: Work, folder: Path, head: dict) -> list[int]:
     return todo
 
 
-def micro_batches(lengths: np.ndarray, layout: Layout) -> list[np.ndarray]:
-    """A shard's pairs, longest first, cut where the budget is full; a longer pair goes alone.
-
-    lengths [pairs, 3]: tokens of prompt, chosen and rejected. Returns places in the shard.
-    """
-    if not len(lengths):
-        return []
-    tokens = lengths.sum(1)
-    rows = 2 * (lengths[:, 0] + lengths[:, 1:].max(1))  # padded: two rows a pair, as wide as the batch's longest
-    starts, used, widest = [0], 0, 0
-    for index in range(len(lengths)):
-        used, widest = used + tokens[index], max(widest, rows[index])
-        size = used if layout.name == "packed" else widest * (index + 1 - starts[-1])
-        if size > layout.budget and index > starts[-1]:
-            starts.append(index)
-            used, widest = tokens[index], rows[index]
-    return np.split(np.arange(len(lengths)), starts[1:])
+def micro_batches(rows: Sequence[Lacking], layout: Layout) -> list[Sequence[Lacking]]:
+    """A shard's rows, longest first, cut where the budget is full; a longer one goes alone."""
+    batches: list[list[Lacking]] = []
+    for row in rows:
+        if not batches or _size([*batches[-1], row], layout) > layout.budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
-def compute(model, work: Work, rows: np.ndarray, forwards: int, layout: Layout, progress: Progress) -> Shard:
-    """The log-probs of one shard's pairs; all ranks enter under ZeRO-3, with equal `forwards`."""
-    lengths = work.lengths[rows]
+def _size(rows: Sequence[Lacking], layout: Layout) -> int:
+    """Tokens of a micro-batch; padded: a row a completion, as wide as the longest."""
+    if layout.name == "packed":
+        return sum(row.tokens for row in rows)
+    return max(row.prompt + max(row.lengths) for row in rows) * sum(len(row.lengths) for row in rows)
+
+
+def compute(model, work: Work, rows: Sequence[Lacking], forwards: int, layout: Layout, progress: Progress) -> Shard:
+    """The log-probs of one shard's completions; all ranks enter under ZeRO-3, with equal `forwards`."""
     outputs = []
-    for places in micro_batches(lengths, layout):
-        batch = layout.collate([work.pair(row) for row in rows[places]])
+    for members in micro_batches(rows, layout):
+        batch = layout.collate([work.group(row) for row in members])
         outputs.append(model.token_logps(batch))  # stays on the device: nothing waits for it until the shard is done
-        progress.add(len(places), batch.num_tokens)
+        progress.add(sum(batch.group_sizes), batch.num_tokens)
     while len(outputs) < forwards:
         outputs.append(model.token_logps(layout.collate([])))
     logps = torch.cat(outputs).cpu().numpy()
-    sides = [[np.zeros(0, np.float32)], [np.zeros(0, np.float32)]]
-    start = 0
-    for prompt, *completions in lengths.tolist():
-        for side, length in zip(sides, completions, strict=True):
-            unpredicted = 0 if prompt else 1  # nothing precedes the first token of an empty prompt's completion
-            side.append(np.full(unpredicted, np.nan, np.float32))
-            side.append(logps[start : start + length - unpredicted])
+    parts, lengths, start = [np.zeros(0, np.float32)], [], 0
+    for row in rows:
+        for length in row.lengths:
+            unpredicted = 0 if row.prompt else 1  # nothing precedes the first token of an empty prompt's completion
+            parts += [np.full(unpredicted, np.nan, np.float32), logps[start : start + length - unpredicted]]
+            lengths.append((length, 0))
             start += length - unpredicted
-    return Shard(work.keys[rows], lengths[:, 1:].astype(np.int64), *map(np.concatenate, sides))
+    counts = np.array(lengths, np.int64).reshape(-1, 2)
+    return Shard(work.shard_keys(rows), counts, np.concatenate(parts), np.zeros(0, np.float32))

@@ -127,7 +127,7 @@ def _check_identity(
 
 
 def tell_content(
-    launch: Launch, models: Mapping[str, str | None], tokenizer, datasets: Mapping[str, data.PairDataset],
+    launch: Launch, models: Mapping[str, str | None], tokenizer, datasets: Mapping[str, data.GroupDataset],
     others: Mapping[str, object] | None = None,
 ) -> None:  # fmt: skip
     """Notes what this node has, by content, before the ranks compare it (rendezvous.wait_for_all).
@@ -153,7 +153,7 @@ def _short(text: str) -> str:
 def prepare_data(
     section: DataSection, tokenizer, sides: tuple[str, ...], launch: Launch, margin_column: str | None = None,
     calibration=None,
-) -> dict[str, data.PairDataset]:  # fmt: skip
+) -> dict[str, data.GroupDataset]:  # fmt: skip
     """The tokenised pairs of data.train and, if given, data.eval and `calibration`; rank 0 prints what was kept and
     dropped.
     """
@@ -179,7 +179,7 @@ def prepare_data(
     return prepared
 
 
-def check_fit(prepared: dict[str, data.PairDataset], text_config, say: Say) -> None:
+def check_fit(prepared: dict[str, data.GroupDataset], text_config, say: Say) -> None:
     """The tokens and the lengths that the data really has, against what the model has room for."""
     for split, pairs in prepared.items():
         token, longest = pairs.census["largest_token"], pairs.census["longest"]

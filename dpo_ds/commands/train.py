@@ -67,7 +67,7 @@ def train(
     layout_name, refusal = settle_layout(run.train.layout, [policy, *objective.frozen_models()])
     say(layout_notes("train.layout", refusal))
     settle_compilation(run.model.compile, [policy, *objective.frozen_models()], say)
-    layout = Layout(layout_name, objective.sides, run.train.micro_batch_tokens, prepared.hidden_size)
+    layout = Layout(layout_name, run.train.micro_batch_tokens, prepared.hidden_size)
     if prepared.cached is not None:
         say(spot_check(run, policy, prepared.cached, layout))
     evaluation_due = False

@@ -1,4 +1,4 @@
-"""Which pairs make up a global batch, and how they are spread over ranks and micro-batches.
+"""Which groups make up a global batch, and how they are spread over ranks and micro-batches.
 
 The global batches and their order depend on seed, epoch and data alone. The spreading depends on the number of ranks;
 it changes who computes what, never the mean over the global batch.
@@ -12,48 +12,50 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_ds.batch import Batch, PreferencePair, packed_batch, padded_batch
+from dpo_ds.batch import Batch, Group, packed_batch, padded_batch
 
 Plan = list[list[list[int]]]  # rank -> micro-batch -> positions in the global batch
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How pairs become micro-batches: name padded or packed, sides (chosen, rejected), the budget of tokens a rank
-    holds in one forward, and the model's width, which weighs attention's square term against the rest.
+    """How groups become micro-batches: name padded or packed, the budget of tokens a rank holds in one forward, and the
+    model's width, which weighs attention's square term against the rest.
     """
 
     name: str
-    sides: tuple[str, ...]
     budget: int
     hidden_size: int
 
-    def collate(self, pairs: Sequence[PreferencePair]) -> Batch:
-        return (packed_batch if self.name == "packed" else padded_batch)(pairs, self.sides)
+    def collate(self, groups: Sequence[Group]) -> Batch:
+        return (packed_batch if self.name == "packed" else padded_batch)(groups)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each pair of a global batch, int64 [pairs]; rejected is 0 where only chosen is used."""
+    """Tokens of each group of a global batch, int64: prompt [groups], completions [groups, n], 0 where a group has
+    fewer than the one that has most."""
 
     prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
+    completions: np.ndarray
 
     @classmethod
     def of(cls, data, rows: np.ndarray) -> Lengths:
-        """Takes these rows of the tokenised data, which keeps int32: a square of a long pair would overflow."""
-        columns = (data.prompt_lengths, data.chosen_lengths, data.rejected_lengths)
-        return cls(*(column[rows].astype(np.int64) for column in columns))
+        """Takes these rows of the tokenised data, which keeps int32: a square of a long group would overflow."""
+        return cls(data.prompt_lengths[rows].astype(np.int64), data.completion_lengths[rows].astype(np.int64))
 
-    def cost(self, hidden_size: int) -> np.ndarray:  # [pairs]
-        """Work of the packed pair in units of one token's matmuls: tokens, plus attention's (query, key) pairs.
+    @property
+    def tokens(self) -> np.ndarray:  # [groups]
+        return self.prompt + self.completions.sum(1)
+
+    def cost(self, hidden_size: int) -> np.ndarray:  # [groups]
+        """Work of the packed group in units of one token's matmuls: tokens, plus attention's (query, key) pairs.
 
         A token costs about 24 d² FLOPs a layer, a (query, key) pair 4 d, d the hidden size.
         """
-        p, c, r = self.prompt, self.chosen, self.rejected
-        attended = (p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2
-        return p + c + r + attended / (6 * hidden_size)
+        first, others = self.prompt + self.completions[:, 0], self.completions[:, 1:]
+        attended = first * (first + 1) / 2 + others.sum(1) * self.prompt + (others * (others + 1) / 2).sum(1)
+        return self.tokens + attended / (6 * hidden_size)
 
 
 def epoch_order(sources: Sequence[tuple[int, int, float]], seed: int, epoch: int) -> np.ndarray:
@@ -71,10 +73,16 @@ def epoch_order(sources: Sequence[tuple[int, int, float]], seed: int, epoch: int
     return generator.permutation(np.concatenate(taken))
 
 
-def steps_per_epoch(sources: Sequence[tuple[int, int, float]], global_batch_size: int) -> int:
-    """The last, smaller batch counts: it is kept."""
-    pairs = sum((stop - start) * int(weight) + _rest(weight, stop - start) for start, stop, weight in sources)
-    return math.ceil(pairs / global_batch_size)
+def steps_per_epoch(
+    sources: Sequence[tuple[int, int, float]], global_batch_size: int, counts: np.ndarray | None = None
+) -> int:
+    """The last, smaller batch counts: it is kept. counts [rows]: what each row counts of a batch; 1 if not given."""
+    rows = sum((stop - start) * int(weight) + _rest(weight, stop - start) for start, stop, weight in sources)
+    if counts is None:
+        return math.ceil(rows / global_batch_size)
+    taken = [(counts[start:stop], weight) for start, stop, weight in sources]
+    total = sum(of.sum() * int(weight) + of.mean() * _rest(weight, len(of)) for of, weight in taken if len(of))
+    return min(math.ceil(round(total, 6) / global_batch_size), rows)
 
 
 def _rest(weight: float, rows: int) -> int:
@@ -83,24 +91,39 @@ def _rest(weight: float, rows: int) -> int:
 
 
 def global_batches(
-    sources: Sequence[tuple[int, int, float]], seed: int, global_batch_size: int, first_step: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(step, rows of the data set) from `first_step` on, endlessly; step 1 is the first."""
-    per_epoch = steps_per_epoch(sources, global_batch_size)
+    sources: Sequence[tuple[int, int, float]], seed: int, global_batch_size: int, first_step: int,
+    counts: np.ndarray | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
+    """(step, rows of the data set) from `first_step` on, endlessly; step 1 is the first.
+
+    A row that counts more than 1 is never cut: batches are filled to the nearest of global_batch_size.
+    """
+    per_epoch = steps_per_epoch(sources, global_batch_size, counts)
     step = first_step
     while True:
         epoch, offset = divmod(step - 1, per_epoch)
         order = epoch_order(sources, seed, epoch)
-        for start in range(offset * global_batch_size, len(order), global_batch_size):
-            yield step, order[start : start + global_batch_size]
+        ends = _ends(np.ones(len(order), int) if counts is None else counts[order], global_batch_size, per_epoch)
+        for start, end in zip(ends[offset:], ends[offset + 1 :], strict=False):
+            yield step, order[start:end]
             step += 1
+
+
+def _ends(counts: np.ndarray, size: int, steps: int) -> list[int]:
+    """Returns where `steps` batches of an epoch begin and end: none empty, each end the nearest to its share."""
+    counted, ends = np.cumsum(counts), [0]
+    for step in range(1, steps):
+        at = int(np.searchsorted(counted, step * size))
+        near = at + (at >= len(counted) or counted[at] - step * size <= step * size - (counted[at - 1] if at else 0))
+        ends.append(min(max(near, ends[-1] + 1), len(counts) - (steps - step)))
+    return [*ends, len(counts)]
 
 
 def plan(lengths: Lengths, layout: Layout, ranks: int) -> Plan:
     """Spreads a global batch so that the slowest rank's work is near the mean.
 
     Every rank gets the same number of micro-batches (ZeRO-3 is collective), some of them empty if need be. A
-    micro-batch holds at most `layout.budget` tokens, padding included, unless a single pair is longer.
+    micro-batch holds at most `layout.budget` tokens, padding included, unless a single group is longer.
     """
     if layout.name == "padded":
         bins = _padded_bins(lengths, layout, ranks)
@@ -110,20 +133,21 @@ def plan(lengths: Lengths, layout: Layout, ranks: int) -> Plan:
 
 
 def _padded_bins(lengths: Lengths, layout: Layout, ranks: int) -> list[list[int]]:
-    """Neighbours in length share a micro-batch: the smallest largest one among splits of the sorted pairs."""
-    longest = lengths.prompt + np.maximum(lengths.chosen, lengths.rejected)
-    order = np.argsort(-longest, kind="stable")
-    row = len(layout.sides) * longest[order]  # sorted: a bin's first pair sets the width of all its rows
+    """Neighbours in length share a micro-batch: the smallest largest one among splits of the sorted groups."""
+    longest = lengths.prompt + lengths.completions.max(1)
+    order = np.argsort(-longest, kind="stable")  # a bin's first group sets the width of all its rows
+    rows_of = (lengths.completions > 0).sum(1)
 
     def fill(capacity: int) -> list[list[int]]:
         bins: list[list[int]] = []
-        widest = 0
-        for pair, width in zip(order, row, strict=True):
-            if bins and widest * (len(bins[-1]) + 1) <= capacity:
-                bins[-1].append(int(pair))
+        widest = rows = 0
+        for group in order.tolist():
+            rows += rows_of[group]
+            if bins and widest * rows <= capacity:
+                bins[-1].append(group)
             else:
-                bins.append([int(pair)])
-                widest = width
+                bins.append([group])
+                widest, rows = longest[group], rows_of[group]
         return bins
 
     count = math.ceil(len(fill(layout.budget)) / ranks) * ranks
@@ -135,8 +159,8 @@ def _padded_bins(lengths: Lengths, layout: Layout, ranks: int) -> list[list[int]
 
 
 def _packed_bins(lengths: Lengths, layout: Layout, ranks: int) -> list[list[int]]:
-    """Heaviest pair first into the lightest bin that has room; more bins until all fit."""
-    tokens = np.minimum(lengths.prompt + lengths.chosen + lengths.rejected, layout.budget)  # a longer one fills a bin
+    """Heaviest group first into the lightest bin that has room; more bins until all fit."""
+    tokens = np.minimum(lengths.tokens, layout.budget)  # a longer one fills a bin
     cost = lengths.cost(layout.hidden_size)
     order = np.argsort(-cost, kind="stable")
     count = max(1, math.ceil(tokens.sum() / (layout.budget * ranks))) * ranks
@@ -144,14 +168,14 @@ def _packed_bins(lengths: Lengths, layout: Layout, ranks: int) -> list[list[int]
         bins: list[list[int]] = [[] for _ in range(count)]
         room, load = np.full(count, layout.budget), np.zeros(count)
         left = tokens.sum()
-        for pair in order:
-            lightest = int(np.where(room >= tokens[pair], load, np.inf).argmin())
-            if room[lightest] < tokens[pair]:
+        for group in order:
+            lightest = int(np.where(room >= tokens[group], load, np.inf).argmin())
+            if room[lightest] < tokens[group]:
                 break
-            left -= tokens[pair]
-            bins[lightest].append(int(pair))
-            room[lightest] -= tokens[pair]
-            load[lightest] += cost[pair]
+            left -= tokens[group]
+            bins[lightest].append(int(group))
+            room[lightest] -= tokens[group]
+            load[lightest] += cost[group]
         else:
             return bins
         count += max(1, left // (2 * layout.budget * ranks)) * ranks  # half of what the rest needs: few tries, few bins

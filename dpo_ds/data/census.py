@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_ds.data.formats.conversation import Conversation
 from dpo_ds.data.rows import Location, shorten
 from dpo_ds.data.tokenize import Tokenized
 
@@ -29,7 +30,9 @@ class Census:
 
     message_lists: rows that went through the chat template. prompts_rendered_otherwise: of these, how many have a
     prompt that generation would write otherwise; content_left_out: how many have an answer that the template does not
-    show whole; first_of: the first row of each, as a line.
+    show whole; first_of: the first row of each, as a line. groups: rows with more than two completions. ties,
+    equal_completions: comparisons that are left out: both sides are equally good; they are equal after the cut, or
+    nothing is left of one.
     largest_token: the largest token id. longest: tokens of the longest prompt with one of its completions.
     """
 
@@ -41,6 +44,11 @@ class Census:
     message_lists: int = 0
     prompts_rendered_otherwise: int = 0
     content_left_out: int = 0
+    groups: int = 0
+    completions: int = 0
+    comparisons: int = 0
+    ties: int = 0
+    equal_completions: int = 0
     first_of: dict[str, str] = field(default_factory=dict)
     largest_token: int = 0
     longest: int = 0
@@ -64,8 +72,8 @@ class Census:
         if len(self.bad_rows) < LISTED_BAD_ROWS:
             self.bad_rows.append({"location": str(location), "reason": problem})
 
-    def keep(self, location: Location, tokenized: Tokenized, prompts_differ: bool, is_messages: bool) -> None:
-        pair, prompt_cut, completions_cut, asked, left_out = tokenized
+    def keep(self, location: Location, tokenized: Tokenized, conversation: Conversation) -> None:
+        group, prompt_cut, completions_cut, asked, left_out = tokenized
         if asked is not None:
             self.prompts_rendered_otherwise += 1
             self.first_of.setdefault("prompts_rendered_otherwise", f"{location}: {_difference(*asked)}")
@@ -75,10 +83,15 @@ class Census:
         self.rows_cut += prompt_cut or completions_cut > 0
         self.prompts_cut += prompt_cut
         self.completions_cut += completions_cut
-        self.prompts_differ += prompts_differ
-        self.message_lists += is_messages
-        self.longest = max(self.longest, len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
+        self.prompts_differ += conversation.prompts_differ
+        self.message_lists += not isinstance(conversation.prompt, str)
+        self.groups += len(group.completions) > 2
+        self.completions += len(group.completions)
+        self.comparisons += len(group.comparisons)
+        self.ties += conversation.ties
+        self.equal_completions += len(conversation.comparisons) - len(group.comparisons)
+        self.longest = max(self.longest, len(group.prompt) + max(map(len, group.completions)))
+        for ids in (group.prompt, *group.completions):
             self.largest_token = max(self.largest_token, int(ids.max(initial=0)))
 
     def summary(self, lengths: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -99,6 +112,11 @@ class Census:
             "message_lists": self.message_lists,
             "prompts_rendered_otherwise": self.prompts_rendered_otherwise,
             "content_left_out": self.content_left_out,
+            "groups": self.groups,
+            "completions": self.completions,
+            "comparisons": self.comparisons,
+            "ties": self.ties,
+            "equal_completions": self.equal_completions,
             "first_of": self.first_of,
             "largest_token": self.largest_token,
             "longest": self.longest,
@@ -115,6 +133,11 @@ def format_census(census: Mapping[str, Any]) -> str:
     """A few aligned lines for the terminal."""
     kept, read = census["rows_kept"], census["rows_read"]
     lines = [f"{read:>9,} rows read from {_files(census['files'])}, format {census['format']}", f"{kept:>9,} kept"]
+    if census.get("groups"):
+        known = f"{census['completions']:,} completions in all, {_count(census['comparisons'], 'comparison')}"
+        if census["ties"] + census["equal_completions"]:
+            known += f" (left out: {census['ties']:,} tied, {census['equal_completions']:,} of equal ones)"
+        lines.append(f"{census['groups']:>9,} of these with more than two completions; {known}")
     if census["prompts_differ"]:
         lines.append(f"{census['prompts_differ']:>9,} of these differ before the last turn")
     for key, what in TEMPLATE_LINES.items():

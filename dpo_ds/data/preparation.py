@@ -1,4 +1,4 @@
-"""Turns a data source into tokenised pairs on disk, once: later runs, ranks and nodes find them by a digest."""
+"""Turns a data source into tokenised groups on disk, once: later runs, ranks and nodes find them by a digest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,15 +16,15 @@ import numpy as np
 from dpo_ds.batch import PAIR
 from dpo_ds.cluster.derived import cache_root, derive
 from dpo_ds.data.census import Census
-from dpo_ds.data.dataset import CENSUS, PairDataset, PairWriter
+from dpo_ds.data.dataset import CENSUS, GroupDataset, GroupWriter
 from dpo_ds.data.formats import Conversation, check_columns, check_name, check_renamed, detect, read
 from dpo_ds.data.reading import BATCH, Intake
 from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.data.sources import Files, HuggingFace, open_source
-from dpo_ds.data.tokenize import PairTokenizer, fingerprint
+from dpo_ds.data.tokenize import GroupTokenizer, Tokenized, fingerprint
 from dpo_ds.errors import DataError
 
-FORMAT_VERSION = 5  # of the cache: raise it when the same rows would give other tokens, columns or counts
+FORMAT_VERSION = 6  # of the cache: raise it when the same rows would give other tokens, columns or counts
 EQUAL, EQUAL_IN_TEMPLATE = "equal after the cut", "equal after the chat template"
 NOTHING_LEFT = "no trained token left after the cut"
 
@@ -53,8 +53,8 @@ def prepare(
     split: str = "train",
     build: bool = True,
     margin_column: str | None = None,
-) -> PairDataset:
-    """The tokenised pairs of `source`: a path or Hub id, or a list of them or of {"path", "weight"}.
+) -> GroupDataset:
+    """The tokenised groups of `source`: a path or Hub id, or a list of them or of {"path", "weight"}.
 
     split, "train" or "eval", picks among the splits of a folder or Hub data set. margin_column: the raw column that
     says how much better chosen is; null and absent are mistakes in a row. Raises ConfigError, ModelError or DataError
@@ -64,7 +64,7 @@ def prepare(
     check_name(options.format, sides)
     check_columns(options.columns)
     limits = options.max_length, options.max_prompt_length
-    tokenize = PairTokenizer(tokenizer, *limits, sides, options.prompt_rendering)
+    tokenize = GroupTokenizer(tokenizer, *limits, options.prompt_rendering)
     items = [source] if isinstance(source, str) else source
     items = [{"path": item} if isinstance(item, str) else item for item in items]
     paths = [item["path"] for item in items]
@@ -78,7 +78,7 @@ def prepare(
             raise DataError(f"{', '.join(paths)}: changed while it was read; start again when it is whole")
 
     derive(folder, "the tokenised data", fill, build)
-    data = PairDataset(folder, [item.get("weight", 1.0) for item in items])
+    data = GroupDataset(folder, [item.get("weight", 1.0) for item in items])
     data.census["files_left_out"] = [str(name) for source in sources for name in source.left_out]  # as of now
     return data
 
@@ -121,37 +121,35 @@ class _Reader:
             self.formats.append(name)
 
 
-def _build(work: Path, reader: _Reader, tokenize: PairTokenizer) -> None:
+def _build(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> None:
     """Fills a folder with the pairs and the census."""
     census = _write(work, reader, tokenize)
     (work / CENSUS).write_text(json.dumps(census))
 
 
-def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, Any]:
+def _write(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> dict[str, Any]:
     census, ends = reader.census, []
-    lengths: dict[str, list[np.ndarray]] = {part: [] for part in ("prompt", *reader.sides)}
-    with PairWriter(work, reader.margin_column is not None) as writer:
+    lengths: dict[str, list[int]] = {part: [] for part in ("prompt", *reader.sides)}
+    with GroupWriter(work, reader.margin_column is not None) as writer:
         for i in range(len(reader.sources)):
             for batch in reader.batches(i):
-                pairs, locations, margins = [], [], []
+                groups, locations = [], []
                 for (location, conversation), result in zip(batch, tokenize([c for _, c in batch]), strict=True):
                     if isinstance(result, BadRow):
                         reader.intake.bad(location, result)
-                    elif not all(len(result.pair.target_positions(side)) for side in reader.sides):
-                        census.drop(location, NOTHING_LEFT, NOTHING_LEFT)
-                    elif np.array_equal(result.pair.chosen, result.pair.rejected):
-                        reason = EQUAL if result.completions_cut else EQUAL_IN_TEMPLATE  # it trims, or leaves out
+                        continue
+                    result, reason = usable(result)
+                    if reason is not None:
                         census.drop(location, reason, reason)
-                    else:
-                        is_messages = not isinstance(conversation.prompt, str)
-                        census.keep(location, result, conversation.prompts_differ, is_messages)
-                        pairs.append(result.pair)
-                        locations.append(location)
-                        margins.append(conversation.margin)
-                if pairs:
-                    writer.write(pairs, locations, margins)
-                    for part, counts in lengths.items():
-                        counts.append(np.array([len(getattr(pair, part)) for pair in pairs], dtype=np.int32))
+                        continue
+                    census.keep(location, result, conversation)
+                    groups.append(result.group)
+                    locations.append(location)
+                    lengths["prompt"].append(len(result.group.prompt))
+                    for place, completion in enumerate(result.group.completions):
+                        lengths[reader.sides[min(place, len(reader.sides) - 1)]].append(len(completion))
+                if groups:
+                    writer.write(groups, locations)
                 if census.rows_read % (50 * BATCH) == 0:
                     logger.info("tokenised %d rows", census.rows_read)
             ends.append(writer.rows)
@@ -159,12 +157,37 @@ def _write(work: Path, reader: _Reader, tokenize: PairTokenizer) -> dict[str, An
     if not writer.rows:
         raise DataError(_none_kept(reader))
     return {
-        **census.summary({part: np.concatenate(counts) for part, counts in lengths.items()}),
+        **census.summary({part: np.array(counts, dtype=np.int32) for part, counts in lengths.items()}),
         "format": ", ".join(reader.formats),
         "files": [name for source in reader.sources for name in source.names],
         "location_files": writer.files,
         "source_ends": ends,
     }
+
+
+def usable(result: Tokenized) -> tuple[Tokenized, str | None]:
+    """Returns the group without comparisons that say nothing after the cut, and why nothing is left of it, if so: one
+    of equal completions, or of one without a trained token. A completion that no comparison is left of is left out.
+    """
+    group, comparisons = result.group, result.group.comparisons
+    has_target = np.array([len(group.target_positions(i)) > 0 for i in range(len(group.completions))])
+    equal = np.array([np.array_equal(*(group.completions[i] for i in two)) for two in comparisons], bool)
+    keep = has_target[comparisons].all(1) & ~equal
+    if keep.all() and has_target.all():
+        return result, None
+    if not keep.any():
+        if not has_target.all() or not len(comparisons):
+            return result, NOTHING_LEFT
+        return result, EQUAL if result.completions_cut else EQUAL_IN_TEMPLATE  # it trims, or leaves out
+    used = np.unique(comparisons[keep])
+    group = replace(
+        group,
+        completions=tuple(group.completions[i] for i in used),
+        masks=tuple(group.masks[i] for i in used),
+        comparisons=np.searchsorted(used, comparisons[keep]),
+        margins=None if group.margins is None else group.margins[keep],
+    )
+    return result._replace(group=group), None
 
 
 def _none_kept(reader: _Reader) -> str:

@@ -14,11 +14,11 @@ from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.census import Census, listed
 from dpo_ds.data.chat.render import render_prompt
 from dpo_ds.data.formats import ANSWERS, check_columns, check_name, detect, read
-from dpo_ds.data.joining import with_system
+from dpo_ds.data.formats.joining import with_system
 from dpo_ds.data.reading import Intake
 from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.data.sources import Files, HuggingFace, Rows, open_source
-from dpo_ds.data.tokenize import PairTokenizer
+from dpo_ds.data.tokenize import GroupTokenizer
 from dpo_ds.errors import DataError
 
 TEXT = ".txt"
@@ -106,7 +106,7 @@ def read_prompts(
     """
     check_name(options.format, CHOSEN_ONLY)
     check_columns(options.columns)
-    tokenize = PairTokenizer(tokenizer, UNLIMITED, options.max_prompt_length, CHOSEN_ONLY)
+    tokenize = GroupTokenizer(tokenizer, UNLIMITED, options.max_prompt_length)
     items = [source] if isinstance(source, str) else source
     items = [{"path": item} if isinstance(item, str) else item for item in items]
     intake = Intake(options.columns, options.on_bad_row, options.ignore_columns)
@@ -126,8 +126,9 @@ def read_prompts(
 
 
 def _prompts_of(
-    source: TextFile | Files | HuggingFace, intake: Intake, options: Options, tokenize: PairTokenizer, limit: int | None
-) -> Iterator[Prompt]:
+    source: TextFile | Files | HuggingFace, intake: Intake, options: Options, tokenize: GroupTokenizer,
+    limit: int | None,
+) -> Iterator[Prompt]:  # fmt: skip
     census, name = intake.census, options.format
     rows = islice(source.rows(intake.wanted()), None if limit is None else limit - census.rows_read)
 
@@ -164,14 +165,14 @@ def _bare_field(row: Row) -> str | None:
     return None if there else "prompt"
 
 
-def _bare_prompt(row: Row, field: str, tokenize: PairTokenizer, census: Census) -> str:
+def _bare_prompt(row: Row, field: str, tokenize: GroupTokenizer, census: Census) -> str:
     if row.is_text(field):
         return row.text(field)
     census.message_lists += 1
     return render_prompt(tokenize.tokenizer, with_system(row, field, row.messages(field)), row.tools())
 
 
-def _prompt(row: Row, name: str, tokenize: PairTokenizer, census: Census) -> str:
+def _prompt(row: Row, name: str, tokenize: GroupTokenizer, census: Census) -> str:
     """As training reads it: what both sides begin with, where the row has two."""
     conversation = read(row, name, PAIR if row.get("rejected") is not None else CHOSEN_ONLY)
     if isinstance(conversation.prompt, str):

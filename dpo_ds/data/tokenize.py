@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from dpo_ds.batch import PAIR, PreferencePair
+from dpo_ds.batch import NO_COMPARISON, Group
 from dpo_ds.data.chat.render import CONVERSATION, Rendered, render
 from dpo_ds.data.chat.template import DEFAULT_CHAT_TEMPLATE, date_of
 from dpo_ds.data.formats import Conversation
@@ -22,13 +22,13 @@ from dpo_ds.errors import ModelError
 
 
 class Tokenized(NamedTuple):
-    """A pair, whether its prompt was cut, and how many of its completions were.
+    """A group, whether its prompt was cut, and how many of its completions were.
 
     asked: the prompt in the text and as generation writes it, where the two differ. left_out: what the chat template
     does not show of an answer.
     """
 
-    pair: PreferencePair
+    group: Group
     prompt_cut: bool
     completions_cut: int
     asked: tuple[str, str] | None = None
@@ -36,24 +36,24 @@ class Tokenized(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """One side before cutting: token ids, how many of them are the prompt's, which are trained on. EOS is included."""
+    """A prompt with one completion before cutting: token ids, with EOS, how many of them are the prompt's, which are
+    trained on."""
 
     ids: np.ndarray
     prompt: int
     trained: np.ndarray
 
 
-class PairTokenizer:
-    """Tokenises conversations; lengths are in tokens, `sides` is ("chosen", "rejected") or ("chosen",).
+class GroupTokenizer:
+    """Tokenises conversations; lengths are in tokens.
 
     max_prompt_length is below max_length; prompt_rendering: data.prompt_rendering. Raises ModelError for a tokenizer
     without offsets or EOS.
     """
 
     def __init__(
-        self, tokenizer: Any, max_length: int, max_prompt_length: int, sides: tuple[str, ...] = PAIR,
-        prompt_rendering: str = CONVERSATION,
-    ):  # fmt: skip
+        self, tokenizer: Any, max_length: int, max_prompt_length: int, prompt_rendering: str = CONVERSATION
+    ):
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise ModelError(f"{name}: a slow tokenizer gives no character offsets; use a model with a tokenizer.json")
@@ -62,7 +62,6 @@ class PairTokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
-        self.sides = sides
         self.prompt_rendering = prompt_rendering
         self.eos = tokenizer.eos_token_id
         self.bare = _bare(tokenizer)
@@ -74,16 +73,17 @@ class PairTokenizer:
         Raises ModelError for a chat template that is not valid.
         """
         rendered = [self._render(conversation) for conversation in conversations]
+        known = [(conversation.comparisons, conversation.margins) for conversation in conversations]
         texts = [side.text for sides in rendered if not isinstance(sides, BadRow) for side in sides]
         encodings = iter(self.bare.encode_batch(texts, add_special_tokens=False))
         return [
             sides
             if isinstance(sides, BadRow)
-            else self._pair([self._side(next(encodings), side) for side in sides])._replace(**_otherwise(sides))
-            for sides in rendered
+            else self._group([self._side(next(encodings), side) for side in sides], *more)._replace(**_otherwise(sides))
+            for sides, more in zip(rendered, known, strict=True)
         ]
 
-    def within(self, max_length: int, max_prompt_length: int) -> PairTokenizer:
+    def within(self, max_length: int, max_prompt_length: int) -> GroupTokenizer:
         """The same with other limits."""
         other = copy.copy(self)
         other.max_length, other.max_prompt_length = max_length, max_prompt_length
@@ -96,7 +96,7 @@ class PairTokenizer:
 
     def _render(self, conversation: Conversation) -> list[Rendered] | BadRow:
         prompt = conversation.prompt
-        completions = [getattr(conversation, side) for side in self.sides]
+        completions = conversation.completions
         if isinstance(prompt, str):
             return [_verbatim(prompt, completion) for completion in completions]
         try:
@@ -124,18 +124,17 @@ class PairTokenizer:
             trained = np.append(trained, rendered.ends_in_answer)
         return _Side(np.array(ids, dtype=np.int64), prompt, trained)
 
-    def _pair(self, sides: list[_Side]) -> Tokenized:
+    def _group(self, sides: list[_Side], comparisons: Sequence, margins: Sequence[float] | None) -> Tokenized:
         """The shared prompt is cut from its start, behind BOS; each completion from its end."""
         shared = _common_prefix([side.ids[: side.prompt] for side in sides])
         prompt, prompt_cut = self._cut_prompt(sides[0].ids[:shared])
         room = self.max_length - len(prompt)
-        completions = [side.ids[shared:][:room] for side in sides]
-        masks = [side.trained[shared:][:room] for side in sides]
+        completions = tuple(side.ids[shared:][:room] for side in sides)
+        masks = tuple(side.trained[shared:][:room] for side in sides)
         cut = sum(len(side.ids) - shared > room for side in sides)
-        if len(sides) == 1:
-            completions.append(np.zeros(0, dtype=np.int64))
-            masks.append(np.zeros(0, dtype=bool))
-        return Tokenized(PreferencePair(prompt, *completions, *masks), prompt_cut, cut)
+        known = np.array(comparisons, np.int64).reshape(-1, 2) if len(comparisons) else NO_COMPARISON
+        margins = None if margins is None else np.array(margins, np.float32)
+        return Tokenized(Group(prompt, completions, masks, known, margins), prompt_cut, cut)
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         """Returns the ids behind what the tokenizer adds in front, unless it stands there already."""
@@ -210,5 +209,7 @@ def _added_in_front(tokenizer: Any, bare: Tokenizer) -> list[int]:
 
 def _common_prefix(prompts: list[np.ndarray]) -> int:
     length = min(map(len, prompts))
-    differs = np.flatnonzero(prompts[0][:length] != prompts[-1][:length])
-    return int(differs[0]) if len(differs) else length
+    for other in prompts[1:]:
+        differs = np.flatnonzero(prompts[0][:length] != other[:length])
+        length = int(differs[0]) if len(differs) else length
+    return length

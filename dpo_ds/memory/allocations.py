@@ -103,7 +103,7 @@ def expected(
     memory = Memory()
     budget = (run.train if run.trains else run.precompute).micro_batch_tokens
     segments = tuple(segments) or longest_pairs(run.data, budget, run.sides)
-    targets = sum(segment.chosen + segment.rejected for segment in segments)
+    targets = sum(sum(segment.completions) for segment in segments)
     if policy is not None:
         _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets)
     if reference is not None:
@@ -124,7 +124,7 @@ def longest_pairs(section: DataSection, budget: int, sides: tuple[str, ...]) -> 
         share = min(1.0, (budget - start) / whole) if segments else 1.0
         completion = max(1, int(longest * share))
         prompt = max(1, int(section.max_prompt_length * share))
-        segment = Segment(start, prompt, completion, completion if len(sides) > 1 else 0)
+        segment = Segment(start, prompt, (completion,) * len(sides))
         segments.append(segment)
         start = segment.end
     return tuple(segments)

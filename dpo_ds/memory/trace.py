@@ -264,9 +264,10 @@ class _FlashAttention(torch.autograd.Function):
         output = _rows(query, len(query))
         log_sums = torch.empty(query.shape[1], len(query))
         del copies
-        merged = [segment for segment in segments if segment.rejected and is_merged(segment)]
+        merged = [segment for segment in segments if is_merged(segment)]
         if merged:
-            part = [_rows(query, sum(segment.rejected for segment in merged)) for _ in range(2)]  # queries, results
+            others = sum(sum(segment.completions[1:]) for segment in merged)
+            part = [_rows(query, others) for _ in range(2)]  # queries, results
             part += [_rows(x, sum(segment.prompt for segment in merged)) for x in (key, value)]
             whole = [part[0].new_empty(part[0].shape, dtype=torch.float32) for _ in range(2)]
             del part, whole
@@ -294,7 +295,7 @@ def _rows(x: Tensor, rows: int) -> Tensor:
 
 def _copied_keys(segments: tuple[Segment, ...]) -> int:
     """Keys of the pack where some prompts are copied, else 0: then none is moved."""
-    copied = sum(segment.prompt for segment in segments if segment.rejected and not is_merged(segment))
+    copied = sum(s.prompt * len(s.completions[1:]) for s in segments if not is_merged(s))
     return segments[-1].end + copied if copied else 0
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from dpo_ds.batch import CHOSEN_ONLY, PAIR, Batch, PreferencePair, Segment, packed_batch, padded_batch
+from dpo_ds.batch import Batch, Group, Segment, packed_batch, padded_batch
 from dpo_ds.models.packed.backends import attend, backend_of, first_line, try_backends
 from dpo_ds.models.packed.operator import packed_attention
 from dpo_ds.models.packed.probe import open_probe, probe_attention, refuse
@@ -54,7 +54,7 @@ def packed_attention_forward(
     """
     if segments is None:
         refuse("its attention gets no segments (calls other than on a packed batch need another implementation)")
-        segments = segment_table((Segment(0, query.shape[2], 0, 0),))
+        segments = segment_table((Segment(0, query.shape[2], ()),))
     if attention_mask is not None:
         refuse("the model builds an attention mask of its own")
     if dropout:
@@ -137,8 +137,7 @@ def _canary(causal_lm: PreTrainedModel, forward_logps: Callable[[Batch], Tensor]
     if not probe.masked <= probe.windowed:
         return f"it limits attention to {max(probe.masked)} tokens by a mask alone"
     causal_lm.set_attn_implementation("eager")
-    sides = [as_chosen(pair, side) for pair in pairs for side in PAIR]
-    alone = torch.cat([forward_logps(padded_batch([side], CHOSEN_ONLY)) for side in sides])
+    alone = torch.cat([forward_logps(padded_batch([alone])) for pair in pairs for alone in one_by_one(pair)])
     error = (packed.float() - alone.float()).abs().mean().item()
     tolerance = canary_tolerance(causal_lm, alone)
     if not error <= tolerance:  # also when it is not a number
@@ -154,17 +153,17 @@ def canary_tolerance(model: PreTrainedModel, outputs: Tensor) -> float:
     return CANARY_TOLERANCE[dtype] * min(1.0, outputs.abs().mean().item())
 
 
-def canary_pairs(vocab_size: int) -> list[PreferencePair]:
+def canary_pairs(vocab_size: int) -> list[Group]:
     """Draws two short pairs of random tokens, the same on every rank."""
     generator = np.random.default_rng(0)
     lengths = ((5, 4, 6), (7, 3, 5))
     tokens = [[generator.integers(vocab_size, size=n) for n in pair] for pair in lengths]
-    return [PreferencePair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
+    return [Group.pair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
 
 
-def as_chosen(pair: PreferencePair, side: str) -> PreferencePair:
-    ids = pair.completion(side)
-    return PreferencePair(pair.prompt, ids, ids, np.ones(len(ids), bool), np.ones(len(ids), bool))
+def one_by_one(group: Group) -> list[Group]:
+    """Returns each completion behind the prompt, alone."""
+    return [Group(group.prompt, (ids,), (mask,)) for ids, mask in zip(group.completions, group.masks, strict=True)]
 
 
 def _is_packed(model: PreTrainedModel) -> bool:

@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dpo_ds.batch import CHOSEN_ONLY, Batch, PreferencePair, padded_batch
+from dpo_ds.batch import Batch, Group, padded_batch
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.errors import ModelError
 from dpo_ds.models import lora
-from dpo_ds.models.attention import as_chosen, canary_pairs, canary_tolerance, packed_refusal
+from dpo_ds.models.attention import canary_pairs, canary_tolerance, one_by_one, packed_refusal
 from dpo_ds.models.engine import LoadedModel
 from dpo_ds.models.layers.rope import check_lengths
 from dpo_ds.models.layers.units import decoder_layers
@@ -120,7 +120,7 @@ def _check_padding(models: Sequence[LoadedModel]) -> None:
         shortest = min(pairs, key=lambda pair: len(pair.prompt) + len(pair.chosen))
         with model.evaluating(), _naming(model):
             together = model.engine(batch.to(model.device))
-            alone = model.engine(padded_batch([as_chosen(shortest, "chosen")], CHOSEN_ONLY).to(model.device))
+            alone = model.engine(padded_batch(one_by_one(shortest)[:1]).to(model.device))
         error = _difference(_sides(together, batch)[2 * pairs.index(shortest)], alone)
         if not error <= canary_tolerance(model.causal_lm, alone):
             raise ModelError(
@@ -141,11 +141,11 @@ def _counting(layers: Sequence[nn.Module]) -> Iterator[Counter]:
             hook.remove()
 
 
-def _twin(pair: PreferencePair, vocabulary: int) -> PreferencePair:
+def _twin(pair: Group, vocabulary: int) -> Group:
     """Returns a pair whose sides are the first one's chosen, and the same with another last token."""
     other = pair.chosen.copy()
     other[-1] = (other[-1] + 1) % vocabulary
-    return replace(pair, rejected=other, rejected_mask=pair.chosen_mask)
+    return replace(pair, completions=(pair.chosen, other), masks=(pair.masks[0],) * 2)
 
 
 def _are_of_tokens(outputs: Tensor, batch: Batch) -> bool:

@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_ds.batch import PAIR, Batch
+from dpo_ds.batch import Batch
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.config import ModelSection
@@ -79,9 +79,9 @@ class Policy:
         """Token log-probs with what else one pass over the vocabulary tells."""
         return TokenStatistics(*self.engine(batch.to(self.device), with_statistics=True))
 
-    def scores(self, batch: Batch) -> Tensor:  # [pairs, 2] float32
-        """Returns chosen's and rejected's scores by a RewardModel."""
-        return self.engine(batch.to(self.device)).view(-1, len(PAIR))
+    def scores(self, batch: Batch) -> Tensor:  # [completions] float32
+        """Returns the completions' scores by a RewardModel."""
+        return self.engine(batch.to(self.device))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Adds the gradient; `is_last` says that an update follows. Gradients are averaged over ranks."""

@@ -53,7 +53,7 @@ class RewardModel(nn.Module):
         self.causal_lm = classifier  # the name that engines, checkpoints and exports know
 
     def forward(self, batch: Batch, own_logits: bool = False) -> Tensor:  # [sequences] float32
-        """Scores, the sides of a pair adjacent; `own_logits`: from the model's own forward on the sequences of a padded
+        """Scores, those of a group adjacent; `own_logits`: from the model's own forward on the sequences of a padded
         batch one by one, as a check.
         """
         if own_logits:
@@ -77,7 +77,7 @@ def last_rows(batch: Batch) -> Tensor:  # [sequences]
     `target_counts`: after the last one that predicts a target.
     """
     if batch.segments is not None:
-        rows = [end for s in batch.segments for end in (s.end - s.rejected, s.end)[: (s.chosen > 0) + (s.rejected > 0)]]
+        rows = [end for segment in batch.segments for end in segment.ends]
         return torch.tensor(rows, dtype=torch.int64, device=batch.input_ids.device) - 1
     lengths = batch.attention_mask.sum(1)
     rows = torch.arange(len(lengths), device=lengths.device) * batch.input_ids.shape[1] + lengths - 1

@@ -28,12 +28,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from dpo_ds.batch import CHOSEN_ONLY
 from dpo_ds.cluster.foreign import SHOWN_BY, Limit, Raised, guarded, refusing, time_limit
 from dpo_ds.config import ModelSection, did_you_mean
 from dpo_ds.data.formats import Conversation
 from dpo_ds.data.rows import shorten
-from dpo_ds.data.tokenize import PairTokenizer, Tokenized
+from dpo_ds.data.tokenize import GroupTokenizer, Tokenized
 from dpo_ds.errors import ConfigError, ModelError, UserError
 from dpo_ds.models.fingerprint import weights_digest
 from dpo_ds.models.loading import check_complete, check_folder, load_tokenizer
@@ -148,14 +147,14 @@ class ScoringModel:
         self._section = ModelSection(path=path)
         config = _classifier_config(path, key)
         tokenizer = load_tokenizer(self._section, config, path, key)
-        self._tokenize = PairTokenizer(tokenizer, NO_LIMIT, NO_LIMIT - 1, CHOSEN_ONLY)
+        self._tokenize = GroupTokenizer(tokenizer, NO_LIMIT, NO_LIMIT - 1)
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
         self._mean = float(getattr(config, REWARD_MEAN, 0.0))
         self._model = None
         self._has_cut = False
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        conversations = [Conversation(*texts) for texts in zip(prompts, completions, strict=True)]
+        conversations = [Conversation.of(*texts) for texts in zip(prompts, completions, strict=True)]
         whole = self._tokenize(conversations) if conversations else []
         ids = [self._fitting(*both) for both in zip(conversations, whole, strict=True)]
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # like lengths share a forward
@@ -169,16 +168,16 @@ class ScoringModel:
         return f"{self.path} {weights_digest(self._section, self.path)[:12]} mean {self._mean!r}"
 
     def _fitting(self, conversation: Conversation, whole: Tokenized) -> np.ndarray:
-        pair = whole.pair
-        tokens = len(pair.prompt) + len(pair.chosen)
+        group = whole.group
+        tokens = group.num_tokens
         if tokens > self._positions:
-            room = max(self._positions // 2, self._positions - len(pair.chosen))
-            pair = self._tokenize.within(self._positions, room)([conversation])[0].pair
+            room = max(self._positions // 2, self._positions - len(group.chosen))
+            group = self._tokenize.within(self._positions, room)([conversation])[0].group
             if not self._has_cut:
                 what = f"a text of {tokens} tokens, {shorten(conversation.chosen)}, and others"
                 print(f"dpo-ds: {self.path}: cuts {what} longer than its {self._positions} positions", flush=True)
             self._has_cut = True
-        return np.concatenate([pair.prompt, pair.chosen])
+        return np.concatenate([group.prompt, group.chosen])
 
     @torch.no_grad()
     def _forward(self, ids: list[np.ndarray]) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The reference's log-probs on disk: Parquet shards and, written last, MANIFEST.json that says what they hold.
 
-A row is one pair: its key (`pair_keys`) and one float32 log-prob per token of `chosen` and of `rejected`, whatever the
-masks; a token that nothing precedes has none and is NaN. A shard appears whole, by one rename, and is what pairs and
-settings make it, whoever computes it: no time, rank or host name is in it.
+A row is one completion behind its prompt: its key (`completion_keys`) and, as `chosen`, one float32 log-prob a token,
+whatever the masks; a token that nothing precedes has none and is NaN. Caches of before have rows of pairs, with
+`rejected` beside `chosen` and keys of both (`pair_keys`); they serve pairs as they did. A shard appears whole, by one
+rename, and is what rows and settings make it, whoever computes it: no time, rank or host name is in it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from pydantic import Field
 from dpo_ds.batch import PAIR
 from dpo_ds.cluster.records import Count, Damaged, FileName, Record, Sha256, read_object, record_of
 from dpo_ds.cluster.shared_files import write_whole
-from dpo_ds.data import PairDataset
+from dpo_ds.data import GroupDataset
 from dpo_ds.data.shard import SHARD_NAME, DamagedShard, ShardKind, head_of, shard_files
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import file_digest
@@ -74,8 +75,8 @@ class CacheRecord(Record):
 
 
 class Shard(NamedTuple):
-    """keys [rows, 2] uint64; lengths [rows, 2] int64, tokens of chosen and of rejected; chosen, rejected: log-probs of
-    all rows end to end, float32."""
+    """keys [rows, 2] uint64; lengths [rows, 2] int64, tokens of chosen and of rejected, 0 in rows of one completion;
+    chosen, rejected: log-probs of all rows end to end, float32."""
 
     keys: np.ndarray
     lengths: np.ndarray
@@ -104,16 +105,27 @@ class Manifest:
         return [shard for build in self.values["builds"] for shard in build["shards"]]
 
 
-def pair_keys(data: PairDataset) -> np.ndarray:  # [rows, 2] uint64
-    """The key of every pair: 128 bits of BLAKE2b over the lengths and token ids of prompt, chosen and rejected."""
-    keys = np.empty((len(data), 2), dtype=np.uint64)
-    flat = keys.view(np.uint8).reshape(len(data), KEY_BYTES)
-    for row, (prompt, chosen, rejected) in enumerate(data.token_ids()):
-        digest = hashlib.blake2b(np.array([len(prompt), len(chosen)], dtype="<i8"), digest_size=KEY_BYTES)
-        for ids in (prompt, chosen, rejected):
-            digest.update(ids)
-        flat[row] = np.frombuffer(digest.digest(), np.uint8)
-    return keys
+def completion_keys(data: GroupDataset) -> np.ndarray:  # [completions, 2] uint64
+    """The key of every completion: 128 bits of BLAKE2b over the lengths and token ids of prompt and completion."""
+    keys = [_key(prompt, ids) for prompt, *completions in data.token_ids() for ids in completions]
+    return np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)
+
+
+def pair_keys(data: GroupDataset) -> np.ndarray:  # [rows, 2] uint64
+    """The key of every pair in a cache of before; of groups, keys that no cache has."""
+    return np.frombuffer(b"".join(_key(*ids) for ids in data.token_ids()), np.uint64).reshape(-1, 2)
+
+
+def _key(prompt: np.ndarray, first: np.ndarray, *others: np.ndarray) -> bytes:
+    digest = hashlib.blake2b(np.array([len(prompt), len(first)], dtype="<i8"), digest_size=KEY_BYTES)
+    for ids in (prompt, first, *others):
+        digest.update(ids)
+    return digest.digest()
+
+
+def holds_pairs(shards: Iterable[Shard]) -> bool:
+    """Tells whether a cache has rows of pairs, as those of before have."""
+    return any(shard.lengths[:, 1].any() for shard in shards)
 
 
 class KeyIndex:

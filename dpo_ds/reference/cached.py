@@ -16,7 +16,7 @@ from dpo_ds.batch import Batch, sum_per_sequence
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.config import PrecomputeConfig, TrainConfig, reference_section
-from dpo_ds.data import PairDataset
+from dpo_ds.data import GroupDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.data.tokenize import fingerprint_without_template
 from dpo_ds.errors import ConfigError
@@ -34,25 +34,26 @@ SPOT_CHECK_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # mean nats a token 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Knows where in the cache each pair of each data set of a run is."""
+    """Knows where in the cache each completion of each data set of a run is."""
 
     manifest: Manifest
     store: Store
-    datasets: Sequence[PairDataset]
-    rows: Sequence[np.ndarray]  # one for each data set, [its rows] int64
+    datasets: Sequence[GroupDataset]
+    rows: Sequence[np.ndarray]  # one for each data set, [its completions, 2] int64: row and side in the store
+    firsts: Sequence[np.ndarray]  # one for each data set, [its rows]: its first completion among them
 
     def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
         """In the order of `batch.targets`, on the CPU."""
-        parts = [part for index in batch.pair_indices for part in self._completions(index)]
+        parts = [part for index in batch.indices for part in self._completions(index)]
         return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0)
 
     def _completions(self, index: int) -> list[np.ndarray]:
-        """Log-probs of the trained tokens of chosen and of rejected of one pair."""
+        """Log-probs of the trained tokens of each completion of one group."""
         split = max(i for i, data in enumerate(self.datasets) if data.first_index <= index)
         row = index - self.datasets[split].first_index
-        pair = self.datasets[split][row]
-        chosen, rejected = self.store.logps(int(self.rows[split][row]))
-        return [chosen[pair.target_positions("chosen")], rejected[pair.target_positions("rejected")]]
+        group, first = self.datasets[split][row], int(self.firsts[split][row])
+        found = self.rows[split][first : first + len(group.completions)].tolist()
+        return [self.store.logps(*place)[group.target_positions(i)] for i, place in enumerate(found)]
 
 
 @dataclass(frozen=True)
@@ -112,21 +113,23 @@ def check_cache(run: TrainConfig, tokenizer, launch: Launch) -> Manifest:
     return manifest
 
 
-def find_rows(run: TrainConfig, manifest: Manifest, datasets: Sequence[PairDataset], launch: Launch) -> CachedRows:
-    """Returns every pair's row in the cache.
+def find_rows(run: TrainConfig, manifest: Manifest, datasets: Sequence[GroupDataset], launch: Launch) -> CachedRows:
+    """Returns every completion's row in the cache.
 
     Raises:
-        ConfigError: pairs are missing; the message counts them and names the command that adds them.
+        ConfigError: some are missing; the message counts their rows and names the command that adds them.
     """
     store = open_store(manifest, build=launch.is_first_on_node)
     rows = [data_rows(store, data, build=launch.is_first_on_node) for data in datasets]
-    missing = sum(int((places < 0).sum()) for places in rows)
+    firsts = [np.cumsum(data.completions) - data.completions for data in datasets]
+    missing = sum(int(np.logical_or.reduceat(of[:, 0] < 0, f).sum()) for of, f in zip(rows, firsts, strict=True))
     if missing:
+        what = "groups" if any(data.census["groups"] for data in datasets) else "pairs"
+        rows = f"{missing} of {sum(map(len, datasets))} {what}"
         raise ConfigError(
-            f"--reference.cache {manifest.folder}: {missing} of {sum(map(len, rows))} pairs are not in it (other rows, "
-            f"template or cut than it was filled with); add them with: {config.command_line('precompute', run)}"
+            f"--reference.cache {manifest.folder}: {rows} are not in it (other rows, template or cut than it was filled with); add them with: {config.command_line('precompute', run)}"
         )
-    return CachedRows(manifest, store, datasets, rows)
+    return CachedRows(manifest, store, datasets, rows, firsts)
 
 
 def kernels(model, layout: str) -> dict[str, str]:
@@ -165,7 +168,7 @@ def spot_check(run: TrainConfig, policy, cached: CachedRows, layout: Layout) -> 
 
     data = cached.datasets[0]
     picked = np.random.default_rng(run.train.seed).permutation(len(data))[:SPOT_CHECK_PAIRS]
-    lengths = Lengths.of(data, picked)
+    lengths, what = Lengths.of(data, picked), "groups" if data.census["groups"] else "pairs"
     worst = 0.0
     with policy.evaluating():
         for members in plan(lengths, layout, collectives.world_size())[collectives.rank()]:
@@ -176,8 +179,8 @@ def spot_check(run: TrainConfig, policy, cached: CachedRows, layout: Layout) -> 
     worst = collectives.reduce_max(worst, policy.device)
     if worst > tolerance:
         raise ConfigError(
-            f"--reference.cache {cached.manifest.folder}: {len(picked)} pairs recomputed with {run.model.path} differ "
+            f"--reference.cache {cached.manifest.folder}: {len(picked)} {what} recomputed with {run.model.path} differ "
             f"by up to {worst:.1e} nats a token, more than {tolerance:.0e} ({'; '.join(notes) or 'same kernels'}); "
             f"fill another folder with: {config.command_line('precompute', run)}"
         )
-    return [*notes, f"reference.cache: {len(picked)} pairs recomputed, within {worst:.1e} nats a token"]
+    return [*notes, f"reference.cache: {len(picked)} {what} recomputed, within {worst:.1e} nats a token"]

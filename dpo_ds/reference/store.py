@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from dpo_ds.cluster.derived import cache_root, derive
-from dpo_ds.data import PairDataset
-from dpo_ds.reference.cache import KeyIndex, Manifest, pair_keys, read_shards, sort_keys
+from dpo_ds.data import GroupDataset
+from dpo_ds.reference.cache import KeyIndex, Manifest, completion_keys, pair_keys, read_shards, sort_keys
 
 KEYS, PLACES, VALUES = "keys.npy", "places.npy", "values.f32"
 ARRAY = "array.npy"
 
 
 class Store:
-    """Log-probs by row; a row is a pair's index among the sorted keys.
+    """Log-probs by row; a row is an index among the sorted keys.
 
     keys [2, rows] uint64; places [rows, 4] int64: start and length of chosen, then of rejected, in the values, float32.
+    has_pairs: rows of before, of two completions each, are among them.
     """
 
     def __init__(self, folder: Path):
@@ -29,11 +30,23 @@ class Store:
         self.index = KeyIndex(np.load(folder / KEYS, mmap_mode="r"))
         self._places = np.load(folder / PLACES, mmap_mode="r")
         self._values = np.memmap(folder / VALUES, dtype=np.float32, mode="r")
+        self.has_pairs = bool((self._places[:, 3] > 0).any())
 
-    def logps(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the log-probs of every token of chosen and of rejected, float32, as views."""
-        start, length, other_start, other_length = self._places[row]
-        return self._values[start : start + length], self._values[other_start : other_start + other_length]
+    def logps(self, row: int, side: int) -> np.ndarray:
+        """Returns the log-probs of every token of a completion, float32, as a view; side 1 is a pair's rejected."""
+        start, length = self._places[row][2 * side : 2 * side + 2]
+        return self._values[start : start + length]
+
+    def find(self, data: GroupDataset, keys: np.ndarray) -> np.ndarray:  # [completions, 2] int64
+        """Returns the row and side of every completion, whose keys are given; -1 where there is none."""
+        rows = self.index.find(keys)
+        found = np.stack([rows, np.zeros_like(rows)], axis=1)
+        if self.has_pairs:
+            sides = np.arange(len(keys)) - np.repeat(np.cumsum(data.completions) - data.completions, data.completions)
+            of_pair = np.repeat(self.index.find(pair_keys(data)), data.completions)
+            lacks = (rows < 0) & (of_pair >= 0)
+            found[lacks] = np.stack([of_pair, sides], axis=1)[lacks]
+        return found
 
 
 def open_store(manifest: Manifest, build: bool) -> Store:
@@ -43,17 +56,17 @@ def open_store(manifest: Manifest, build: bool) -> Store:
     return Store(folder)
 
 
-def data_keys(data: PairDataset, build: bool) -> np.ndarray:  # [rows, 2] uint64
-    """Returns `pair_keys`, memory-mapped and computed once a data set and node."""
-    return _array(f"keys-{data.digest}", lambda: pair_keys(data), build)
+def data_keys(data: GroupDataset, build: bool) -> np.ndarray:  # [completions, 2] uint64
+    """Returns `completion_keys`, memory-mapped and computed once a data set and node."""
+    return _array(f"completion-keys-{data.digest}", lambda: completion_keys(data), build)
 
 
-def data_rows(store: Store, data: PairDataset, build: bool) -> np.ndarray:  # [rows] int64
-    """Returns the store's row of every pair, -1 where it has none; memory-mapped, computed once a data set, cache and
-    node.
+def data_rows(store: Store, data: GroupDataset, build: bool) -> np.ndarray:  # [completions, 2] int64
+    """Returns the store's row and side of every completion, -1 where it has none; memory-mapped, computed once a data
+    set, cache and node.
     """
     keys = data_keys(data, build)
-    return _array(f"rows-{store.folder.name}-{data.digest}", lambda: store.index.find(keys), build)
+    return _array(f"places-{store.folder.name}-{data.digest}", lambda: store.find(data, keys), build)
 
 
 def _fill(folder: Path, manifest: Manifest) -> None:

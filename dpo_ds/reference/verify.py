@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_ds.batch import PAIR
 from dpo_ds.errors import ConfigError
 from dpo_ds.reference.cache import MANIFEST, check_shards, read_manifest, read_shards
 
@@ -32,9 +31,8 @@ def verify(folder: Path) -> None:
         raise ConfigError(f"--verify {folder}: {rows} rows, {unique} of them unique; {MANIFEST} says {values['rows']}")
     print(f"{folder}: cache {manifest.id}, every hash is right")
     print(f"  reference  {values['reference']}, weights {values['weights'][:12]}, tokenizer {values['tokenizer'][:12]}")
-    print(f"  pairs      {rows} in {len(manifest.shards)} shards, {sum(s['bytes'] for s in manifest.shards)} bytes")
-    for side, mean, count in zip(PAIR, sums / counts, counts, strict=True):
-        print(f"  {side:<10} {int(count)} tokens, mean log-prob {mean:.4f}")
+    print(f"  rows       {rows} in {len(manifest.shards)} shards, {sum(s['bytes'] for s in manifest.shards)} bytes")
+    print(f"  tokens     {int(counts.sum())}, mean log-prob {sums.sum() / counts.sum():.4f}")
     for build in values["builds"]:
         names = ("dtype", "layout", "attention", "logprobs", "device", "threads")
         used = ", ".join(f"{name} {build[name]}" for name in names)

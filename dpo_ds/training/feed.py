@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dpo_ds.batch import Batch
-from dpo_ds.data import PairDataset
+from dpo_ds.data import GroupDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 
 
@@ -37,7 +37,7 @@ class Feed:
     """
 
     def __init__(
-        self, batches: Iterable[tuple[int, np.ndarray]], data: PairDataset, layout: Layout, rank: int, ranks: int,
+        self, batches: Iterable[tuple[int, np.ndarray]], data: GroupDataset, layout: Layout, rank: int, ranks: int,
         device: torch.device,
     ):  # fmt: skip
         self.waited = 0.0

@@ -64,7 +64,7 @@ class ModelFlops:
         )
 
     def forward(self, lengths: Lengths, targets: int) -> float:
-        """Returns what the pairs of these lengths cost, of which `targets` tokens are scored."""
+        """Returns what the groups of these lengths cost, of which `targets` tokens are scored."""
         return self.token * _tokens(lengths) + self._attention(lengths) + self.target * targets
 
     def with_backward(self, lengths: Lengths, targets: int) -> float:
@@ -98,11 +98,11 @@ class Utilisation:
 
 def attended(lengths: Lengths, window: int | None) -> float:
     """Returns the number of (query, key) pairs: each token sees itself and, within `window`, what precedes it in prompt
-    and its own completion.
+    and its own completion. A completion of no token counts nothing.
     """
-    prompt, chosen, rejected = lengths.prompt, lengths.chosen, lengths.rejected
-    causal = [_causal(length, window) for length in (prompt + chosen, prompt + rejected, prompt)]
-    return float((causal[0] + causal[1] - causal[2]).sum())
+    prompt = _causal(lengths.prompt, window)
+    completions = _causal(lengths.prompt[:, None] + lengths.completions, window).sum(1)
+    return float((completions - (lengths.completions.shape[1] - 1) * prompt).sum())
 
 
 def _causal(length: np.ndarray, window: int | None) -> np.ndarray:
@@ -112,7 +112,7 @@ def _causal(length: np.ndarray, window: int | None) -> np.ndarray:
 
 
 def _tokens(lengths: Lengths) -> int:
-    return int((lengths.prompt + lengths.chosen + lengths.rejected).sum())
+    return int(lengths.tokens.sum())
 
 
 def _used(parameter: torch.nn.Parameter, settings) -> float:

@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_ds.batch import PAIR, Batch, PairLogps
+from dpo_ds.batch import Batch, PairLogps
 from dpo_ds.cluster import collectives
 from dpo_ds.losses import Loss, WeightedSum
 from dpo_ds.models.engine import LoadedModel, Policy
@@ -23,7 +24,7 @@ PLAIN = Shaping()
 
 @dataclass(frozen=True)
 class Share:
-    """A micro-batch's part of a loss that was computed over the whole global batch; all [pairs].
+    """A micro-batch's part of a loss that was computed over the whole global batch; all [comparisons].
 
     chosen and rejected are the derivatives of the sum of all losses by the policy's log-probs.
     """
@@ -38,17 +39,19 @@ class Share:
 
 
 class PreferenceObjective(Objective):
-    """A preference loss, its mean over the global batch's pairs; `reference` is None where the loss needs none."""
+    """The mean of a preference loss over the global batch's comparisons; reference: None where the loss needs none."""
 
-    sides = PAIR
     names = metrics.PREFERENCE
 
     def __init__(self, loss: Loss | WeightedSum, reference: Reference | None, shaping: Shaping = PLAIN):
         self.loss, self.reference, self.shaping = loss, reference, shaping
         self._shares: deque[Share] = deque()
 
+    def counts(self, data) -> np.ndarray | None:
+        return data.comparisons if data.census["groups"] else None
+
     def weight(self, batch: Batch) -> int:
-        return batch.num_pairs
+        return batch.num_comparisons
 
     def begin(self, policy: Policy, micro_batches: Sequence[Batch]) -> None:
         if self.loss.across_pairs:

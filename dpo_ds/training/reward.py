@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
-from dpo_ds.batch import PAIR, Batch
+from dpo_ds.batch import Batch
 from dpo_ds.config import RewardSection
 from dpo_ds.models.engine import Policy
 from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
@@ -34,23 +33,14 @@ class BradleyTerry:
 
 @dataclass(frozen=True)
 class RewardObjective(Objective):
-    """Its mean is over the global batch's pairs. margins: [all rows of the run], None without a column of them.
+    """Its mean is over the global batch's comparisons.
 
     with_calibration adds what is worth knowing over a whole evaluation: the Brier score (1 - p)², p = σ(r_w - r_l), and
     the expected calibration error in bins of confidence.
     """
 
     loss: BradleyTerry
-    margins: Tensor | None = None
     with_calibration: bool = False
-    sides = PAIR
-
-    @classmethod
-    def of(cls, section: RewardSection, datasets: Sequence, device: torch.device) -> RewardObjective:
-        """datasets: all that the loss is computed on, in the order of their rows' indices; None has no rows."""
-        margins = [data.margins for data in datasets if data is not None and data.margins is not None]
-        whole = torch.from_numpy(np.concatenate(margins)).to(device) if margins else None
-        return cls(BradleyTerry(section.centering), whole)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,18 +50,17 @@ class RewardObjective(Objective):
     def for_evaluation(self) -> RewardObjective:
         return replace(self, with_calibration=True)
 
+    def counts(self, data) -> np.ndarray | None:
+        return data.comparisons if data.census["groups"] else None
+
     def weight(self, batch: Batch) -> int:
-        return batch.num_pairs
+        return batch.num_comparisons
 
     def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
-        chosen, rejected = policy.scores(batch).unbind(1)
-        losses = self.loss(chosen, rejected, self._margins(batch))
-        return losses.sum(), self._sums(losses.detach(), chosen.detach(), rejected.detach())
-
-    def _margins(self, batch: Batch) -> Tensor | float:
-        if self.margins is None:
-            return 0.0
-        return self.margins[torch.tensor(batch.pair_indices, dtype=torch.int64, device=self.margins.device)]
+        batch = batch.to(policy.device)
+        pair = batch.compared(policy.scores(batch))
+        losses = self.loss(pair.chosen, pair.rejected, 0.0 if batch.margins is None else batch.margins)
+        return losses.sum(), self._sums(losses.detach(), pair.chosen.detach(), pair.rejected.detach())
 
     def _sums(self, losses: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:  # [names] float64
         columns = [losses, chosen, rejected, chosen - rejected, chosen > rejected]
@@ -94,13 +83,12 @@ def calibration_gaps(margins: Tensor) -> Tensor:  # [pairs] -> [pairs, BINS]
 
 
 class MeanReward(Objective):
-    """Measured, not trained: the mean score of chosen and rejected alike."""
+    """Measured, not trained: the mean score of all completions."""
 
-    sides = PAIR
     names = (REWARD_MEAN,)
 
     def weight(self, batch: Batch) -> int:
-        return len(PAIR) * batch.num_pairs
+        return sum(batch.group_sizes)
 
     def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
         total = policy.scores(batch).double().sum()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo_ds.batch import PAIR, Batch, PairLogps, sum_per_sequence
+from dpo_ds.batch import Batch, PairLogps, sum_per_sequence
 from dpo_ds.logprobs import TokenStatistics
 
 MAX_EXPONENT = 80.0  # e^80 still fits float32; beyond it the score stays where it is and gives no gradient
@@ -42,12 +42,15 @@ class Shaping:
         """Sums per side with LD's discount, for policy and reference alike, so that equal models stay equal."""
         if self.ld_alpha == 1.0:
             return batch.pair_logps(logps_N)
-        counts = batch.target_counts.view(batch.num_pairs, len(PAIR))
-        shorter = counts.min(dim=1).values.repeat_interleave(len(PAIR))  # [sequences]
-        starts = batch.target_counts.cumsum(0) - batch.target_counts
-        token = torch.arange(len(logps_N), device=logps_N.device) - starts.repeat_interleave(batch.target_counts)
-        beyond = token >= shorter.repeat_interleave(batch.target_counts)
-        return batch.pair_logps(torch.where(beyond, self.ld_alpha * logps_N, logps_N))
+        sides = batch.comparisons.flatten()  # [2 comparisons], and below each token once for each side that it is in
+        counts = batch.target_counts[sides]
+        shorter = counts.view(-1, 2).min(dim=1).values.repeat_interleave(2)
+        starts = (batch.target_counts.cumsum(0) - batch.target_counts)[sides]
+        token = torch.arange(int(counts.sum()), device=logps_N.device) - _repeated(counts.cumsum(0) - counts, counts)
+        logps = logps_N[_repeated(starts, counts) + token]
+        logps = torch.where(token >= _repeated(shorter, counts), self.ld_alpha * logps, logps)
+        sums = sum_per_sequence(logps, counts).view(-1, 2)
+        return PairLogps(*sums.unbind(1), *counts.view(-1, 2).unbind(1))
 
     def scores(self, policy: PairLogps, reference: PairLogps | None) -> tuple[PairLogps, PairLogps | None]:
         """Returns what a loss of differences takes in place of log-probs: f'(π/π_ref) of the divergence against zeros.
@@ -79,5 +82,9 @@ def wpo_weights(statistics: TokenStatistics, batch: Batch) -> Tensor:
     """[pairs] w_c w_r with w = exp(mean over tokens of log p - log Σ_v p_v²), eq. 2 of arXiv 2406.11827: 1 for a
     completion as likely as the policy's own draws.
     """
-    means = sum_per_sequence(statistics.logps - statistics.log_sum_p2, batch.target_counts) / batch.target_counts
-    return means.view(batch.num_pairs, len(PAIR)).sum(dim=1).exp()
+    pair = batch.pair_logps(statistics.logps - statistics.log_sum_p2)
+    return (pair.chosen / pair.chosen_tokens + pair.rejected / pair.rejected_tokens).exp()
+
+
+def _repeated(values: Tensor, counts: Tensor) -> Tensor:
+    return values.repeat_interleave(counts)

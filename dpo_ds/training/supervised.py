@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dpo_ds.batch import CHOSEN_ONLY, Batch
+from dpo_ds.batch import Batch
 from dpo_ds.models.engine import Policy
 from dpo_ds.training.trainer import Objective
 
@@ -12,7 +12,6 @@ from dpo_ds.training.trainer import Objective
 class SupervisedObjective(Objective):
     """Maximum likelihood of the chosen completions; its mean is over the global batch's trained tokens."""
 
-    sides = CHOSEN_ONLY
     names = ("loss",)
 
     def weight(self, batch: Batch) -> int:

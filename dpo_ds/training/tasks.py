@@ -123,9 +123,9 @@ class Reward(Supervised):
         return RewardModel(self._adapted(load_classifier(self.run.model, ds_config, self.run.train.seed), "SEQ_CLS"))
 
     def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
-        from dpo_ds.training.reward import RewardObjective
+        from dpo_ds.training.reward import BradleyTerry, RewardObjective
 
-        return RewardObjective.of(self.run.reward, [prepared.data, prepared.evaluation_data], device)
+        return RewardObjective(BradleyTerry(self.run.reward.centering))
 
     def finish(self, trainer: Trainer, prepared: Prepared) -> list[str]:
         from dpo_ds.training.reward import finish

@@ -36,8 +36,10 @@ EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an ev
 class Objective(Protocol):
     """Gives what is minimised: sums over a micro-batch, to be divided by the global batch's weight."""
 
-    sides: tuple[str, ...]
     names: tuple[str, ...]  # of the sums, "loss" first
+
+    def counts(self, data) -> np.ndarray | None:
+        """Returns what each row of `data` counts of train.global_batch_size; None: 1."""
 
     def weight(self, batch: Batch) -> int: ...
 
@@ -112,8 +114,9 @@ class Trainer:
         self.writer, self.checkpoint_every = writer, checkpoint_every
         self.tracker, self.stop, self.peers, self.profile = tracker, stop, peers, profile
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
-        self.total_steps = total_steps(data.sources, run)
-        self.per_epoch = steps_per_epoch(data.sources, run.global_batch_size)
+        self.counts = objective.counts(data)
+        self.total_steps = total_steps(data.sources, run, self.counts)
+        self.per_epoch = steps_per_epoch(data.sources, run.global_batch_size, self.counts)
         self.agreed = Agreed([], 0, 0, 0, 0, "")
         self.utilisation = Utilisation.of(policy, objective.forwards(), self.world_size)
         self.last_metrics: dict = {}  # of the last step and evaluation, for the model card
@@ -125,7 +128,8 @@ class Trainer:
         """
         if evaluation_due:
             self.evaluate_and_save(first_step - 1)
-        batches = global_batches(self.data.sources, self.run.seed, self.run.global_batch_size, first_step)
+        size = self.run.global_batch_size
+        batches = global_batches(self.data.sources, self.run.seed, size, first_step, self.counts)
         batches = itertools.takewhile(lambda batch: batch[0] <= self.total_steps, batches)
         with contextlib.closing(self._feed(batches, self.data)) as feed:
             self._agree([], feed.following())
@@ -176,7 +180,7 @@ class Trainer:
         seconds, self._step_ended = time.perf_counter() - self._step_ended, time.perf_counter()
         data_seconds, self._waited = feed.waited - self._waited, feed.waited
         self.last_metrics = update.means
-        mfu = {}
+        mfu, pairs = {}, len(batch.rows) if self.counts is None else int(self.counts[batch.rows].sum())
         if self.utilisation is not None:
             mfu = {"mfu": self.utilisation(batch.lengths, update.targets, seconds)}
         if self.tracker:
@@ -187,10 +191,10 @@ class Trainer:
                     "grad_norm": update.grad_norm,
                     "learning_rate": update.learning_rate,
                     "epoch": batch.step / self.per_epoch,
-                    "pairs": len(batch.rows),
+                    "pairs": pairs,
                     "tokens": update.tokens,
                     "tokens_per_second": update.tokens / seconds,
-                    "pairs_per_second": len(batch.rows) / seconds,
+                    "pairs_per_second": pairs / seconds,
                     "step_seconds": seconds,
                     "data_seconds": data_seconds,
                     "host_seconds": update.host_seconds,
@@ -292,7 +296,7 @@ class Trainer:
         if all(map(math.isfinite, (*means, grad_norm))):
             return
         mine = [
-            (self.data.location(row), bool(loss.isfinite())) for loss, batch in losses for row in batch.pair_indices
+            (self.data.location(row), bool(loss.isfinite())) for loss, batch in losses for row in batch.indices
         ]
         all_pairs = [pair for of_rank in collectives.gather_objects(mine) for pair in of_rank]
         pairs = [name for name, finite in all_pairs if not finite] or [name for name, _ in all_pairs]
@@ -302,11 +306,13 @@ class Trainer:
         )
 
 
-def total_steps(sources: Sequence[tuple[int, int, float]], run: TrainSection) -> int:
+def total_steps(
+    sources: Sequence[tuple[int, int, float]], run: TrainSection, counts: np.ndarray | None = None
+) -> int:
     """train.max_steps alone if given, else train.epochs passes."""
     if run.max_steps is not None:
         return run.max_steps
-    steps = run.epochs * steps_per_epoch(sources, run.global_batch_size)
+    steps = run.epochs * steps_per_epoch(sources, run.global_batch_size, counts)
     return max(1, math.ceil(round(steps, 6)))  # 1.1 x 10 is a little more than 11
 
 

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, PretrainedConfig  # noqa: E402
 
-from dpo_ds.batch import Batch, PreferencePair, Segment, packed_batch, padded_batch  # noqa: E402
+from dpo_ds.batch import Batch, Group, Segment, packed_batch, padded_batch  # noqa: E402
 from dpo_ds.demo.tiny import tiny_config  # noqa: E402
 from dpo_ds.models.attention import packed_refusal  # noqa: E402
 from dpo_ds.models.causal_lm import LogProbModel  # noqa: E402
@@ -125,10 +125,10 @@ def model(config: PretrainedConfig, dtype: torch.dtype, weights: dict | None = N
     return LogProbModel(causal_lm).to(DEVICE)
 
 
-def random_pairs() -> list[PreferencePair]:
+def random_pairs() -> list[Group]:
     rng = np.random.default_rng(0)
     drawn = [[rng.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths] for lengths in PAIRS]
-    return [PreferencePair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in drawn]
+    return [Group.pair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in drawn]
 
 
 def results(model: LogProbModel, batch: Batch) -> tuple[Tensor, list[Tensor]]:

@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 from dpo_ds.batch import PAIR, Batch
 from dpo_ds.cluster import launch, process_group
 from dpo_ds.commands import cli, train
-from dpo_ds.data import PairDataset
+from dpo_ds.data import GroupDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.models import attention, checks
 from dpo_ds.models.causal_lm import LogProbModel
@@ -139,7 +139,7 @@ def bare(work: Workload, results: Connection, update: bool = False) -> None:
         watch.step({"loss": loss_sum / work.pairs_per_rank})
 
 
-def share(data: PairDataset, rows: np.ndarray, layout: Layout, place: launch.Launch) -> list[Batch]:
+def share(data: GroupDataset, rows: np.ndarray, layout: Layout, place: launch.Launch) -> list[Batch]:
     """The micro-batches that the trainer gives this rank."""
     lengths = Lengths.of(data, rows)
     mine = plan(lengths, layout, place.world_size)[place.rank]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from dpo_ds.batch import PAIR
 from dpo_ds.config import DataSection
 from dpo_ds.config.deepspeed import LEAST_BUCKET
-from dpo_ds.data import PairDataset, prepare
+from dpo_ds.data import GroupDataset, prepare
 from dpo_ds.data.batching import global_batches
 from dpo_ds.demo.tiny import EOS, PAD, special_ids
 
@@ -91,13 +91,13 @@ class Workload:
     def total_steps(self) -> int:
         return self.warm_up + self.rounds * self.steps
 
-    def dataset(self) -> PairDataset:
+    def dataset(self) -> GroupDataset:
         """The tokenised pairs, which `make` has left in DPO_DS_CACHE."""
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.model)
         options = DataSection(train=self.pairs, on_bad_row="skip")
         return prepare(self.pairs, options=options, tokenizer=tokenizer, sides=PAIR, split="train", build=True)
 
-    def batches(self, data: PairDataset) -> list[np.ndarray]:
+    def batches(self, data: GroupDataset) -> list[np.ndarray]:
         """Rows of every step's global batch."""
         batches = global_batches(data.sources, 0, self.global_batch_size, first_step=1)
         return [rows for _, rows in itertools.islice(batches, self.total_steps)]

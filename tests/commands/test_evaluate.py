@@ -25,7 +25,7 @@ from dpo_ds import config
 from dpo_ds.commands.evaluate import judging
 from dpo_ds.commands.evaluate.results import Measured
 from dpo_ds.data.formats import Conversation
-from dpo_ds.data.tokenize import PairTokenizer
+from dpo_ds.data.tokenize import GroupTokenizer
 from dpo_ds.demo.tiny import save_tiny_model, tiny_config, tiny_llama, train_tokenizer
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.scoring import load_scorer
@@ -113,7 +113,7 @@ def test_kl_is_that_of_exact_enumeration(forks, world):
 
 def pair_sums(world, name: str) -> np.ndarray:  # [pairs, 2]
     rows = [json.loads(line) for line in (world / "eval.jsonl").read_text().splitlines()]
-    tokenize = PairTokenizer(AutoTokenizer.from_pretrained(world / "model"), 2048, 1024)
+    tokenize = GroupTokenizer(AutoTokenizer.from_pretrained(world / "model"), 2048, 1024)
     pairs = [t.pair for t in tokenize([Conversation(row["prompt"], row["chosen"], row["rejected"]) for row in rows])]
     model = AutoModelForCausalLM.from_pretrained(world / name)
     with torch.no_grad():

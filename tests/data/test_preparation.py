@@ -356,7 +356,7 @@ def test_a_second_run_reads_nothing(tmp_path, no_reading):
     assert second.digest == first.digest and second.census == first.census
 
 
-def prepared(path) -> dataset.PairDataset:
+def prepared(path) -> dataset.GroupDataset:
     return prepare(str(path), options=options(), tokenizer=tokenizer())
 
 
@@ -588,7 +588,7 @@ def test_a_cache_that_cannot_be_made_or_written(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(dataset.PairWriter, "write", full)
+    monkeypatch.setattr(dataset.GroupWriter, "write", full)
     with pytest.raises(ConfigError, match=r"full/tokenized cannot be made or written \(No space left on device\)"):
         prepare(str(path), **given)
 
@@ -602,12 +602,12 @@ from dpo_ds.data import dataset, prepare, reading
 from tests.data_helpers import options, tokenizer
 import sys
 reading.BATCH = 10
-write = dataset.PairWriter.write
+write = dataset.GroupWriter.write
 def die(self, *given):
     write(self, *given)
     if self.rows == 20:
         os._exit(9)
-dataset.PairWriter.write = die
+dataset.GroupWriter.write = die
 prepare({str(path)!r}, options=options(), tokenizer=tokenizer())
 """
     killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True)

@@ -11,7 +11,7 @@ from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.chat.template import DEFAULT_CHAT_TEMPLATE, set_template, settle_template
 from dpo_ds.data.formats import Conversation
 from dpo_ds.data.rows import BadRow
-from dpo_ds.data.tokenize import PairTokenizer, fingerprint
+from dpo_ds.data.tokenize import GroupTokenizer, fingerprint
 from dpo_ds.errors import ConfigError, ModelError
 from tests.data_helpers import CHATML, EOS, tokenizer
 
@@ -36,7 +36,7 @@ def assistant(content):
 
 
 def tokenize(conversation, tok, max_length=1000, max_prompt_length=500, sides=PAIR):
-    result = PairTokenizer(tok, max_length, max_prompt_length, sides)([conversation])[0]
+    result = GroupTokenizer(tok, max_length, max_prompt_length, sides)([conversation])[0]
     if isinstance(result, BadRow):
         raise result
     return result
@@ -348,7 +348,7 @@ def test_results_keep_their_order_around_a_refused_row():
     good = Conversation([user("q")], [assistant("a")], [assistant("b")])
     bad = Conversation([user("q"), assistant("a"), user("q")], [assistant("a")], [assistant("b")])
     text = Conversation("q", "text", "b")
-    first, second, third = PairTokenizer(tok, 100, 50)([good, bad, text])
+    first, second, third = GroupTokenizer(tok, 100, 50)([good, bad, text])
     assert isinstance(second, BadRow) and second.reason == "refused by the chat template"
     assert trained(tok, first.pair, "chosen") == "a<|im_end|>" + EOS
     assert trained(tok, third.pair, "chosen") == "text" + EOS
@@ -360,9 +360,9 @@ def test_user_mistakes():
     with pytest.raises(
         ModelError, match="a slow tokenizer gives no character offsets; use a model with a tokenizer.json"
     ):
-        PairTokenizer(slow, 10, 5)
+        GroupTokenizer(slow, 10, 5)
     with pytest.raises(ModelError, match="has no EOS token"):
-        PairTokenizer(tokenizer(eos=None), 10, 5)
+        GroupTokenizer(tokenizer(eos=None), 10, 5)
 
 
 def test_the_callers_tokenizer_is_left_alone():

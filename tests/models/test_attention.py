@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_ds.batch import Batch, PreferencePair, packed_batch, padded_batch
+from dpo_ds.batch import Batch, Group, packed_batch, padded_batch
 from dpo_ds.logprobs.head import install_head
 from dpo_ds.models.attention import PACKED_ATTENTION, packed_refusal, use_packed_attention
 from dpo_ds.models.causal_lm import hidden_states
@@ -99,10 +99,10 @@ def tiny(family: str, settings: dict) -> LogProbModel:
     return LogProbModel(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).eval()
 
 
-def random_pairs(lengths=UNEVEN) -> list[PreferencePair]:
+def random_pairs(lengths=UNEVEN) -> list[Group]:
     generator = np.random.default_rng(1)
     tokens = [[generator.integers(3, VOCABULARY, size=n) for n in pair] for pair in lengths]
-    return [PreferencePair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
+    return [Group.pair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
 
 
 def logps_and_gradients(model: LogProbModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -192,7 +192,7 @@ def test_neither_side_sees_the_other(family, changed):
     pairs = random_pairs()
     other = {changed: pairs[0].completion(changed)[::-1] + 1}
     assert (other[changed] != pairs[0].completion(changed)).all()
-    perturbed = [PreferencePair(**{**vars(pairs[0]), **other}), *pairs[1:]]
+    perturbed = [Group.pair(**{**vars(pairs[0]), **other}), *pairs[1:]]
     before, after = (packed_batch(p) for p in (pairs, perturbed))
     before, after = (batch.pair_logps(model(batch)) for batch in (before, after))
     seen, unseen = ("chosen", "rejected") if changed == "chosen" else ("rejected", "chosen")

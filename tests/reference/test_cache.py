@@ -9,8 +9,8 @@ import pytest
 
 from dpo_ds.batch import packed_batch, padded_batch
 from dpo_ds.commands.precompute import micro_batches, missing_rows
-from dpo_ds.data import PairDataset
-from dpo_ds.data.dataset import PairWriter
+from dpo_ds.data import GroupDataset
+from dpo_ds.data.dataset import GroupWriter
 from dpo_ds.data.rows import Location
 from dpo_ds.data.shard import DamagedShard, shard_name
 from dpo_ds.demo.tiny import tiny_config
@@ -44,12 +44,12 @@ def cache_root(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_DS_CACHE", str(tmp_path / "derived"))
 
 
-def dataset(folder, pairs) -> PairDataset:
+def dataset(folder, pairs) -> GroupDataset:
     folder.mkdir()
-    with PairWriter(folder) as writer:
+    with GroupWriter(folder) as writer:
         writer.write(pairs, [Location("a.jsonl", row) for row in range(len(pairs))])
     (folder / "census.json").write_text(json.dumps({"location_files": ["a.jsonl"], "source_ends": [len(pairs)]}))
-    return PairDataset(folder, [1.0])
+    return GroupDataset(folder, [1.0])
 
 
 def shard_of(pairs, keys) -> Shard:

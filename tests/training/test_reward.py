@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dpo_ds.batch import PreferencePair, packed_batch, padded_batch
+from dpo_ds.batch import Group, packed_batch, padded_batch
 from dpo_ds.data import prepare
 from dpo_ds.demo.tiny import tiny_config
 from dpo_ds.errors import DataError, ModelError
@@ -82,9 +82,9 @@ def test_margins_are_looked_up_by_the_pairs_rows():
     assert loss.item() == pytest.approx(-math.log(sigmoid(1)) - math.log(sigmoid(-0.5)))
 
 
-def pair(prompt: int, chosen: int, rejected: int) -> PreferencePair:
+def pair(prompt: int, chosen: int, rejected: int) -> Group:
     parts = np.split(np.arange(1, 1 + prompt + chosen + rejected), [prompt, prompt + chosen])
-    return PreferencePair(*parts, np.ones(chosen, bool), np.ones(rejected, bool))
+    return Group.pair(*parts, np.ones(chosen, bool), np.ones(rejected, bool))
 
 
 def test_the_rows_of_the_last_tokens_by_hand():

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dpo_ds.__main__ import end
-from dpo_ds.batch import PreferencePair, packed_batch
+from dpo_ds.batch import Group, packed_batch
 from dpo_ds.cluster import launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
@@ -40,7 +40,7 @@ def measure(case: dict, folder: Path, device) -> dict[str, int]:
     lengths = dict(zip(("prompt", "chosen", "rejected"), case["shape"], strict=True))
     tokens = {name: np.arange(1, count + 1) for name, count in lengths.items()}
     masks = {f"{side}_mask": np.ones(lengths[side], bool) for side in ("chosen", "rejected")}
-    batch = packed_batch([PreferencePair(**tokens, **masks)] * case["pairs"])
+    batch = packed_batch([Group.pair(**tokens, **masks)] * case["pairs"])
     with PeakMemory([]) as meter:
         model = load_causal_lm(section, policy_config)
         if case["checkpointing"]:

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 
 from dpo_ds import data
-from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.commands.evaluate.judging import Judge, give_preferences, give_scores, load_judge, read_baseline
-from dpo_ds.commands.evaluate.measure import Sequences, draw, numbered, sums_of_logps
+from dpo_ds.commands.evaluate.measure import Sequences, compared, draw, numbered, sums_of_logps
 from dpo_ds.commands.evaluate.results import BASELINE, REFERENCE, Measured, Outcome
 from dpo_ds.commands.precompute import NO_DEEPSPEED
 from dpo_ds.commands.preflight import check_fit, check_room, tell_content
@@ -57,7 +56,7 @@ class Work:
     tokenizer: object
     hidden_size: int
     prompts: Sequence[Prompt]
-    pairs: data.PairDataset | None
+    pairs: data.GroupDataset | None
     scorer: Scorer | None
     judge: Judge | None
     rivals: Sequence[Sequence[str]] | None
@@ -161,8 +160,11 @@ def evaluate(work: Work, launch: Launch, device: torch.device) -> None:
         asks(baseline, draws=True)
     elif work.rivals is not None:
         baseline = Measured(BASELINE, wanted.baseline, run.loss.beta, texts=_dealt(work.rivals, wanted.n))
-    pair_prompts = [] if work.pairs is None else (prompt.tobytes() for prompt, _, _ in work.pairs.token_ids())
-    outcome = Outcome(run, work.prompts, numbered(pair_prompts), policies, reference, baseline, work.notes)
+    pair_prompts = np.zeros(0, int)
+    if work.pairs is not None:
+        prompts = numbered(prompt.tobytes() for prompt, *_ in work.pairs.token_ids())
+        pair_prompts = np.repeat(prompts, work.pairs.comparisons)
+    outcome = Outcome(run, work.prompts, pair_prompts, policies, reference, baseline, work.notes)
     if launch.is_first:
         outcome.write_completions()  # a scoring function that fails must not cost them
     try:
@@ -197,10 +199,10 @@ def _ask(
     if other is None and (work.pairs is not None or of):
         name, refusal = settle_layout(run.evaluate.layout, [loaded])
         notes = [f"{model.name}: {note}" for note in layout_notes("evaluate.layout", refusal)]
-        layout = partial(Layout, name, budget=run.evaluate.micro_batch_tokens, hidden_size=work.hidden_size)
+        layout = Layout(name, run.evaluate.micro_batch_tokens, work.hidden_size)
         if work.pairs is not None:
-            model.pair_logps = sums_of_logps(loaded, work.pairs, layout(sides=PAIR))
-        found = [_logps_of(drawn, loaded, work, layout(sides=CHOSEN_ONLY)) for drawn in of]
+            model.pair_logps = sums_of_logps(loaded, work.pairs, layout)[compared(work.pairs)[0]]
+        found = [_logps_of(drawn, loaded, work, layout) for drawn in of]
         if not all(np.isfinite(values).all() for values in (*found, model.pair_logps) if values is not None):
             raise ModelError(f"{model.path}: gives log-probs that are not finite numbers")
     speaker(launch)([*notes, f"{model.name}: {model.path} done in {time.monotonic() - started:.1f} s"])

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_ds.batch import PreferencePair, sum_per_sequence
+from dpo_ds.batch import Group, sum_per_sequence
 from dpo_ds.cluster import collectives, rendezvous
 from dpo_ds.config import EvaluateSection
+from dpo_ds.data import GroupDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.data.prompts import Prompt
 from dpo_ds.errors import UserError
@@ -28,7 +29,7 @@ NOTHING = np.zeros(0, np.int64)
 
 @dataclass(frozen=True)
 class Sequences:
-    """Completions behind their prompts, as `PairDataset` gives pairs; there is no rejected side."""
+    """Completions behind their prompts, as `GroupDataset` gives groups of one."""
 
     prompts: Sequence[np.ndarray]
     completions: Sequence[np.ndarray]
@@ -36,21 +37,17 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, i: int) -> PreferencePair:
+    def __getitem__(self, i: int) -> Group:
         trained = np.ones(len(self.completions[i]), bool)
-        return PreferencePair(self.prompts[i], self.completions[i], NOTHING, trained, NOTHING.astype(bool), i)
+        return Group(self.prompts[i], (self.completions[i],), (trained,), index=i)
 
     @property
     def prompt_lengths(self) -> np.ndarray:
         return np.array([len(ids) for ids in self.prompts])
 
     @property
-    def chosen_lengths(self) -> np.ndarray:
-        return np.array([len(ids) for ids in self.completions])
-
-    @property
-    def rejected_lengths(self) -> np.ndarray:
-        return np.zeros(len(self), np.int64)
+    def completion_lengths(self) -> np.ndarray:
+        return np.array([[len(ids)] for ids in self.completions]).reshape(-1, 1)
 
 
 def draw(
@@ -77,19 +74,30 @@ def draw(
     return [whole[row] for row in range(len(prompts))]
 
 
-def sums_of_logps(model, pairs, layout: Layout) -> np.ndarray:
-    """Log-probs [rows, sides] float64, summed over each side's trained tokens. All ranks enter."""
-    rank, ranks, sides = collectives.rank(), collectives.world_size(), len(layout.sides)
-    sums = torch.zeros((len(pairs), sides), dtype=torch.float64, device=model.device)
-    for start in range(0, len(pairs), ROWS):
-        rows = np.arange(start, min(start + ROWS, len(pairs)))
-        for places in plan(Lengths.of(pairs, rows), layout, ranks)[rank]:
+def sums_of_logps(model, data, layout: Layout) -> np.ndarray:
+    """Log-probs of all completions, a row's adjacent, float64, summed over the trained tokens. All ranks enter."""
+    rank, ranks = collectives.rank(), collectives.world_size()
+    counts = np.maximum((data.completion_lengths > 0).sum(1), 1)  # a model may have drawn nothing at all
+    firsts = np.cumsum(counts) - counts
+    sums = torch.zeros(counts.sum(), dtype=torch.float64, device=model.device)
+    for start in range(0, len(data), ROWS):
+        rows = np.arange(start, min(start + ROWS, len(data)))
+        for places in plan(Lengths.of(data, rows), layout, ranks)[rank]:
             rendezvous.peers().progress()
-            batch = layout.collate([pairs[int(row)] for row in rows[places]]).to(model.device)
+            batch = layout.collate([data[int(row)] for row in rows[places]]).to(model.device)
             found = sum_per_sequence(model.token_logps(batch), batch.target_counts)
-            sums[torch.from_numpy(rows[places])] = found.view(len(places), sides).double()
-    collectives.reduce_sum(sums)  # every row is 0 but on the rank that computed it
+            of = [np.arange(firsts[row], firsts[row] + counts[row]) for row in rows[places]]
+            sums[torch.from_numpy(np.concatenate([NOTHING, *of]))] = found.double()
+    collectives.reduce_sum(sums)  # every completion is 0 but on the rank that computed it
     return sums.cpu().numpy()
+
+
+def compared(data: GroupDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the better and the worse completion of every comparison among all of `data`, [comparisons, 2], and the
+    row that each comparison is of."""
+    firsts = np.cumsum(data.completions) - data.completions
+    known = [data[row].comparisons + first for row, first in enumerate(firsts.tolist())]
+    return np.concatenate(known), np.repeat(np.arange(len(data)), data.comparisons)
 
 
 def over_ranks(rows: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

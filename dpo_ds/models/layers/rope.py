@@ -1,8 +1,8 @@
-"""Rotary embeddings whose frequencies depend on a sequence's length: each pair gets those of its own.
+"""Rotary embeddings whose frequencies depend on a sequence's length: each group gets those of its own.
 
 transformers takes them from the longest sequence of the batch ("longrope": Phi-3 and 4, MiniCPM; "dynamic": NTK-aware
 scaling), and "dynamic" keeps those of the longest one seen. A short pair's log-probs would then change with what lies
-beside it, and between precompute and train. A pair's length is that of its longer side.
+beside it, and between precompute and train. A group's length is that of its longest completion.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def take_lengths(model: nn.Module) -> None:
 
 
 def tell_lengths(model: nn.Module, batch: Batch | None) -> None:
-    """Tells the pairs' lengths for the forward that follows, and its recomputation; None: transformers' own way."""
+    """Tells the groups' lengths for the forward that follows, and its recomputation; None: transformers' own way."""
     if modules := getattr(model, "ropes_of_length", None):
         lengths = None if batch is None else lengths_of(batch)
         for module in modules:
@@ -36,16 +36,16 @@ def tell_lengths(model: nn.Module, batch: Batch | None) -> None:
 
 
 def lengths_of(batch: Batch) -> Tensor:  # [rows, length] int64
-    """Returns for every token how long its pair's longer side is; 0 for padding."""
+    """Returns for every token how long its group's longest sequence is; 0 for padding."""
     if batch.segments is not None:
-        spans = [(s.prompt + max(s.chosen, s.rejected), s.end - s.start) for s in batch.segments]
+        spans = [(s.prompt + max(s.completions, default=0), s.end - s.start) for s in batch.segments]
         lengths, counts = torch.tensor(spans or [(1, 1)]).T
         lengths = lengths.repeat_interleave(counts)[None].to(batch.input_ids.device)
         return lengths if lengths.shape == batch.input_ids.shape else torch.ones_like(batch.input_ids)
     rows = batch.attention_mask.sum(1)
-    sides = len(batch.target_counts) // max(batch.num_pairs, 1)
-    if sides and sides * batch.num_pairs == len(rows):
-        rows = rows.view(-1, sides).amax(1).repeat_interleave(sides)
+    if sum(batch.group_sizes) == len(rows):
+        longest = [group.max() for group in rows.split(batch.group_sizes)]
+        rows = torch.stack(longest).repeat_interleave(torch.tensor(batch.group_sizes, device=rows.device))
     return rows[:, None] * batch.attention_mask
 
 

@@ -17,7 +17,7 @@ from dpo_ds.models.packed.varlen import varlen_attention
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 TRIAL_TOLERANCE = 0.02  # relative error of output and gradients against float32; bfloat16 rounds to 0.002 to 0.004
-TRIAL_PAIRS = ((150, 60, 200), (3, 130, 1), (0, 5, 40), (260, 1, 70))  # whole tiles of 128 rows and bits of them
+TRIAL_GROUPS = ((150, 60, 200), (3, 130, 1), (0, 5, 40), (260, 1, 70, 30, 5))  # whole tiles of 128 rows and bits
 
 # (kernel, device type, dtype, head width, value width, is soft-capped): why it does not serve.
 _refused: dict[tuple, str] = {}
@@ -126,8 +126,8 @@ def _trial(
 
 def _trial_table() -> SegmentTable:
     segments, start = [], 0
-    for lengths in TRIAL_PAIRS:
-        segments.append(Segment(start, *lengths))
+    for prompt, *completions in TRIAL_GROUPS:
+        segments.append(Segment(start, prompt, tuple(completions)))
         start = segments[-1].end
     return SegmentTable(tuple(segments))
 

@@ -1,4 +1,4 @@
-"""Packed attention by torch's scaled_dot_product_attention, two blocks a pair: for the CPU, for float32, for GPUs
+"""Packed attention by torch's scaled_dot_product_attention, a block a completion: for the CPU, for float32, for GPUs
 before Ampere, and for soft-caps where no kernel takes them.
 
 Letters: T tokens of the pack, H query heads, G key heads, D head width.
@@ -7,6 +7,7 @@ Letters: T tokens of the pack, H query heads, G key heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -26,24 +27,26 @@ class ScoreRule(NamedTuple):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule) -> Tensor:
-    """Attends: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; two blocks a pair, whatever the pack.
+    """Attends: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; a block a completion, whatever the pack.
 
-    `split` and not slices: a slice's backward is as large as the whole pack, a split's is one concatenation. Prompt and
-    chosen lie side by side, so that the prompt's keys are copied for rejected alone.
+    `split` and not slices: a slice's backward is as large as the whole pack, a split's is one concatenation. The prompt
+    and y_1 lie side by side, so that the prompt's keys are copied for the other completions alone.
     """
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    blocks = [n for s in table.segments for n in (s.prompt + s.chosen, s.rejected)]
-    queries, keys, values = (x.split(blocks, dim=2) for x in (query, key, value))
+    blocks = [n for s in table.segments for n in (s.prompt + sum(s.completions[:1]), *s.completions[1:])]
+    parts = zip(*(x.split(blocks, dim=2) for x in (query, key, value)), strict=True)
     outputs = []
-    for i, segment in enumerate(table.segments):
-        first, rejected = 2 * i, 2 * i + 1
-        if queries[first].shape[2]:
-            outputs.append(_attend(queries[first], keys[first], values[first], table, rule))
-        if segment.rejected:
-            prompt_and_own = (
-                torch.cat([x[first][:, :, : segment.prompt], x[rejected]], dim=2) for x in (keys, values)
-            )
-            outputs.append(_attend(queries[rejected], *prompt_and_own, table, rule))
+    for segment in table.segments:
+        first, *keys_and_values = next(parts)
+        if first.shape[2]:
+            outputs.append(_attend(first, *keys_and_values, table, rule))
+        for own_query, *own in islice(parts, len(segment.completions[1:])):
+            if own_query.shape[2]:
+                prompt_and_own = (
+                    torch.cat([shared[:, :, : segment.prompt], x], dim=2)
+                    for shared, x in zip(keys_and_values, own, strict=True)
+                )
+                outputs.append(_attend(own_query, *prompt_and_own, table, rule))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -94,9 +97,12 @@ def sdpa_backward(
 def _blocks(table: SegmentTable) -> Iterator[tuple[list[int], list[int]]]:
     """Yields the rows of queries and the rows of keys of every block; no row twice in either."""
     for segment in table.segments:
-        chosen_end = segment.end - segment.rejected
-        first, rejected = [*range(segment.start, chosen_end)], [*range(chosen_end, segment.end)]
-        if first:
-            yield first, first
-        if rejected:
-            yield rejected, first[: segment.prompt] + rejected
+        prompt = [*range(segment.start, segment.start + segment.prompt)]
+        for i, (end, length) in enumerate(zip(segment.ends, segment.completions, strict=True)):
+            own = [*range(end - length, end)]
+            if i == 0 and (first := prompt + own):
+                yield first, first
+            elif own:
+                yield own, prompt + own
+        if prompt and not segment.completions:
+            yield prompt, prompt

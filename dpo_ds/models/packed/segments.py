@@ -1,18 +1,19 @@
-"""The pairs of one pack as attention kernels want them: blocks of queries and keys, and the rows that are seen twice.
+"""The groups of one pack as attention kernels want them: blocks of queries and keys, and the rows that are seen again.
 
-A pair is two blocks of causal attention: queries prompt ++ chosen against the same keys, and queries rejected, which
-must also see the prompt. There are two ways to show it to them:
+A group is a block of causal attention, queries prompt ++ y_1 against the same keys, and one more for every other
+completion, whose queries must also see the prompt. There are two ways to show it to them:
 
-- copied: the block's keys are prompt ++ rejected, so that the prompt's keys and values are laid out a second time;
-- merged: the block's keys are rejected alone, a second, non-causal call has the queries rejected against the keys
-  prompt, and the two results are merged by their log-sum-exps (`packed.varlen`). No key is copied.
+- copied: the block's keys are prompt ++ y_i, so that the prompt's keys and values are laid out once more;
+- merged: the block's keys are y_i alone, a second, non-causal call has the queries of all completions but the first
+  against the keys prompt, and the two results are merged by their log-sum-exps (`packed.varlen`). No key is copied.
 
-Either way a pair's result depends on its own lengths alone, never on what else is in the pack.
+Either way a group's result depends on its own lengths alone, never on what else is in the pack.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,18 +22,20 @@ from torch import Tensor
 
 from dpo_ds.batch import Segment
 
-# Both ways do the same arithmetic. Copying moves the pair's keys and values some 12 times in forward and backward,
+# Both ways do the same arithmetic. Copying moves a pair's keys and values some 12 times in forward and backward,
 # merging moves rejected's queries, outputs and gradients some 15 times and the prompt's keys: with four query heads to
 # a key head that is less from a prompt of 3.6 times rejected's length on, and the second call's launches have to pay.
 # Measured on an H200 with torch's flash attention 2 (tests/benchmarks/RESULTS.md): merging takes 1.15 to 1.3 times as
 # long for prompts of 100 to 512 tokens, 1.01 and 1.02 times for (prompt, completions) of (2048, 64) and (8192, 1024),
-# and up to a third less memory: it is for prompts where it costs no time.
+# and up to a third less memory: it is for prompts where it costs no time. With more completions both costs grow alike.
 MERGED_PROMPT, MERGED_RATIO = 2048, 8
 
 
 def is_merged(segment: Segment) -> bool:
-    """Tells whether rejected sees its prompt by a second call or else by copied keys; by the pair's lengths alone."""
-    return segment.prompt >= max(MERGED_PROMPT, MERGED_RATIO * segment.rejected)
+    """Tells whether the other completions see their prompt by a second call or else by copied keys; by the group's
+    lengths alone."""
+    others = segment.completions[1:]
+    return sum(others) > 0 and segment.prompt >= max(MERGED_PROMPT, MERGED_RATIO * sum(others) / len(others))
 
 
 class Blocks(NamedTuple):
@@ -48,21 +51,20 @@ class Blocks(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Keys of which some are rows of the pack for the second time.
+    """Keys of which some are rows of the pack once more.
 
-    rows: of the pack, key by key. first [T]: the key that is row t for the first time. again, again_rows: the other
-    keys and the rows they are, each row at most once.
+    rows: of the pack, key by key. first [T]: the key that is row t for the first time. again: the other keys and the
+    rows they are, one after another the second, third, ... copies, each row at most once in each.
     """
 
     rows: Tensor
     first: Tensor
-    again: Tensor
-    again_rows: Tensor
+    again: list[tuple[Tensor, Tensor]]
 
 
 class Shared(NamedTuple):
-    """The second call: block i's queries are a rejected, its keys that pair's prompt. query_rows, key_rows: of the
-    pack, slices where only one pair is merged."""
+    """The second call: block i's queries are a group's completions but the first, its keys the group's prompt.
+    query_rows, key_rows: of the pack, slices where only one group is merged."""
 
     blocks: Blocks
     query_rows: Tensor | slice
@@ -71,7 +73,7 @@ class Shared(NamedTuple):
 
 class PackIndex(NamedTuple):
     """own: the causal blocks, aligned bottom-right. copies: their keys; None for the rows of the pack as they are.
-    shared: the second call; None where every prompt is copied or nothing is rejected."""
+    shared: the second call; None where every prompt is copied or groups have one completion."""
 
     own: Blocks
     copies: Copies | None
@@ -79,18 +81,18 @@ class PackIndex(NamedTuple):
 
 
 class SegmentTable:
-    """The pairs of one pack and what attention derives from them, built at first use.
+    """The groups of one pack and what attention derives from them, built at first use.
 
-    handle: the segments as a flat int64 tensor on the CPU. A compiled layer takes it as an input like any other, so
-    that no graph depends on a batch's segments, and `table_of` leads from it back to the table.
+    handle: the segments as a flat int64 tensor on the CPU (`_numbers`). A compiled layer takes it as an input like any
+    other, so that no graph depends on a batch's segments, and `table_of` leads from it back to the table.
     """
 
     def __init__(self, segments: tuple[Segment, ...]):
         self.segments = segments
         self.length = segments[-1].end
         with torch.inference_mode(False):
-            self.handle = torch.tensor([number for segment in segments for number in segment], dtype=torch.int64)
-        torch._dynamo.maybe_mark_dynamic(self.handle, 0)  # or one graph for the number of pairs that came first
+            self.handle = torch.tensor(_numbers(segments), dtype=torch.int64)
+        torch._dynamo.maybe_mark_dynamic(self.handle, 0)  # or one graph for the number of groups that came first
         self._masks: dict[tuple, Tensor] = {}
         self._indices: dict[tuple, PackIndex] = {}
 
@@ -106,7 +108,7 @@ class SegmentTable:
         return self._masks[mask_key]
 
     def index(self, device: torch.device, merge: bool | None = None) -> PackIndex:
-        """Returns blocks and rows on `device`. merge: pairs are merged (True), copied (False), or by length (None)."""
+        """Returns blocks and rows on `device`. merge: groups are merged (True), copied (False), or by length (None)."""
         index_key = (device, merge)
         if index_key not in self._indices:
             with torch.inference_mode(False):
@@ -115,27 +117,30 @@ class SegmentTable:
 
     def _build(self, device: torch.device, merge: bool | None) -> PackIndex:
         own, own_rows, shared, shared_queries, shared_keys = [], [], [], [], []
-        is_copy = []
+        copy_of = []  # for every key how many keys are the same row before it
         for segment in self.segments:
             prompt = np.arange(segment.start, segment.start + segment.prompt)
-            chosen_end = segment.end - segment.rejected
-            rejected = np.arange(chosen_end, segment.end)
-            if chosen_end > segment.start:
-                own.append((chosen_end - segment.start,) * 2)
-                own_rows.append(np.arange(segment.start, chosen_end))
-                is_copy.append(np.zeros(len(own_rows[-1]), bool))
-            if not segment.rejected:
+            first_end = segment.start + segment.prompt + sum(segment.completions[:1])
+            if first_end > segment.start:
+                own.append((first_end - segment.start,) * 2)
+                own_rows.append(np.arange(segment.start, first_end))
+                copy_of.append(np.zeros(len(own_rows[-1]), int))
+            if not segment.end - first_end:
                 continue
             merged = segment.prompt > 0 and (is_merged(segment) if merge is None else merge)
             copied = 0 if merged else segment.prompt
-            own.append((segment.rejected, copied + segment.rejected))
-            own_rows.append(np.concatenate([prompt[:copied], rejected]))
-            is_copy.append(np.arange(len(own_rows[-1])) < copied)
+            start, copies = first_end, 0
+            for length in filter(None, segment.completions[1:]):
+                copies += 1
+                own.append((length, copied + length))
+                own_rows.append(np.concatenate([prompt[:copied], np.arange(start, start + length)]))
+                copy_of.append(np.where(np.arange(copied + length) < copied, copies, 0))
+                start += length
             if merged:
-                shared.append((segment.rejected, segment.prompt))
-                shared_queries.append(rejected)
+                shared.append((segment.end - first_end, segment.prompt))
+                shared_queries.append(np.arange(first_end, segment.end))
                 shared_keys.append(prompt)
-        copies = _copies(np.concatenate(own_rows), np.concatenate(is_copy), device)
+        copies = _copies(np.concatenate(own_rows), np.concatenate(copy_of), device)
         if not shared:
             return PackIndex(_blocks(own, device), copies, None)
         rows = shared_queries, shared_keys
@@ -153,11 +158,13 @@ def _blocks(lengths: list[tuple[int, int]], device: torch.device) -> Blocks:
     return Blocks(*_on_device(list(cumulative), device), *np.max(lengths, axis=0).tolist())
 
 
-def _copies(rows: np.ndarray, is_copy: np.ndarray, device: torch.device) -> Copies | None:
-    if not is_copy.any():
+def _copies(rows: np.ndarray, copy_of: np.ndarray, device: torch.device) -> Copies | None:
+    if not copy_of.any():
         return None
-    again = is_copy.nonzero()[0]
-    return Copies(*_on_device([rows, (~is_copy).nonzero()[0], again, rows[again]], device))
+    again = [(copy_of == copy).nonzero()[0] for copy in range(1, copy_of.max() + 1)]
+    parts = [rows, (copy_of == 0).nonzero()[0], *(part for keys in again for part in (keys, rows[keys]))]
+    rows, first, *parts = _on_device(parts, device)
+    return Copies(rows, first, list(zip(parts[::2], parts[1::2], strict=True)))
 
 
 def _on_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -170,7 +177,7 @@ def _on_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
 
 def segment_table(segments: tuple[Segment, ...]) -> SegmentTable:
     """Returns the table of a pack; layers, policy, reference and recomputation of one batch share it."""
-    return _tables(np.array(segments, np.int64).tobytes())
+    return _tables(np.array(_numbers(segments), np.int64).tobytes())
 
 
 def table_of(handle: Tensor) -> SegmentTable:
@@ -185,5 +192,13 @@ def forget_tables() -> None:
 
 @lru_cache(maxsize=2)
 def _tables(content: bytes) -> SegmentTable:
-    rows = np.frombuffer(content, np.int64).reshape(-1, len(Segment._fields)).tolist()
-    return SegmentTable(tuple(Segment(*row) for row in rows))
+    numbers, segments = iter(np.frombuffer(content, np.int64).tolist()), []
+    for start in numbers:
+        prompt, count = next(numbers), next(numbers)
+        segments.append(Segment(start, prompt, tuple(islice(numbers, count))))
+    return SegmentTable(tuple(segments))
+
+
+def _numbers(segments: tuple[Segment, ...]) -> list[int]:
+    """Returns start, prompt, number of completions and the length of each, for one segment after another."""
+    return [n for s in segments for n in (s.start, s.prompt, len(s.completions), *s.completions)]

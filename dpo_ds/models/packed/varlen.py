@@ -1,13 +1,13 @@
 """Packed attention by two calls of a varlen flash kernel, and its backward, as one autograd function.
 
-The first call is causal over the blocks of each pair, prompt ++ chosen and rejected; the second, where a pair's prompt
-is not copied before its rejected, has queries rejected against keys prompt (`packed.segments`). A query's two partial
-results o1, o2 with log-sums l1, l2 make the whole one: l = log(e^l1 + e^l2), o = e^(l1 - l) o1 + e^(l2 - l) o2,
+The first call is causal over the blocks of each group, prompt ++ y_1 and the other completions; the second, where a
+group's prompt is not copied before these, has their queries against the keys prompt (`packed.segments`). A query's two
+partial results o1, o2 with log-sums l1, l2 make the whole one: l = log(e^l1 + e^l2), o = e^(l1 - l) o1 + e^(l2 - l) o2,
 where e^(l1 - l) = sigmoid(l1 - l2).
 
 In backward each call is given the whole o and l in place of its own, as in ring attention (arXiv 2310.01889): a weight
 is e^(score - l) whichever call it came in, and the score's gradient is weight * (do·v - do·o). So both calls give the
-exact shares of the gradients, which are added where rows meet: dq of rejected, dk and dv of the prompt.
+exact shares of the gradients, which are added where rows meet: dq of the completions, dk and dv of the prompt.
 """
 
 from __future__ import annotations
@@ -127,8 +127,10 @@ def _gathered_back(grad: Tensor, index: PackIndex) -> Tensor:
     """
     if not index.copies:
         return grad
-    _, first, again, again_rows = index.copies
-    return grad.index_select(0, first).index_add_(0, again_rows, grad.index_select(0, again))
+    whole = grad.index_select(0, index.copies.first)
+    for again, rows in index.copies.again:
+        whole.index_add_(0, rows, grad.index_select(0, again))
+    return whole
 
 
 def _take(x: Tensor, rows: Tensor | slice, dim: int = 0) -> Tensor:

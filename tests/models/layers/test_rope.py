@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_ds.batch import CHOSEN_ONLY, PAIR, PreferencePair, packed_batch, padded_batch
+from dpo_ds.batch import CHOSEN_ONLY, PAIR, Group, packed_batch, padded_batch
 from dpo_ds.errors import ModelError
 from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
@@ -25,10 +25,10 @@ MODELS = {
 }
 
 
-def pairs(lengths=LENGTHS) -> list[PreferencePair]:
+def pairs(lengths=LENGTHS) -> list[Group]:
     generator = np.random.default_rng(3)
     tokens = [[generator.integers(3, 150, size=n) for n in pair] for pair in lengths]
-    return [PreferencePair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
+    return [Group.pair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
 
 
 @pytest.fixture(params=MODELS)
@@ -71,7 +71,7 @@ def test_log_probs_are_the_models_own(model):
                 logps = model.causal_lm(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
             places = torch.arange(len(pair.prompt), len(ids))
             masks = np.ones(len(places), bool), np.ones(0, bool)
-            same = PreferencePair(pair.prompt, pair.completion(side), np.zeros(0, np.int64), *masks)
+            same = Group.pair(pair.prompt, pair.completion(side), np.zeros(0, np.int64), *masks)
             (found,) = of_pairs(model, padded_batch([same], CHOSEN_ONLY))
             torch.testing.assert_close(found, logps[places - 1, ids[places]], atol=1e-5, rtol=1e-5)
 

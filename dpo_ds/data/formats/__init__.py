@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from dpo_ds.data.joining import (
+from dpo_ds.data.formats.conversation import Conversation
+from dpo_ds.data.formats.joining import (
     SYSTEM,
     before_the_answer,
     common_turns,
@@ -22,26 +23,18 @@ from dpo_ds.data.joining import (
     with_prompt_text,
     with_system,
 )
+from dpo_ds.data.formats.ranked import (
+    COMPLETIONS,
+    HH_ANSWER,
+    RANKS,
+    SCORES,
+    has_several,
+    is_ranked,
+    ranked,
+    several,
+)
 from dpo_ds.data.rows import BadRow, Messages, Row, as_message, as_text, shorten, wrong_type
 from dpo_ds.errors import ConfigError
-
-HH_ANSWER = "\n\nAssistant:"
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Text (all str) or chat (all message lists). `rejected` is None in supervised data.
-
-    prompts_differ: the sides part before the last answer, so the completions hold more than that answer. margin: how
-    much better chosen is, where a column of it was asked for.
-    """
-
-    prompt: str | Messages
-    chosen: str | Messages
-    rejected: str | Messages | None = None
-    tools: list | None = None
-    prompts_differ: bool = False
-    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,18 +48,20 @@ class Format:
 
 def explicit(row: Row, pair: bool) -> Conversation:
     """prompt, chosen, rejected: three strings, or message lists (and tools, system); beside a list as prompt, a string
-    is the assistant's turn.
+    is the assistant's turn. A side may be a list of such completions.
     """
+    if has_several(row):
+        return several(row, pair)
     if row.is_text("prompt"):
-        return Conversation(row.text("prompt"), row.text("chosen"), row.text("rejected") if pair else None)
+        return Conversation.of(row.text("prompt"), row.text("chosen"), row.text("rejected") if pair else None)
     prompt, tools = with_system(row, "prompt", row.messages("prompt")), row.tools()
     names = PAIR_FIELDS if pair else ("chosen",)
     if isinstance(row.get("chosen"), str):
-        return Conversation(prompt, *(_answer(row, side) for side in names), tools=tools)
+        return Conversation.of(prompt, *(_answer(row, side) for side in names), tools=tools)
     whole = [joined(prompt, side, row.messages(side)) for side in names]
     if any(turns[: len(prompt)] != prompt for turns in whole):  # a side says more in front, such as a system turn
         return _of_whole(whole[0], whole[1] if pair else None, tools)
-    return Conversation(prompt, *(turns[len(prompt) :] for turns in whole), tools=tools)
+    return Conversation.of(prompt, *(turns[len(prompt) :] for turns in whole), tools=tools)
 
 
 def implicit(row: Row, pair: bool) -> Conversation:
@@ -79,7 +74,7 @@ def implicit(row: Row, pair: bool) -> Conversation:
     if not pair and row.get("rejected") is None:
         return _of_whole(chosen, None, row.tools())
     conversation = _of_whole(chosen, _whole(row, "rejected"), row.tools())
-    return conversation if pair else replace(conversation, rejected=None)
+    return conversation if pair else Conversation.of(conversation.prompt, conversation.chosen, None, row.tools())
 
 
 def hh(row: Row, pair: bool) -> Conversation:
@@ -91,7 +86,7 @@ def hh(row: Row, pair: bool) -> Conversation:
     chosen = _transcript("chosen", row.text("chosen"))
     if not pair and row.get("rejected") is None:
         split = chosen.rfind(HH_ANSWER) + len(HH_ANSWER)
-        return Conversation(chosen[:split], chosen[split:])
+        return Conversation.of(chosen[:split], chosen[split:])
     rejected = row.text("rejected")
     if pair:
         _transcript("rejected", rejected)
@@ -100,7 +95,7 @@ def hh(row: Row, pair: bool) -> Conversation:
         raise BadRow("no common prompt", f"'chosen' and 'rejected' share no beginning that ends in {HH_ANSWER!r}")
     differ = max(chosen.rfind(HH_ANSWER), rejected.rfind(HH_ANSWER)) > split
     split += len(HH_ANSWER)
-    return Conversation(chosen[:split], chosen[split:], rejected[split:] if pair else None, prompts_differ=differ)
+    return Conversation.of(chosen[:split], chosen[split:], rejected[split:] if pair else None, prompts_differ=differ)
 
 
 def sharegpt(row: Row, pair: bool) -> Conversation:
@@ -111,9 +106,9 @@ def sharegpt(row: Row, pair: bool) -> Conversation:
     turns = with_system(row, "conversations", row.messages("conversations"))
     if not pair and row.get("chosen") is None:
         prompt, chosen = _split_at_first_answer("conversations", turns)
-        return Conversation(prompt, chosen, tools=row.tools())
+        return Conversation.of(prompt, chosen, tools=row.tools())
     chosen = [as_message("chosen", row["chosen"])]
-    return Conversation(turns, chosen, [as_message("rejected", row["rejected"])] if pair else None, row.tools())
+    return Conversation.of(turns, chosen, [as_message("rejected", row["rejected"])] if pair else None, row.tools())
 
 
 def alpaca(row: Row, pair: bool) -> Conversation:
@@ -148,18 +143,18 @@ def completion(row: Row, pair: bool) -> Conversation:
     """
     name = row.first_of(*ANSWERS)
     if row.is_text("prompt"):
-        return Conversation(row.text("prompt"), row.text(name))
+        return Conversation.of(row.text("prompt"), row.text(name))
     prompt = with_system(row, "prompt", row.messages("prompt"))
     if isinstance(row.get(name), str):
-        return Conversation(prompt, _answer(row, name), tools=row.tools())
+        return Conversation.of(prompt, _answer(row, name), tools=row.tools())
     whole = joined(prompt, name, row.messages(name))
     split = end_of_prompt(prompt, whole)
-    return Conversation(whole[:split], whole[split:], tools=row.tools())
+    return Conversation.of(whole[:split], whole[split:], tools=row.tools())
 
 
 def text(row: Row, pair: bool) -> Conversation:
     """Supervised: one text, all of it trained on."""
-    return Conversation("", row.text("text"))
+    return Conversation.of("", row.text("text"))
 
 
 def messages(row: Row, pair: bool) -> Conversation:
@@ -167,12 +162,14 @@ def messages(row: Row, pair: bool) -> Conversation:
     `prompt` says its question once more (UltraChat)."""
     turns = _whole(row, "messages")
     prompt, chosen = _split_at_first_answer("messages", turns)
-    return Conversation(prompt, chosen, tools=row.tools())
+    return Conversation.of(prompt, chosen, tools=row.tools())
 
 
 def _is_explicit(row: Row) -> bool:
     if "prompt" not in row or "completion" in row:
         return False
+    if has_several(row):
+        return True
     if "chosen" not in row and (_is_answered(row) or "messages" in row):
         return False
     return not (isinstance(row.get("chosen"), list) and not _has_prompt_messages(row))
@@ -200,6 +197,9 @@ PAIR_FIELDS = ("chosen", "rejected")
 ANSWERS = ("completion", "response", "output")
 # In the order of detection: the first that fits a row's fields reads it.
 FORMATS: dict[str, Format] = {
+    "ranked": Format(
+        ("prompt", "instruction", *COMPLETIONS, *SCORES, *RANKS, *SYSTEM, "tools"), is_ranked, ranked
+    ),
     "sharegpt": Format(("conversations", *SYSTEM, "tools", *PAIR_FIELDS), lambda row: "conversations" in row, sharegpt),
     "alpaca": Format(
         ("instruction", "input", "context", *SYSTEM, "history", "tools", *ANSWERS, *PAIR_FIELDS),
@@ -285,12 +285,20 @@ def detect(row: Row, sides: tuple[str, ...]) -> str:
 def read(row: Row, name: str, sides: tuple[str, ...], margin_column: str | None = None) -> Conversation:
     """The conversation of a row in the format `name`; BadRow where a field, a completion or the pair is not usable."""
     pair = "rejected" in sides
-    conversation = formats(sides)[name].read(row, pair)
-    if margin_column is not None:
-        conversation = replace(conversation, margin=row.margin(margin_column))
-    for side in sides:
-        require_answer(side, getattr(conversation, side))
-    if pair and conversation.chosen == conversation.rejected:
+    if name == "ranked":
+        conversation = ranked(row, pair, margin_column)
+    else:
+        conversation = formats(sides)[name].read(row, pair)
+        if margin_column is not None:
+            margin = row.margin(margin_column)
+            conversation = replace(conversation, margins=(margin,) * len(conversation.comparisons))
+    is_group = len(conversation.completions) > 2
+    for i, completion in enumerate(conversation.completions):
+        require_answer(f"completions[{i}]" if is_group else PAIR_FIELDS[i], completion)
+    if pair and all(completion == conversation.chosen for completion in conversation.completions):
+        if is_group:
+            problem = f"all {len(conversation.completions)} completions are equal ({shorten(conversation.chosen)})"
+            raise BadRow("all completions equal", problem)
         raise BadRow(
             "chosen equals rejected",
             f"'chosen' equals 'rejected' ({shorten(conversation.chosen)}); a pair needs two different completions",
@@ -325,11 +333,11 @@ def _of_whole(chosen: Messages, rejected: Messages | None, tools: list | None) -
     if rejected is None:
         require_answer("chosen", chosen)
         split = len(before_the_answer(chosen))
-        return Conversation(chosen[:split], chosen[split:], tools=tools)
+        return Conversation.of(chosen[:split], chosen[split:], tools=tools)
     split = common_turns(chosen, rejected)
     prompt, chosen, rejected = chosen[:split], chosen[split:], rejected[split:]
     differ = any(message["role"] == "user" for message in chosen + rejected)
-    return Conversation(prompt, chosen, rejected, tools, differ)
+    return Conversation.of(prompt, chosen, rejected, tools, differ)
 
 
 def _answer(row: Row, side: str) -> Messages:
@@ -339,7 +347,7 @@ def _answer(row: Row, side: str) -> Messages:
 def _answered(row: Row, pair: bool, prompt: Messages) -> Conversation:
     """Returns the prompt with answers that are text: of a pair both, else the one that there is."""
     sides = PAIR_FIELDS if pair else (row.first_of("chosen", *ANSWERS),)
-    return Conversation(prompt, *(_answer(row, side) for side in sides), tools=row.tools())
+    return Conversation.of(prompt, *(_answer(row, side) for side in sides), tools=row.tools())
 
 
 def _whole(row: Row, side: str) -> Messages:
