@@ -35,8 +35,8 @@ def dpo_by_autograd(policy_path, reference_path, pairs, beta, label_smoothing=0.
     reference = AutoModelForCausalLM.from_pretrained(reference_path, dtype=torch.float32, **options).eval()
     losses = []
     for pair in pairs:
-        chosen = (pair.prompt, pair.chosen, pair.chosen_mask)
-        rejected = (pair.prompt, pair.rejected, pair.rejected_mask)
+        chosen = (pair.prompt, pair.chosen, pair.masks[0])
+        rejected = (pair.prompt, pair.rejected, pair.masks[1])
         with torch.no_grad():
             anchor = sequence_logp(reference, *chosen) - sequence_logp(reference, *rejected)
         logit = beta * (sequence_logp(policy, *chosen) - sequence_logp(policy, *rejected) - anchor)

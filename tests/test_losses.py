@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_ds import config, losses
-from dpo_ds.batch import PairLogps, Group, packed_batch
+from dpo_ds.batch import Group, PairLogps, packed_batch
 from dpo_ds.commands import cli
 from dpo_ds.errors import ConfigError
 from dpo_ds.logprobs import TokenStatistics

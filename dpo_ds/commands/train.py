@@ -79,7 +79,8 @@ def train(
         del saved  # it maps files that will be deleted
     first_step = 1 if resume is None else resume.step + 1
 
-    used, last_step = versions(), total_steps(prepared.data.sources, run.train)
+    used = versions()
+    last_step = total_steps(prepared.data.sources, run.train, objective.counts(prepared.data))
     if first_step > last_step:
         more = "raise train.max_steps or train.epochs to go on from there, or start over with --checkpoint.resume never"
         say([f"nothing left to do: step {first_step - 1} of {last_step} is saved; {more}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from dpo_ds.models.layers.units import is_compiled
 from dpo_ds.models.packed.backends import backend_for
 from dpo_ds.reference import Reference
 from dpo_ds.reference.cache import Manifest, check_shards, read_manifest
-from dpo_ds.reference.store import Store, data_rows, open_store
+from dpo_ds.reference.store import Store, data_rows, first_completions, open_store
 
 SPOT_CHECK_PAIRS = 8
 EAGER = {"layers": "eager"}  # where a build says nothing of its layers
@@ -40,7 +41,11 @@ class CachedRows:
     store: Store
     datasets: Sequence[GroupDataset]
     rows: Sequence[np.ndarray]  # one for each data set, [its completions, 2] int64: row and side in the store
-    firsts: Sequence[np.ndarray]  # one for each data set, [its rows]: its first completion among them
+
+    @cached_property
+    def firsts(self) -> list[np.ndarray]:
+        """One for each data set, [its rows]: a row's first completion among all."""
+        return [first_completions(data) for data in self.datasets]
 
     def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
         """In the order of `batch.targets`, on the CPU."""
@@ -121,15 +126,17 @@ def find_rows(run: TrainConfig, manifest: Manifest, datasets: Sequence[GroupData
     """
     store = open_store(manifest, build=launch.is_first_on_node)
     rows = [data_rows(store, data, build=launch.is_first_on_node) for data in datasets]
-    firsts = [np.cumsum(data.completions) - data.completions for data in datasets]
-    missing = sum(int(np.logical_or.reduceat(of[:, 0] < 0, f).sum()) for of, f in zip(rows, firsts, strict=True))
+    missing = 0
+    for data, places in zip(datasets, rows, strict=True):
+        missing += int(np.logical_or.reduceat(places[:, 0] < 0, first_completions(data)).sum())
     if missing:
         what = "groups" if any(data.census["groups"] for data in datasets) else "pairs"
-        rows = f"{missing} of {sum(map(len, datasets))} {what}"
+        lacking = f"{missing} of {sum(map(len, datasets))} {what} are not in it"
         raise ConfigError(
-            f"--reference.cache {manifest.folder}: {rows} are not in it (other rows, template or cut than it was filled with); add them with: {config.command_line('precompute', run)}"
+            f"--reference.cache {manifest.folder}: {lacking} (other rows, template or cut than it was filled with); "
+            f"add them with: {config.command_line('precompute', run)}"
         )
-    return CachedRows(manifest, store, datasets, rows, firsts)
+    return CachedRows(manifest, store, datasets, rows)
 
 
 def kernels(model, layout: str) -> dict[str, str]:

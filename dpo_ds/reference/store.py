@@ -42,7 +42,7 @@ class Store:
         rows = self.index.find(keys)
         found = np.stack([rows, np.zeros_like(rows)], axis=1)
         if self.has_pairs:
-            sides = np.arange(len(keys)) - np.repeat(np.cumsum(data.completions) - data.completions, data.completions)
+            sides = np.arange(len(keys)) - np.repeat(first_completions(data), data.completions)
             of_pair = np.repeat(self.index.find(pair_keys(data)), data.completions)
             lacks = (rows < 0) & (of_pair >= 0)
             found[lacks] = np.stack([of_pair, sides], axis=1)[lacks]
@@ -54,6 +54,11 @@ def open_store(manifest: Manifest, build: bool) -> Store:
     folder = _root() / manifest.id
     derive(folder, "the copy of the reference cache", lambda work: _fill(work, manifest), build)
     return Store(folder)
+
+
+def first_completions(data: GroupDataset) -> np.ndarray:  # [rows] int64
+    """Returns the place of each row's first completion among those of all rows."""
+    return np.cumsum(data.completions) - data.completions
 
 
 def data_keys(data: GroupDataset, build: bool) -> np.ndarray:  # [completions, 2] uint64

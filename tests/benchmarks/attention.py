@@ -208,7 +208,7 @@ def usable_kernels(dtype: torch.dtype) -> list[str]:
 def table_of_pairs(lengths: list[tuple[int, int, int]]) -> SegmentTable:
     pairs, start = [], 0
     for pair in lengths:
-        pairs.append(Segment(start, *pair))
+        pairs.append(Segment(start, pair[0], tuple(pair[1:])))
         start = pairs[-1].end
     return SegmentTable(tuple(pairs))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo_ds.batch import PAIR, Batch
+from dpo_ds.batch import Batch
 from dpo_ds.cluster import launch, process_group
 from dpo_ds.commands import cli, train
 from dpo_ds.data import GroupDataset
@@ -125,7 +125,7 @@ def bare(work: Workload, results: Connection, update: bool = False) -> None:
     assert refusal is None, refusal
     model = LogProbModel(causal_lm)
     optimizer = torch.optim.AdamW(model.parameters(), lr=work.learning_rate, fused=True)
-    layout = Layout("packed", PAIR, work.micro_batch_tokens, causal_lm.config.hidden_size)
+    layout = Layout("packed", work.micro_batch_tokens, causal_lm.config.hidden_size)
     for rows in work.batches(data):
         loss_sum = 0.0
         for batch in share(data, rows, layout, place):

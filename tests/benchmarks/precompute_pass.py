@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from dpo_ds.batch import PAIR
 from dpo_ds.cluster import launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.commands import precompute as command
@@ -43,7 +42,7 @@ def ours(work: Workload, results: Connection, engine: str | None = None) -> None
     model = Replica(model, device) if job.engine is None else FrozenModel(model, job.engine, device)
     settled = settle_layout(run.precompute.layout, [model])
     assert settled == ("packed", ""), settled
-    layout = Layout("packed", PAIR, run.precompute.micro_batch_tokens, job.hidden_size)
+    layout = Layout("packed", run.precompute.micro_batch_tokens, job.hidden_size)
     try:
         for rows in work.batches(work.dataset()):
             shards = [

@@ -138,7 +138,7 @@ def work_of_rounds(work: Workload) -> tuple[np.ndarray, np.ndarray]:
     flops, tokens = [], []
     for rows in np.split(np.array(work.batches(data)[work.warm_up :]), work.rounds):
         lengths = Lengths.of(data, rows.ravel())
-        completions = int((lengths.chosen + lengths.rejected).sum())
+        completions = int(lengths.completions.sum())
         tokens.append(completions + lengths.prompt.sum())
         flops.append(model.forward(lengths, completions))
     return np.array(flops), np.array(tokens)

@@ -88,7 +88,7 @@ def test_chosen_and_rejected_swapped_in_the_middle_are_noticed(prepared):
     """Equal lengths: the swap changes which tokens stand where, and nothing else."""
     rows, run = prepared
     before = run(rows)
-    even = [i for i in range(len(before)) if before.chosen_lengths[i] == before.rejected_lengths[i]]
+    even = [i for i, (chosen, rejected) in enumerate(before.completion_lengths) if chosen == rejected]
     assert even, "some pairs have sides of equal length"
     swapped = [dict(row) for row in rows]
     for i in even:

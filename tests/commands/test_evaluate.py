@@ -114,7 +114,8 @@ def test_kl_is_that_of_exact_enumeration(forks, world):
 def pair_sums(world, name: str) -> np.ndarray:  # [pairs, 2]
     rows = [json.loads(line) for line in (world / "eval.jsonl").read_text().splitlines()]
     tokenize = GroupTokenizer(AutoTokenizer.from_pretrained(world / "model"), 2048, 1024)
-    pairs = [t.pair for t in tokenize([Conversation(row["prompt"], row["chosen"], row["rejected"]) for row in rows])]
+    conversations = [Conversation.of(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    pairs = [tokenized.group for tokenized in tokenize(conversations)]
     model = AutoModelForCausalLM.from_pretrained(world / name)
     with torch.no_grad():
         return np.array(

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_ds.batch import CHOSEN_ONLY, PAIR
+from dpo_ds.batch import Group
 from dpo_ds.data.batching import Layout, Lengths, epoch_order, global_batches, plan, steps_per_epoch
 from dpo_ds.data.formats import hh
 from dpo_ds.data.rows import BadRow, Row
@@ -24,7 +25,8 @@ lengths_of_a_pair = st.tuples(st.integers(1, 300), st.integers(1, 120), st.integ
 
 
 def as_lengths(triples) -> Lengths:
-    return Lengths(*np.array(triples, dtype=np.int64).reshape(-1, 3).T)
+    triples = np.array(triples, dtype=np.int64).reshape(-1, 3)
+    return Lengths(triples[:, 0], triples[:, 1:])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -36,7 +38,7 @@ def as_lengths(triples) -> Lengths:
 )
 def test_every_pair_once_and_within_the_budget(triples, ranks, budget, name):
     lengths = as_lengths(triples)
-    shares = plan(lengths, Layout(name, PAIR, budget, hidden_size=64), ranks)
+    shares = plan(lengths, Layout(name, budget, hidden_size=64), ranks)
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1, "every rank runs the same number of micro-batches"
     assert sorted(itertools.chain(*itertools.chain(*shares))) == list(range(len(triples)))
@@ -53,25 +55,25 @@ def test_a_padded_micro_batch_holds_neighbours_in_length():
     # rows of 10 and of 100 tokens, two pairs each: together 2 * 4 * 100 = 800 > 500, so the long ones and the short
     # ones
     lengths = as_lengths([(5, 5, 5), (50, 50, 50), (5, 5, 5), (50, 50, 50)])
-    assert plan(lengths, Layout("padded", PAIR, 500, 64), ranks=1) == [[[1, 3], [0, 2]]]
+    assert plan(lengths, Layout("padded", 500, 64), ranks=1) == [[[1, 3], [0, 2]]]
 
 
 def test_a_pair_beyond_the_budget_costs_one_round_only():
     lengths = as_lengths([(10, 5, 5), (20000, 50, 50), (10, 5, 5), (10, 5, 5)])
-    shares = plan(lengths, Layout("packed", PAIR, 2048, 64), ranks=1)
+    shares = plan(lengths, Layout("packed", 2048, 64), ranks=1)
     assert sorted(map(sorted, shares[0])) == [[0, 2, 3], [1]]
 
 
 def test_squares_of_long_pairs_do_not_overflow():
     class Data:
-        prompt_lengths = chosen_lengths = rejected_lengths = np.full(3, 30_000, dtype=np.int32)
+        prompt_lengths, completion_lengths = np.full(3, 30_000, np.int32), np.full((3, 2), 30_000, np.int32)
 
     # 90,000 tokens; attended (60000 * 60001 + 2 * 30000 * 30000 + 30000 * 30001) / 2 over 6 * 1000
     assert Lengths.of(Data, np.array([1])).cost(1000).tolist() == [90_000 + 3_150_045_000 / 6000]
 
 
 def test_ranks_without_work_get_empty_micro_batches():
-    shares = plan(as_lengths([(5, 5, 5)]), Layout("packed", PAIR, 500, 64), ranks=3)
+    shares = plan(as_lengths([(5, 5, 5)]), Layout("packed", 500, 64), ranks=3)
     assert sorted(shares) == [[[]], [[]], [[0]]]
 
 
@@ -83,7 +85,7 @@ def test_cost_counts_attended_pairs():
 
 def imbalance(lengths: Lengths) -> float:
     """Cost of the slowest of four ranks over their mean."""
-    shares = plan(lengths, Layout("packed", PAIR, 8192, 256), ranks=4)
+    shares = plan(lengths, Layout("packed", 8192, 256), ranks=4)
     loads = [lengths.cost(256)[list(itertools.chain(*share))].sum() for share in shares]
     return max(loads) / np.mean(loads)
 
@@ -91,7 +93,7 @@ def imbalance(lengths: Lengths) -> float:
 def test_ranks_are_balanced_on_lengths_like_real_ones():
     generator = np.random.default_rng(0)
     batches = [[generator.lognormal(mean, 0.7, 64).astype(int) + 1 for mean in (4.6, 3.4, 3.6)] for _ in range(20)]
-    assert max(imbalance(Lengths(*draw)) for draw in batches) < 1.05
+    assert max(imbalance(as_lengths(np.transpose(draw))) for draw in batches) < 1.05
 
 
 @pytest.mark.skipif(not HH.is_file(), reason=f"no {HH} (set DPO_DS_DATA)")
@@ -134,14 +136,14 @@ def test_the_last_smaller_batch_is_kept_and_resuming_gives_the_same_batches():
 
 
 @pytest.mark.parametrize("name", ["padded", "packed"])
-@pytest.mark.parametrize("sides", [PAIR, CHOSEN_ONLY])
+@pytest.mark.parametrize("sides", [2, 1])
 def test_targets_are_the_trained_tokens_in_order(name, sides):
-    pairs = random_pairs(5)
-    batch = Layout(name, sides, 0, 0).collate(pairs)
-    expected = [getattr(p, side)[p.target_positions(side)] for p in pairs for side in sides]
+    pairs = [replace(p, completions=p.completions[:sides], masks=p.masks[:sides]) for p in random_pairs(5)]
+    batch = Layout(name, 0, 0).collate(pairs)
+    expected = [p.completions[i][p.target_positions(i)] for p in pairs for i in range(sides)]
     assert batch.targets.tolist() == np.concatenate(expected).tolist()
     assert batch.target_counts.tolist() == [len(tokens) for tokens in expected]
-    assert batch.num_tokens == sum(len(p.prompt) + sum(len(getattr(p, side)) for side in sides) for p in pairs)
+    assert batch.num_tokens == sum(len(p.prompt) + sum(map(len, p.completions)) for p in pairs)
     flat_ids, flat_positions = batch.input_ids.flatten(), batch.position_ids.flatten()
     first_of_chosen = batch.target_rows[0]
     assert flat_positions[first_of_chosen] == len(pairs[0].prompt) - 1
@@ -150,7 +152,7 @@ def test_targets_are_the_trained_tokens_in_order(name, sides):
 
 def test_nothing_predicts_the_first_token_without_a_prompt():
     pair = random_pairs(1)[0]
-    bare = type(pair)(pair.prompt[:0], pair.rejected, pair.rejected, pair.rejected_mask, pair.rejected_mask)
-    batch = Layout("padded", CHOSEN_ONLY, 0, 0).collate([bare])
+    bare = Group(pair.prompt[:0], (pair.rejected,), (pair.masks[1],))
+    batch = Layout("padded", 0, 0).collate([bare])
     assert batch.targets.tolist() == pair.rejected[1:].tolist()
     assert batch.target_rows.tolist() == list(range(len(pair.rejected) - 1))

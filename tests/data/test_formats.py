@@ -27,17 +27,17 @@ EXAMPLES = {
     "explicit text": (
         "explicit",
         {"prompt": "2+2=", "chosen": "4", "rejected": "5", "score": 1},
-        Conversation("2+2=", "4", "5"),
+        Conversation.of("2+2=", "4", "5"),
     ),
     "explicit text, empty prompt": (
         "explicit",
         {"prompt": "", "chosen": "4", "rejected": "5"},
-        Conversation("", "4", "5"),
+        Conversation.of("", "4", "5"),
     ),
     "explicit messages": (
         "explicit",
         {"prompt": [SYSTEM, user("hi")], "chosen": [assistant("a")], "rejected": [assistant("b")], "tools": [TOOL]},
-        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")], [TOOL]),
+        Conversation.of([SYSTEM, user("hi")], [assistant("a")], [assistant("b")], [TOOL]),
     ),
     "explicit messages out of Arrow, with nulls": (
         "explicit",
@@ -47,22 +47,22 @@ EXAMPLES = {
             "rejected": [{**assistant("b"), "tool_calls": None}],
             "tools": '[{"name": "add", "parameters": {}, "strict": null}]',
         },
-        Conversation([user("hi")], [{**assistant(""), "tool_calls": CALL}], [assistant("b")], [TOOL]),
+        Conversation.of([user("hi")], [{**assistant(""), "tool_calls": CALL}], [assistant("b")], [TOOL]),
     ),
     "implicit": (
         "implicit",
         {"chosen": [SYSTEM, user("hi"), assistant("a")], "rejected": [SYSTEM, user("hi"), assistant("b")]},
-        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "implicit beside a prompt string": (
         "implicit",
         {"prompt": "hi", "chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]},
-        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "implicit beside the prompt's messages": (
         "implicit",
         {"prompt": [user("hi")], "chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]},
-        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "implicit, rejected is chosen's beginning": (
         "implicit",
@@ -70,29 +70,29 @@ EXAMPLES = {
             "chosen": [user("hi"), assistant("a"), user("go on"), assistant("c")],
             "rejected": [user("hi"), assistant("a")],
         },
-        Conversation(
+        Conversation.of(
             [user("hi")], [assistant("a"), user("go on"), assistant("c")], [assistant("a")], prompts_differ=True
         ),
     ),
     "implicit, other user turns": (
         "implicit",
         {"chosen": [user("x"), assistant("a")], "rejected": [user("y"), assistant("a")]},
-        Conversation([], [user("x"), assistant("a")], [user("y"), assistant("a")], prompts_differ=True),
+        Conversation.of([], [user("x"), assistant("a")], [user("y"), assistant("a")], prompts_differ=True),
     ),
     "a prompt string beside answers alone": (
         "implicit",
         {"prompt": "hi", "chosen": [assistant("a")], "rejected": [assistant("b")]},
-        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "a prompt string and a system column beside answers alone": (
         "implicit",
         {"prompt": "hi", "system": "be brief", "chosen": [assistant("a")], "rejected": [assistant("b")]},
-        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "a prompt string behind a system turn": (
         "implicit",
         {"prompt": "hi", "chosen": [SYSTEM, assistant("a")], "rejected": [SYSTEM, user("hi"), assistant("b")]},
-        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "the prompt is the last question": (
         "implicit",
@@ -101,17 +101,17 @@ EXAMPLES = {
             "chosen": [user("hi"), assistant("ho"), user("and?"), assistant("a")],
             "rejected": [user("hi"), assistant("ho"), user("and?"), assistant("b")],
         },
-        Conversation([user("hi"), assistant("ho"), user("and?")], [assistant("a")], [assistant("b")]),
+        Conversation.of([user("hi"), assistant("ho"), user("and?")], [assistant("a")], [assistant("b")]),
     ),
     "the prompt's messages in one side alone": (
         "implicit",
         {"prompt": [user("hi")], "chosen": [user("hi"), assistant("a")], "rejected": [assistant("b")]},
-        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "prompt messages and string completions": (
         "explicit",
         {"prompt": [user("hi")], "chosen": "a", "rejected": "b"},
-        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "content as parts, out of Arrow": (
         "implicit",
@@ -122,37 +122,37 @@ EXAMPLES = {
             ],
             "rejected": [user([{"type": "text", "text": "hi"}]), assistant("b")],
         },
-        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "orca": (
         "orca",
         {"system": "be brief", "question": "hi", "chosen": "a", "rejected": "b"},
-        Conversation([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([SYSTEM, user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "orca, Argilla's of Intel's": (
         "orca",
         {"system": "", "input": "hi", "chosen": "a", "rejected": "b", "rating": [9, 8]},
-        Conversation([user("hi")], [assistant("a")], [assistant("b")]),
+        Conversation.of([user("hi")], [assistant("a")], [assistant("b")]),
     ),
     "hh": (
         "hh",
         {"chosen": HELLO + " Hi there", "rejected": HELLO + " Hi you"},
-        Conversation(HELLO, " Hi there", " Hi you"),
+        Conversation.of(HELLO, " Hi there", " Hi you"),
     ),
     "hh, last turns of several": (
         "hh",
         {"chosen": HELLO + " Hi" + HELLO + " a", "rejected": HELLO + " Hi" + HELLO + " b"},
-        Conversation(HELLO + " Hi" + HELLO, " a", " b"),
+        Conversation.of(HELLO + " Hi" + HELLO, " a", " b"),
     ),
     "hh, differing earlier": (
         "hh",
         {"chosen": HELLO + " Hi" + HELLO + " a", "rejected": HELLO + " Ha" + HELLO + " b"},
-        Conversation(HELLO, " Hi" + HELLO + " a", " Ha" + HELLO + " b", prompts_differ=True),
+        Conversation.of(HELLO, " Hi" + HELLO + " a", " Ha" + HELLO + " b", prompts_differ=True),
     ),
     "hh, one goes on": (
         "hh",
         {"chosen": HELLO + " Hi", "rejected": HELLO + " Hi" + HELLO + " b"},
-        Conversation(HELLO, " Hi", " Hi" + HELLO + " b", prompts_differ=True),
+        Conversation.of(HELLO, " Hi", " Hi" + HELLO + " b", prompts_differ=True),
     ),
     "sharegpt": (
         "sharegpt",
@@ -167,7 +167,7 @@ EXAMPLES = {
             "chosen": {"from": "gpt", "value": "a"},
             "rejected": {"from": "gpt", "value": "b"},
         },
-        Conversation(
+        Conversation.of(
             [SYSTEM, user("1+?"), {**assistant(""), "tool_calls": CALL}, {"role": "tool", "content": "2"}],
             [assistant("a")],
             [assistant("b")],
@@ -184,12 +184,12 @@ EXAMPLES = {
             "chosen": "3",
             "rejected": "4",
         },
-        Conversation([SYSTEM, user("hi"), assistant("ho"), user("add\n1 2")], [assistant("3")], [assistant("4")]),
+        Conversation.of([SYSTEM, user("hi"), assistant("ho"), user("add\n1 2")], [assistant("3")], [assistant("4")]),
     ),
     "alpaca, bare": (
         "alpaca",
         {"instruction": "add", "input": "", "system": None, "chosen": "3", "rejected": "4"},
-        Conversation([user("add")], [assistant("3")], [assistant("4")]),
+        Conversation.of([user("add")], [assistant("3")], [assistant("4")]),
     ),
 }
 
@@ -259,12 +259,12 @@ def test_supervised_uses_chosen_of_a_pair(name, row, expected):
 def test_supervised_rows_without_rejected(name, row, prompt, chosen):
     row = Row(row, {})
     assert detect(row, CHOSEN_ONLY) == name
-    assert read(row, name, CHOSEN_ONLY) == Conversation(prompt, chosen)
+    assert read(row, name, CHOSEN_ONLY) == Conversation.of(prompt, chosen)
 
 
 def test_columns_rename_before_detection():
     row = Row({"question": "q", "good": "a", "bad": "b"}, {"prompt": "question", "chosen": "good", "rejected": "bad"})
-    assert read(row, detect(row, PAIR), PAIR) == Conversation("q", "a", "b")
+    assert read(row, detect(row, PAIR), PAIR) == Conversation.of("q", "a", "b")
     row = Row({"question": "q", "good": "a"}, {"prompt": "question", "chosen": "good", "rejected": "worse"})
     with pytest.raises(
         BadRow, match=r"lacks 'rejected' \(data.columns takes it from 'worse'\); it has 'question', 'good'"
@@ -300,7 +300,7 @@ MISTAKES = [
     ({**CHAT, "chosen": [user("u")]}, "no assistant turn", r"'chosen' has no assistant turn \(user\)"),
     ({**CHAT, "chosen": []}, "no assistant turn", r"'chosen' has no assistant turn \(no message\)"),
     ({**CHAT, "chosen": [assistant(" ")]}, "empty chosen", r"'chosen' is empty"),
-    ({**CHAT, "chosen": ["text"]}, "wrong type", r"'chosen\[0\]' is str 'text'; it must be a message"),
+    ({**CHAT, "chosen": [7]}, "wrong type", r"'chosen\[0\]' is int 7; it must be a message"),
     ({**CHAT, "rejected": "text"}, "wrong type", r"'rejected' is str 'text'; it must be a list of messages"),
     (
         {**CHAT, "prompt": [{"role": "usr", "content": "x"}]},
@@ -413,7 +413,7 @@ def test_supervised_mistakes():
         with pytest.raises(BadRow, match=message):
             read(row, detect(row, CHOSEN_ONLY), CHOSEN_ONLY)
     equal = Row({"prompt": "p", "chosen": "same", "rejected": "same"}, {})  # no mistake where rejected is not used
-    assert read(equal, "explicit", CHOSEN_ONLY) == Conversation("p", "same")
+    assert read(equal, "explicit", CHOSEN_ONLY) == Conversation.of("p", "same")
 
 
 def test_long_values_are_shortened():

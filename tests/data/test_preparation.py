@@ -61,12 +61,12 @@ def test_pairs_come_back_as_tokenised(tmp_path, monkeypatch):
         f" good 0{EOS}",
         f" bad 0{EOS}",
     ]
-    assert first.prompt.dtype == first.rejected.dtype == np.int64 and first.chosen_mask.dtype == bool
+    assert first.prompt.dtype == first.rejected.dtype == np.int64 and first.masks[0].dtype == bool
     assert [data[i].index for i in range(6)] == [0, 1, 2, 3, 4, 5]
     assert [data.location(i) for i in range(6)] == [f"{path}:{n}" for n in (1, 2, 3, 4, 6, 7)]
     assert data.prompt_lengths.tolist() == [4, 4, 4, 4, 32, 4]
-    assert data.chosen_lengths.tolist() == [8, 8, 8, 8, 32, 8]
-    assert data.rejected_lengths.tolist() == [7, 7, 7, 7, 2, 7]
+    assert data.completion_lengths[:, 0].tolist() == [8, 8, 8, 8, 32, 8]
+    assert data.completion_lengths[:, 1].tolist() == [7, 7, 7, 7, 2, 7]
     assert tok.decode(data[4].prompt) == BOS + ("long" * 20)[-31:]
     assert data.sources == [(0, 6, 1.0)]
     with pytest.raises(IndexError):
@@ -107,9 +107,9 @@ def test_masks_survive_the_disk(tmp_path):
     tok = tokenizer()
     data = prepare(str(write_lines(tmp_path / "x.jsonl", [row] * 3)), options=options(), tokenizer=tok)
     for i in range(3):
-        assert tok.decode(data[i].chosen[data[i].chosen_mask]) == "a</s>b</s>"
-        assert len(data[i].chosen_mask) == len(data[i].chosen) > len("a</s>b</s>") - 6
-        assert data[i].rejected_mask.all()
+        assert tok.decode(data[i].chosen[data[i].masks[0]]) == "a</s>b</s>"
+        assert len(data[i].masks[0]) == len(data[i].chosen) > len("a</s>b</s>") - 6
+        assert data[i].masks[1].all()
 
 
 @pytest.mark.parametrize("part", ["prompt", "chosen", "rejected"])
@@ -344,7 +344,7 @@ def test_supervised(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [{"prompt": "p", "completion": "abc"}])
     data = prepare(str(path), options=options(), tokenizer=tokenizer(), sides=CHOSEN_ONLY)
     assert tokenizer().decode(data[0].chosen) == "abc" + EOS
-    assert len(data[0].rejected) == 0 and data.rejected_lengths.tolist() == [0]
+    assert len(data[0].completions) == 1 and data.completions.tolist() == [1]
     assert list(data.census["tokens"]) == ["prompt", "chosen"]
 
 
@@ -696,4 +696,4 @@ def test_real_sharegpt_rows():
     for i in (0, 150, 299):
         assert tok.decode(data[i].prompt).endswith(raw[i]["conversations"][-1]["value"] + "\n<|assistant|>\n")
         assert tok.decode(data[i].chosen) == raw[i]["chosen"]["value"] + EOS
-        assert tok.decode(data[i].rejected[data[i].rejected_mask]) == raw[i]["rejected"]["value"] + EOS
+        assert tok.decode(data[i].rejected[data[i].masks[1]]) == raw[i]["rejected"]["value"] + EOS

@@ -30,7 +30,7 @@ SMALL_BUCKETS = {
     "stage3_max_reuse_distance": 1_000_000,
 }
 SHAPE, PAIRS = (64, 32, 32), 4  # 512 tokens
-SEGMENTS = tuple(Segment(128 * i, *SHAPE) for i in range(PAIRS))
+SEGMENTS = tuple(Segment(128 * i, SHAPE[0], SHAPE[1:]) for i in range(PAIRS))
 CASES = {
     f"{model}{'-live' * live}{'-checkpointing' * checkpointing}": {
         "model": MODELS[model], "ds": {"zero_optimization": SMALL_BUCKETS}, "live": live,
@@ -166,9 +166,9 @@ def test_the_largest_micro_batch_is_full_of_the_longest_pairs():
     """Prompt 10, completions 20 each: two whole pairs of 50 tokens and the beginning of a third in 120."""
     section = DataSection(train="d", max_length=30, max_prompt_length=10)
     segments = allocations.longest_pairs(section, 120, ("chosen", "rejected"))
-    assert segments == (Segment(0, 10, 20, 20), Segment(50, 10, 20, 20), Segment(100, 4, 8, 8))
-    assert allocations.longest_pairs(section, 40, ("chosen", "rejected")) == (Segment(0, 10, 20, 20),)
-    assert allocations.longest_pairs(section, 30, ("chosen",)) == (Segment(0, 10, 20, 0),)
+    assert segments == (Segment(0, 10, (20, 20)), Segment(50, 10, (20, 20)), Segment(100, 4, (8, 8)))
+    assert allocations.longest_pairs(section, 40, ("chosen", "rejected")) == (Segment(0, 10, (20, 20)),)
+    assert allocations.longest_pairs(section, 30, ("chosen",)) == (Segment(0, 10, (20,)),)
 
 
 def test_sub_groups_are_deepspeeds():
@@ -196,7 +196,7 @@ def test_the_heads_kept_exponentials_are_counted(monkeypatch):
     config = AutoConfig.for_model(
         "llama", vocab_size=20_000, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1
     )
-    run = trace.Pass((Segment(0, 10, 500, 500),), 1000, torch.bfloat16)
+    run = trace.Pass((Segment(0, 10, (500, 500)),), 1000, torch.bfloat16)
     kept = trace.peaks(config, run)
     monkeypatch.setitem(trace.TILES, "triton", trace.TILES["triton"]._replace(kept_bytes=0))
     recomputed = trace.peaks(config, run)

@@ -1,12 +1,14 @@
 """Packed attention inside models: same log-probs and gradients as padded rows, blind where it must be, and checked."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_ds.batch import Batch, Group, packed_batch, padded_batch
+from dpo_ds.batch import PAIR, Batch, Group, packed_batch, padded_batch
 from dpo_ds.logprobs.head import install_head
 from dpo_ds.models.attention import PACKED_ATTENTION, packed_refusal, use_packed_attention
 from dpo_ds.models.causal_lm import hidden_states
@@ -16,7 +18,8 @@ from tests.models.packed.emulated import CPU_KERNEL
 
 VOCABULARY = 200
 LAYERS = 2
-UNEVEN = ((9, 4, 7), (1, 1, 5), (0, 4, 3), (6, 1, 1), (1, 3, 1), (12, 6, 2))  # prompt, chosen, rejected
+PAIRS = ((9, 4, 7), (1, 1, 5), (0, 4, 3), (6, 1, 1), (1, 3, 1), (12, 6, 2))  # prompt, chosen, rejected
+UNEVEN = (*PAIRS, (5, 3), (4, 2, 5, 1, 3), (0, 3, 2, 2), (8, 1, 4, 2, 6, 3, 2, 5))  # groups of 1, 4, 3 and 7, too
 
 ROPE = {
     "vocab_size": VOCABULARY,
@@ -99,10 +102,15 @@ def tiny(family: str, settings: dict) -> LogProbModel:
     return LogProbModel(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).eval()
 
 
-def random_pairs(lengths=UNEVEN) -> list[Group]:
-    generator = np.random.default_rng(1)
-    tokens = [[generator.integers(3, VOCABULARY, size=n) for n in pair] for pair in lengths]
-    return [Group.pair(p, c, r, np.ones(len(c), bool), np.ones(len(r), bool)) for p, c, r in tokens]
+def random_groups(lengths=UNEVEN) -> list[Group]:
+    """Of each its first completion is better than the others."""
+    generator, groups = np.random.default_rng(1), []
+    for prompt, *completions in lengths:
+        ids = [generator.integers(3, VOCABULARY, size=n) for n in (prompt, *completions)]
+        masks = tuple(np.ones(n, bool) for n in completions)
+        better = np.array([(0, worse) for worse in range(1, len(completions))], np.int64).reshape(-1, 2)
+        groups.append(Group(ids[0], tuple(ids[1:]), masks, better))
+    return groups
 
 
 def logps_and_gradients(model: LogProbModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -123,7 +131,7 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_padded(family):
     model = tiny(family, FAMILIES[family])
-    pairs = random_pairs()
+    pairs = random_groups()
     expected, expected_gradients = logps_and_gradients(model, padded_batch(pairs))
     assert use_packed_attention(model.causal_lm) is None
     with probe_attention() as probe:
@@ -150,7 +158,7 @@ def _varlen(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_packed_equals_padded_by_varlen_calls(family, checkpointing, _varlen):
     model = tiny(family, FAMILIES[family]).train()
-    pairs = random_pairs()
+    pairs = random_groups()
     expected, expected_gradients = logps_and_gradients(model, padded_batch(pairs))
     assert packed_refusal(model.causal_lm, model) is None
     if checkpointing:
@@ -165,7 +173,7 @@ def test_packed_equals_padded_by_varlen_calls(family, checkpointing, _varlen):
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_the_windows_of_the_test_models_matter(family):
     """Without its window the same model gives other log-probs: the agreement above is of windows that do cut."""
-    pairs, settings = random_pairs(), FAMILIES[family]
+    pairs, settings = random_groups(), FAMILIES[family]
     windowed = tiny(family, settings)(padded_batch(pairs))
     full = tiny(family, {**settings, "sliding_window": 64})(padded_batch(pairs))
     assert (windowed - full).abs().max() > 1e-2
@@ -175,7 +183,7 @@ def test_the_windows_of_the_test_models_matter(family):
 def test_a_pairs_place_in_the_pack_changes_nothing(family):
     model = tiny(family, FAMILIES[family])
     use_packed_attention(model.causal_lm)
-    pairs = random_pairs()
+    pairs = random_groups()
     alone = torch.cat([model(packed_batch([pair])) for pair in pairs])
     together = model(packed_batch(pairs))
     backwards = model(packed_batch(pairs[::-1]))
@@ -189,10 +197,11 @@ def test_a_pairs_place_in_the_pack_changes_nothing(family):
 def test_neither_side_sees_the_other(family, changed):
     model = tiny(family, FAMILIES[family])
     use_packed_attention(model.causal_lm)
-    pairs = random_pairs()
-    other = {changed: pairs[0].completion(changed)[::-1] + 1}
-    assert (other[changed] != pairs[0].completion(changed)).all()
-    perturbed = [Group.pair(**{**vars(pairs[0]), **other}), *pairs[1:]]
+    pairs = random_groups()
+    completions = list(pairs[0].completions)
+    completions[PAIR.index(changed)] = completions[PAIR.index(changed)][::-1] + 1
+    assert (completions[PAIR.index(changed)] != getattr(pairs[0], changed)).all()
+    perturbed = [replace(pairs[0], completions=tuple(completions)), *pairs[1:]]
     before, after = (packed_batch(p) for p in (pairs, perturbed))
     before, after = (batch.pair_logps(model(batch)) for batch in (before, after))
     seen, unseen = ("chosen", "rejected") if changed == "chosen" else ("rejected", "chosen")
@@ -201,12 +210,29 @@ def test_neither_side_sees_the_other(family, changed):
     assert torch.equal(getattr(before, seen)[1:], getattr(after, seen)[1:])
 
 
+def test_a_completions_place_in_its_group_changes_nothing():
+    """Moved to every place among seven, its log-probs are the same but for rounding."""
+    model = tiny("llama", FAMILIES["llama"])
+    use_packed_attention(model.causal_lm)
+    group = random_groups()[-1]
+    order = list(range(len(group.completions)))
+    found = []
+    for shift in order:
+        turned = order[shift:] + order[:shift]
+        parts = {name: tuple(getattr(group, name)[i] for i in turned) for name in ("completions", "masks")}
+        batch = packed_batch([replace(group, **parts)])
+        of_each = model(batch).split(batch.target_counts.tolist())
+        found.append(torch.cat([of_each[turned.index(i)] for i in order]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_activation_checkpointing_gives_the_same_gradients(family, use_reentrant):
     model = tiny(family, FAMILIES[family]).train()
     use_packed_attention(model.causal_lm)
-    batch = packed_batch(random_pairs())
+    batch = packed_batch(random_groups())
     expected, expected_gradients = logps_and_gradients(model, batch)
     model.causal_lm.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     model.causal_lm.enable_input_require_grads()
@@ -222,7 +248,7 @@ def test_a_batch_first_seen_in_inference_mode_can_be_trained_on():
     """The masks are shared by the reference's pass and the policy's, whose backward saves them."""
     model = tiny("mistral", FAMILIES["mistral"])
     use_packed_attention(model.causal_lm)
-    batch = packed_batch(random_pairs(((5, 6, 8),)))
+    batch = packed_batch(random_groups(((5, 6, 8),)))
     with torch.inference_mode():
         model(batch)
     model(batch).sum().backward()
@@ -248,7 +274,7 @@ def test_attention_dropout_is_an_error():
     model = tiny("llama", {**FAMILIES["llama"], "attention_dropout": 0.1}).train()
     use_packed_attention(model.causal_lm)
     with pytest.raises(UnsupportedAttention, match="dropout 0.1"):
-        model(packed_batch(random_pairs()))
+        model(packed_batch(random_groups()))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
@@ -266,7 +292,7 @@ def test_the_canary_refuses(family):
     assert refusal and why in refusal and "\n" not in refusal
     assert model.causal_lm.config._attn_implementation == "eager"
     with probe_attention() as probe:
-        model(padded_batch(random_pairs()[:2]))  # still usable in the padded layout
+        model(padded_batch(random_groups()[:2]))  # still usable in the padded layout
     assert not probe.backends
 
 

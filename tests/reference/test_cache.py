@@ -3,12 +3,13 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dpo_ds.batch import packed_batch, padded_batch
-from dpo_ds.commands.precompute import micro_batches, missing_rows
+from dpo_ds.batch import Group, packed_batch, padded_batch
+from dpo_ds.commands.precompute import Lacking, lacking, micro_batches
 from dpo_ds.data import GroupDataset
 from dpo_ds.data.dataset import GroupWriter
 from dpo_ds.data.rows import Location
@@ -20,6 +21,7 @@ from dpo_ds.reference.cache import (
     KeyIndex,
     Shard,
     check_shards,
+    completion_keys,
     is_finished,
     pair_keys,
     read_manifest,
@@ -27,7 +29,7 @@ from dpo_ds.reference.cache import (
     write_manifest,
 )
 from dpo_ds.reference.cached import CachedRows
-from dpo_ds.reference.store import VALUES, _array, data_rows, open_store
+from dpo_ds.reference.store import VALUES, _array, data_rows, first_completions, open_store
 from dpo_ds.reference.verify import verify
 from tests.tiny import random_pairs
 
@@ -54,7 +56,7 @@ def dataset(folder, pairs) -> GroupDataset:
 
 def shard_of(pairs, keys) -> Shard:
     """Log-prob i of side s of pair p is -(100 p + 10 s) - i / 100."""
-    logps = [[-(100 * p.index + 10 * s) - np.arange(len(p.completion(side))) / 100 for p in pairs]
+    logps = [[-(100 * p.index + 10 * s) - np.arange(len(getattr(p, side))) / 100 for p in pairs]
              for s, side in enumerate(("chosen", "rejected"))]  # fmt: skip
     lengths = np.array([[len(p.chosen), len(p.rejected)] for p in pairs])
     return Shard(keys, lengths, *(np.concatenate(side).astype(np.float32) for side in logps))
@@ -72,19 +74,21 @@ def filled(folder, data, pairs, builds=((0, 4), (4, 7))):
 
 
 def test_a_key_depends_on_every_token_and_on_where_the_parts_end(tmp_path):
-    from dataclasses import replace
-
     pair = random_pairs(3)[2]
     both = np.concatenate([pair.prompt, pair.chosen])
-    moved = replace(pair, prompt=both[:-1], chosen=both[-1:], chosen_mask=np.ones(1, bool))
-    other = replace(pair, rejected=np.append(pair.rejected[:-1], pair.rejected[-1] + 1))
-    masked = replace(pair, chosen_mask=np.zeros(len(pair.chosen), bool))
-    swapped = replace(
-        pair, chosen=pair.rejected, rejected=pair.chosen, chosen_mask=pair.rejected_mask, rejected_mask=pair.chosen_mask
-    )
-    keys = pair_keys(dataset(tmp_path / "a", [pair, moved, other, swapped, masked]))
+    moved = Group.pair(both[:-1], both[-1:], pair.rejected, np.ones(1, bool), pair.masks[1])
+    changed = np.append(pair.rejected[:-1], pair.rejected[-1] + 1)
+    other = replace(pair, completions=(pair.chosen, changed))
+    masked = replace(pair, masks=(np.zeros(len(pair.chosen), bool), pair.masks[1]))
+    swapped = replace(pair, completions=pair.completions[::-1], masks=pair.masks[::-1])
+    data = dataset(tmp_path / "a", [pair, moved, other, swapped, masked])
+    keys = pair_keys(data)
     assert len({tuple(key) for key in keys[:4].tolist()}) == 4
     assert keys[4].tolist() == keys[0].tolist(), "a mask is applied at lookup"
+    of_pair, of_moved, of_other, of_swapped, of_masked = completion_keys(data).reshape(5, 2, 2).tolist()
+    assert of_pair == of_swapped[::-1] == of_masked, "a completion's key depends on the prompt and itself alone"
+    assert of_pair[0] == of_other[0] and of_pair[1] != of_other[1]
+    assert not {*map(tuple, of_pair)} & {*map(tuple, of_moved)}
 
 
 def test_the_index_finds_keys_with_equal_first_halves():
@@ -96,9 +100,16 @@ def test_the_index_finds_keys_with_equal_first_halves():
     assert index.find(absent).tolist() == [-1] * 5
 
 
-def test_missing_rows_are_unique_and_in_order():
-    keys = np.array([[7, 0], [3, 0], [7, 0], [1, 0], [3, 0]], dtype=np.uint64)
-    assert missing_rows(keys, None).tolist() == [0, 1, 3]
+def test_what_a_cache_lacks_is_unique_and_in_order(tmp_path):
+    pairs = random_pairs(4)
+    both = dataset(tmp_path / "a", [pairs[1], replace(pairs[1], completions=pairs[1].completions[::-1]), pairs[2]])
+    keys, firsts = completion_keys(both), first_completions(both)
+    lengths = [tuple(map(len, pairs[i].completions)) for i in (1, 2)]
+    assert lacking([both], keys, firsts, None) == [
+        (0, (0, 1), len(pairs[1].prompt), lengths[0]), (2, (0, 1), len(pairs[2].prompt), lengths[1]),
+    ]  # fmt: skip
+    of_pairs = filled(tmp_path / "cache", dataset(tmp_path / "b", pairs[2:]), pairs[2:], builds=[(0, 2)])
+    assert [row.row for row in lacking([both], keys, firsts, of_pairs)] == [0]
 
 
 def test_a_shard_comes_back_and_has_the_same_bytes_twice(tmp_path):
@@ -140,9 +151,9 @@ def test_every_flipped_byte_is_found(tmp_path, capsys):
     manifest = filled(tmp_path / "cache", dataset(tmp_path / "a", pairs), pairs)
     verify(tmp_path / "cache")
     said = capsys.readouterr().out
-    assert manifest.id in said and "every hash is right" in said and "pairs      7 in 2 shards" in said
-    tokens = sum(len(pair.chosen) for pair in pairs)
-    assert f"chosen     {tokens} tokens" in said
+    assert manifest.id in said and "every hash is right" in said and "rows       7 in 2 shards" in said
+    tokens = sum(len(ids) - (not len(pair.prompt)) for pair in pairs for ids in pair.completions)
+    assert f"tokens     {tokens}, mean log-prob" in said
     for number in (0, 1):
         path = tmp_path / "cache" / shard_name(number)
         content = path.read_bytes()
@@ -193,12 +204,12 @@ def test_rows_are_found_by_key_in_any_order_and_masks_apply(tmp_path, layout):
     batch = layout([subset[1], subset[0]])
     wanted = []
     for pair in (pairs[0], pairs[6]):
-        for s, side in enumerate(("chosen", "rejected")):
-            wanted += [-(100 * pair.index + 10 * s) - i / 100 for i in pair.target_positions(side)]
-    assert not pairs[6].chosen_mask.all() or not pairs[0].chosen_mask.all(), "one pair has an untrained turn"
+        for s in range(2):
+            wanted += [-(100 * pair.index + 10 * s) - i / 100 for i in pair.target_positions(s)]
+    assert not pairs[6].masks[0].all() or not pairs[0].masks[0].all(), "one pair has an untrained turn"
     assert cached.token_logps(batch).tolist() == pytest.approx(wanted, abs=1e-4)
     sums = batch.pair_logps(cached.token_logps(batch))
-    assert sums.chosen_tokens.tolist() == [pairs[0].chosen_mask.sum(), pairs[6].chosen_mask.sum()]
+    assert sums.chosen_tokens.tolist() == [pairs[0].masks[0].sum(), pairs[6].masks[0].sum()]
     assert cached.token_logps(layout([])).shape == (0,)
 
 
@@ -218,16 +229,18 @@ def test_pairs_that_are_missing_have_no_row(tmp_path):
     pairs = random_pairs(9)
     manifest = filled(tmp_path / "cache", dataset(tmp_path / "a", pairs), pairs)
     store = open_store(manifest, build=True)
-    assert (data_rows(store, dataset(tmp_path / "b", pairs[5:]), build=True) < 0).tolist() == [False, False, True, True]
+    lacks = data_rows(store, dataset(tmp_path / "b", pairs[5:]), build=True)[:, 0] < 0
+    assert lacks.tolist() == [False] * 4 + [True] * 4
 
 
 def test_micro_batches_are_full_and_a_long_pair_goes_alone():
     from dpo_ds.data.batching import Layout
 
-    lengths = np.array([[50, 40, 30], [20, 20, 20], [10, 20, 10], [10, 10, 10], [5, 5, 5]])
-    packed = [batch.tolist() for batch in micro_batches(lengths, Layout("packed", ("chosen", "rejected"), 100, 8))]
+    lengths = [(50, 40, 30), (20, 20, 20), (10, 20, 10), (10, 10, 10), (5, 5, 5)]
+    rows = [Lacking(row, (0, 1), prompt, tuple(of)) for row, (prompt, *of) in enumerate(lengths)]
+    packed = [[row.row for row in batch] for batch in micro_batches(rows, Layout("packed", 100, 8))]
     assert packed == [[0], [1, 2], [3, 4]]  # 120 | 60 + 40 | 30 + 15
-    padded = [batch.tolist() for batch in micro_batches(lengths, Layout("padded", ("chosen", "rejected"), 170, 8))]
+    padded = [[row.row for row in batch] for batch in micro_batches(rows, Layout("padded", 170, 8))]
     assert padded == [[0], [1, 2], [3, 4]]  # 180 | 2 x 80 | 2 x 40, with a third pair 3 x 80
 
 
@@ -286,7 +299,7 @@ def test_a_damaged_copy_is_made_again_with_one_line(tmp_path, capsys):
     manifest = filled(tmp_path / "cache", data, pairs)
     store = open_store(manifest, build=True)
     right, rows = np.array(store._values), data_rows(store, data, build=True).tolist()
-    values, (table,) = store.folder / VALUES, store.folder.parent.glob("rows-*/array.npy")
+    values, (table,) = store.folder / VALUES, store.folder.parent.glob("places-*/array.npy")
     changed = right.copy()
     changed[::50] -= 57
     for path, content in ((values, changed.tobytes()), (values, right.tobytes()[:-4]), (table, b"")):

@@ -58,11 +58,11 @@ def by_torch(world, pairs, norm: float) -> list[float]:
     policy, reference = (AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
-    texts = [np.concatenate([pair.prompt, pair.completion(side)]) for pair in pairs for side in PAIR]
+    texts = [np.concatenate([pair.prompt, getattr(pair, side)]) for pair in pairs for side in PAIR]
     ids = pad_sequence([torch.from_numpy(text) for text in texts], batch_first=True)
     trained = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (pair, side) in enumerate((pair, side) for pair in pairs for side in PAIR):
-        trained[row, len(pair.prompt) + pair.target_positions(side)] = True
+        trained[row, len(pair.prompt) + pair.target_positions(PAIR.index(side))] = True
 
     def logratios(model) -> torch.Tensor:  # [pairs]; what follows a text does not change it, as attention is causal
         logps = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_ds.batch import PAIR
 from dpo_ds.data.batching import Layout
 from dpo_ds.training.feed import Feed
 from tests.tiny import random_pairs
@@ -20,8 +19,8 @@ class Data(list):
     def __init__(self, pairs):
         super().__init__(pairs)
         self.read = []
-        for name in ("prompt", "chosen", "rejected"):
-            setattr(self, f"{name}_lengths", np.array([len(getattr(pair, name)) for pair in pairs], np.int32))
+        self.prompt_lengths = np.array([len(pair.prompt) for pair in pairs])
+        self.completion_lengths = np.array([[len(ids) for ids in pair.completions] for pair in pairs])
 
     def __getitem__(self, row):
         self.read.append((row, threading.current_thread().name))
@@ -29,7 +28,7 @@ class Data(list):
 
 
 def feed(batches, data, rank=0, ranks=1) -> Feed:
-    return Feed(batches, data, Layout("packed", PAIR, 100, 32), rank, ranks, CPU)
+    return Feed(batches, data, Layout("packed", 100, 32), rank, ranks, CPU)
 
 
 def test_batches_come_in_order_and_one_ahead_of_their_use():
@@ -39,7 +38,7 @@ def test_batches_come_in_order_and_one_ahead_of_their_use():
         following = fed.following()
         assert batch.step == step and sorted(row for row, _ in data.read) == list(range(min(6, 2 * step + 2)))
         assert (following is None) == (step == 3)
-        assert sorted(i for micro in batch.micro_batches for i in micro.pair_indices) == batch.rows.tolist()
+        assert sorted(i for micro in batch.micro_batches for i in micro.indices) == batch.rows.tolist()
     assert step == 3 and fed.following() is None and fed.waited > 0
     assert {name.startswith("batches") for _, name in data.read} == {True}
     fed.close()
@@ -52,7 +51,7 @@ def test_ranks_get_as_many_micro_batches_and_all_pairs_between_them():
         parts += list(fed)
         fed.close()
     assert len({len(part.micro_batches) for part in parts}) == 1
-    assert sorted(i for part in parts for micro in part.micro_batches for i in micro.pair_indices) == list(range(5))
+    assert sorted(i for part in parts for micro in part.micro_batches for i in micro.indices) == list(range(5))
 
 
 def test_a_mistake_in_the_data_comes_out_where_the_batch_is_used():

@@ -19,7 +19,8 @@ CONFIG = {
 
 
 def lengths(*pairs: tuple[int, int, int]) -> Lengths:
-    return Lengths(*np.array(pairs, np.int64).T)
+    table = np.array(pairs, np.int64)
+    return Lengths(table[:, 0], table[:, 1:])
 
 
 def test_queries_see_the_prompt_and_their_own_completion():

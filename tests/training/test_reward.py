@@ -53,11 +53,13 @@ def test_calibration_by_hand():
 class Scored:
     """A policy whose scores are given."""
 
+    device = "cpu"
+
     def __init__(self, scores):
         self.given = torch.tensor(scores, requires_grad=True)
 
     def scores(self, batch):
-        return self.given
+        return self.given.flatten()
 
 
 def test_an_evaluation_adds_brier_score_and_calibration_error():
@@ -75,9 +77,9 @@ def test_an_evaluation_adds_brier_score_and_calibration_error():
     assert means["rewards/calibration_error"] == pytest.approx(abs(1 - 2 * 0.75) / 2)
 
 
-def test_margins_are_looked_up_by_the_pairs_rows():
-    objective = RewardObjective(BradleyTerry(), torch.tensor([9.0, 0.0, 1.5]))
-    pairs = random_pairs(3)[1:]
+def test_each_comparison_has_its_margin():
+    objective = RewardObjective(BradleyTerry())
+    pairs = [replace(pair, margins=np.array([margin])) for pair, margin in zip(random_pairs(2), (0, 1.5), strict=True)]
     loss, _ = objective(Scored([[1.0, 0.0], [1.0, 0.0]]), padded_batch(pairs))
     assert loss.item() == pytest.approx(-math.log(sigmoid(1)) - math.log(sigmoid(-0.5)))
 

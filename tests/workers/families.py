@@ -34,7 +34,7 @@ def alone(model, pairs) -> torch.Tensor:
     found = []
     for pair in pairs:
         for side in PAIR:
-            ids = torch.from_numpy(np.concatenate([pair.prompt, pair.completion(side)]))
+            ids = torch.from_numpy(np.concatenate([pair.prompt, getattr(pair, side)]))
             with torch.no_grad():
                 logps = model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
             places = torch.arange(len(pair.prompt), len(ids))

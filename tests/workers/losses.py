@@ -53,8 +53,8 @@ SCORES = {
 
 def completion(model, pair, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the trained tokens of one completion: their log-probs, and log Σ p² where they stand."""
-    ids = torch.tensor([*pair.prompt, *pair.completion(side)])
-    positions = len(pair.prompt) + torch.from_numpy(pair.target_positions(side))
+    ids = torch.tensor([*pair.prompt, *getattr(pair, side)])
+    positions = len(pair.prompt) + torch.from_numpy(pair.target_positions(["chosen", "rejected"].index(side)))
     rows = model(input_ids=ids[None]).logits[0].log_softmax(-1)[positions - 1]
     return rows.gather(1, ids[positions][:, None])[:, 0], (2 * rows).logsumexp(-1)
 

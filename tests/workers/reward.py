@@ -5,8 +5,10 @@ micro-batches with an empty one among them, then one update. Rank 0 writes what 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification
@@ -42,9 +44,9 @@ def check(path: str, layout: str, rank: int, ranks: int, device) -> dict:
     ds_config = engine_config(ranks)
     policy = Policy(RewardModel(load_classifier(ModelSection(path=path), ds_config, seed=0)), ds_config, device)
     settled = settle_layout(layout, [policy])
-    pairs = random_pairs(7)
+    pairs = [replace(pair, margins=np.array([m])) for pair, m in zip(random_pairs(7), MARGINS, strict=True)]
     shares = [[pairs[:3], pairs[3:4]], [pairs[4:], []]]  # rank 1's second micro-batch is empty
-    objective = RewardObjective(BradleyTerry(CENTERING), torch.tensor(MARGINS))
+    objective = RewardObjective(BradleyTerry(CENTERING))
     before, sums = gathered_state_dict(policy.causal_lm), 0
     for index, micro in enumerate(shares[rank]):
         loss, micro_sums = objective(policy, (packed_batch if layout == "packed" else padded_batch)(micro))

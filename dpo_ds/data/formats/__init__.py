@@ -166,7 +166,7 @@ def messages(row: Row, pair: bool) -> Conversation:
 
 
 def _is_explicit(row: Row) -> bool:
-    if "prompt" not in row or "completion" in row:
+    if "prompt" not in row or "completion" in row or is_ranked(row):
         return False
     if has_several(row):
         return True
@@ -197,13 +197,10 @@ PAIR_FIELDS = ("chosen", "rejected")
 ANSWERS = ("completion", "response", "output")
 # In the order of detection: the first that fits a row's fields reads it.
 FORMATS: dict[str, Format] = {
-    "ranked": Format(
-        ("prompt", "instruction", *COMPLETIONS, *SCORES, *RANKS, *SYSTEM, "tools"), is_ranked, ranked
-    ),
     "sharegpt": Format(("conversations", *SYSTEM, "tools", *PAIR_FIELDS), lambda row: "conversations" in row, sharegpt),
     "alpaca": Format(
         ("instruction", "input", "context", *SYSTEM, "history", "tools", *ANSWERS, *PAIR_FIELDS),
-        lambda row: "instruction" in row,
+        lambda row: "instruction" in row and not is_ranked(row),
         alpaca,
     ),
     "explicit": Format(("prompt", *SYSTEM, "tools", *PAIR_FIELDS), _is_explicit, explicit),
@@ -212,6 +209,9 @@ FORMATS: dict[str, Format] = {
     ),
     "hh": Format(PAIR_FIELDS, _is_hh, hh),
     "orca": Format(("question", "input", *SYSTEM, "tools", *ANSWERS, *PAIR_FIELDS), _is_orca, orca),
+    "ranked": Format(
+        ("prompt", "instruction", *COMPLETIONS, *SCORES, *RANKS, *SYSTEM, "tools"), is_ranked, ranked
+    ),
 }
 SUPERVISED = {
     "completion": Format(

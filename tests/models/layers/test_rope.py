@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_ds.batch import CHOSEN_ONLY, PAIR, Group, packed_batch, padded_batch
+from dpo_ds.batch import PAIR, Group, packed_batch, padded_batch
 from dpo_ds.errors import ModelError
 from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
@@ -65,14 +65,13 @@ def test_log_probs_are_the_models_own(model):
     """transformers on one sequence, of pairs whose sides are on the same side of the boundary."""
     for pair in pairs()[:4]:
         for side in PAIR if pair is not pairs()[1] else ("chosen",):
-            ids = torch.from_numpy(np.concatenate([pair.prompt, pair.completion(side)]))
+            ids = torch.from_numpy(np.concatenate([pair.prompt, getattr(pair, side)]))
             rope.tell_lengths(model.causal_lm, None)
             with torch.no_grad():
                 logps = model.causal_lm(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
             places = torch.arange(len(pair.prompt), len(ids))
-            masks = np.ones(len(places), bool), np.ones(0, bool)
-            same = Group.pair(pair.prompt, pair.completion(side), np.zeros(0, np.int64), *masks)
-            (found,) = of_pairs(model, padded_batch([same], CHOSEN_ONLY))
+            same = Group(pair.prompt, (getattr(pair, side),), (np.ones(len(places), bool),))
+            (found,) = of_pairs(model, padded_batch([same]))
             torch.testing.assert_close(found, logps[places - 1, ids[places]], atol=1e-5, rtol=1e-5)
 
 

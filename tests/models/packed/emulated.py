@@ -15,10 +15,10 @@ HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 aten = torch.ops.aten
 
 
-def segments_of(*lengths: tuple[int, int, int]) -> tuple[Segment, ...]:
+def segments_of(*lengths: tuple[int, ...]) -> tuple[Segment, ...]:
     segments, start = [], 0
-    for pair in lengths:
-        segments.append(Segment(start, *pair))
+    for prompt, *completions in lengths:
+        segments.append(Segment(start, prompt, tuple(completions)))
         start = segments[-1].end
     return tuple(segments)
 

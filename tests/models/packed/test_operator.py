@@ -10,7 +10,11 @@ from dpo_ds.models.packed.operator import packed_attention
 from dpo_ds.models.packed.segments import segment_table
 from tests.models.packed.emulated import CPU_KERNEL, HEADS, KEY_HEADS, WIDTH, segments_of
 
-PACKS = [segments_of(*lengths) for lengths in (((5, 3, 4), (1, 1, 6)), ((4, 1, 2),), ((2, 9, 0), (7, 1, 3), (3, 3, 3)))]
+PACKS = [
+    segments_of((5, 3, 4), (1, 1, 6)),
+    segments_of((4, 1, 2)),
+    segments_of((2, 9, 0), (7, 1, 3, 2), (3, 3, 3)),
+]
 
 
 @pytest.fixture

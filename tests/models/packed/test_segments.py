@@ -20,10 +20,22 @@ def test_copied_keys_by_hand():
     assert index.own.cu_keys.tolist() == [0, 3, 7, 10, 12]
     assert index.copies.rows.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 5, 8]
     assert index.copies.first.tolist() == [0, 1, 2, 5, 6, 7, 8, 9, 11]
-    assert (index.copies.again.tolist(), index.copies.again_rows.tolist()) == ([3, 4, 10], [0, 1, 5])
+    assert [[part.tolist() for part in parts] for parts in index.copies.again] == [[[3, 4, 10], [0, 1, 5]]]
     assert (index.own.max_queries, index.own.max_keys) == (3, 4)
     assert index.own.cu_queries.dtype == index.own.cu_keys.dtype == torch.int32
     assert index.shared is None
+
+
+def test_a_prompt_that_is_copied_twice_by_hand():
+    """No row twice in one addition, whose order would not be known."""
+    index = SegmentTable(segments_of((1, 1, 1, 2))).index(CPU, merge=False)
+    #            p y1 y2 y3 y3          blocks: p y1, y2, y3 y3
+    assert index.own.cu_queries.tolist() == [0, 2, 3, 5]
+    assert index.copies.rows.tolist() == [0, 1, 0, 2, 0, 3, 4]
+    assert [[part.tolist() for part in parts] for parts in index.copies.again] == [[[2], [0]], [[4], [0]]]
+    merged = SegmentTable(segments_of((1, 1, 1, 2))).index(CPU, merge=True)
+    assert merged.own.cu_keys.tolist() == [0, 2, 3, 5]
+    assert merged.shared.blocks.cu_queries.tolist() == [0, 3] and merged.shared.key_rows == slice(0, 1)
 
 
 def test_merged_blocks_by_hand():
@@ -48,12 +60,12 @@ def test_blocks_without_queries_are_left_out():
 
 
 @given(
-    lengths=st.lists(st.tuples(*[st.integers(0, 6)] * 3).filter(any), min_size=1, max_size=6),
+    lengths=st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=6).filter(any), min_size=1, max_size=6),
     threshold=st.integers(0, 6),
 )
 @settings(max_examples=60, deadline=None)
 def test_the_blocks_show_each_token_what_it_may_see(lengths, threshold):
-    """A token sees its pair's prompt up to itself and its own side up to itself: nothing else, and nothing twice."""
+    """A token sees its group's prompt up to itself and its own completion up to itself, nothing else, nothing twice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segments, "is_merged", lambda segment: segment.prompt >= threshold)
         table = SegmentTable(segments_of(*lengths))
@@ -66,14 +78,17 @@ def test_the_blocks_show_each_token_what_it_may_see(lengths, threshold):
             seen[token] = more + seen[token]
     expected = {}
     for s in table.segments:
-        prompt_end, chosen_end = s.start + s.prompt, s.start + s.prompt + s.chosen
+        prompt_end = s.start + s.prompt
+        starts = [end - length for end, length in zip(s.ends, s.completions, strict=True)]
         for token in range(s.start, s.end):
-            side = chosen_end if token >= chosen_end else prompt_end
-            expected[token] = [*range(s.start, min(prompt_end, token + 1)), *range(side, token + 1)]
+            own = max((start for start in starts if start <= token), default=prompt_end)
+            expected[token] = [*range(s.start, min(prompt_end, token + 1)), *range(own, token + 1)]
     assert seen == expected
     if copies:
         assert torch.equal(copies.rows[copies.first], torch.arange(table.length))
-        assert sorted([*copies.first.tolist(), *copies.again.tolist()]) == [*range(len(keys))]
+        again = [key for keys_of_one, _ in copies.again for key in keys_of_one.tolist()]
+        assert sorted([*copies.first.tolist(), *again]) == [*range(len(keys))]
+        assert all(len(set(rows.tolist())) == len(rows) for _, rows in copies.again)
 
 
 def _seen(blocks, query_rows, key_rows, causal: bool) -> dict[int, list[int]]:
@@ -88,21 +103,21 @@ def _seen(blocks, query_rows, key_rows, causal: bool) -> dict[int, list[int]]:
     return seen
 
 
-SPLITS = [((2048, 1, 256), True), ((2047, 1, 128), False), ((2048, 1, 257), False)]
+SPLITS = [((2048, 1, 256), True), ((2047, 1, 128), False), ((2048, 1, 257), False), ((2048, 1, 250, 262), True)]
 
 
 @pytest.mark.parametrize(("lengths", "merged"), SPLITS)
 def test_what_is_merged_by_length(lengths, merged):
-    """From 2048 prompt tokens on, if they are eight times rejected's: the pair's own lengths and nothing else."""
-    assert is_merged(Segment(0, *lengths)) is merged
+    """From 2048 prompt tokens on, if they are eight times the other completions': the group's own lengths alone."""
+    assert is_merged(*segments_of(lengths)) is merged
 
 
 def test_a_handle_leads_back_to_its_table():
     table = segment_table(segments_of((2, 1, 2), (1, 2, 1)))
-    assert table.handle.tolist() == [0, 2, 1, 2, 5, 1, 2, 1]
+    assert table.handle.tolist() == [0, 2, 2, 1, 2, 5, 1, 2, 2, 1]
     assert table_of(table.handle.clone()) is table
     for start in (1, 2, 3):  # others come in between: the content leads to an equal one
-        segment_table((Segment(0, start, 1, 1),))
+        segment_table((Segment(0, start, (1, 1)),))
     assert table_of(table.handle) is not table and table_of(table.handle).segments == table.segments
 
 

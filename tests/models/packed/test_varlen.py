@@ -26,7 +26,9 @@ from tests.models.packed.emulated import (
     segments_of,
 )
 
-UNEVEN = ((5, 3, 4), (1, 1, 6), (0, 2, 3), (4, 1, 0), (9, 0, 2), (3, 2, 1))  # prompt, chosen, rejected
+UNEVEN = (  # prompt, completions
+    (5, 3, 4), (1, 1, 6), (0, 2, 3), (4, 1, 0), (9, 0, 2), (3, 2, 1), (2, 3), (6, 1, 2, 3, 1), (3, 2, 2, 1),
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +41,8 @@ def by_definition(query, key, value, table: SegmentTable, rule: ScoreRule) -> Te
     pair, side, position = [], [], []
     for i, s in enumerate(table.segments):
         pair += [i] * (s.end - s.start)
-        side += [0] * s.prompt + [1] * s.chosen + [2] * s.rejected
-        position += [*range(s.prompt + s.chosen), *range(s.prompt, s.prompt + s.rejected)]
+        side += [0] * s.prompt + [i for i, n in enumerate(s.completions, 1) for _ in range(n)]
+        position += [*range(s.prompt), *(s.prompt + i for n in s.completions for i in range(n))]
     pair, side, position = (torch.tensor(x) for x in (pair, side, position))
     distance = position[:, None] - position
     seen = (pair[:, None] == pair) & ((side == 0) | (side[:, None] == side)) & (distance >= 0)
