@@ -31,8 +31,9 @@ class Group:
     """A tokenised prompt and what each completion goes on with.
 
     prompt [P], completions [n][C_i]: int64 token ids. masks [n][C_i]: bool, true where a token is trained on (user
-    turns inside a completion are not). comparisons [K, 2] int64: the better and the worse completion. margins [K]
-    float32: how much better it is, where that was asked for; else None. `index` is the row in the tokenised data set.
+    turns inside a completion are not). comparisons [K, 2] int64: the better and the worse completion, those of the same
+    better one adjacent. margins [K] float32: how much better it is, where that was asked for; else None. `index` is the
+    row in the tokenised data set.
     """
 
     prompt: np.ndarray
@@ -75,13 +76,17 @@ class PairLogps:
     """Log-probs of both sides of comparisons, summed over each completion's trained tokens, and how many tokens those
     are; all [comparisons]: one a pair.
 
-    The sums are float32; counts are int64.
+    The sums are float32; counts are int64. margins [comparisons] float32: how much better chosen is, None where that
+    was not asked for. rivals: how many comparisons each completion is chosen in, one after another, int64; None: one
+    each.
     """
 
     chosen: Tensor
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    margins: Tensor | None = None
+    rivals: Tensor | None = None
 
     @property
     def logratio(self) -> Tensor:  # [comparisons]
@@ -113,8 +118,9 @@ class Batch:
     group, packed layout only (rows is 1). target_rows [N]: index into the flattened [rows * length] hidden states of
     the row that predicts `targets` [N]. target_counts [completions]: how N splits into completions, those of a group
     adjacent. comparisons [K, 2]: the better and the worse completion, among all of the batch; margins [K] float32 or
-    None. group_sizes: completions of each group. num_tokens counts each prompt once, padding never. indices: rows of
-    the data set.
+    None; rivals: how many comparisons each completion is better in, one after another; shares [K] float32: 1 over the
+    comparisons of the same group. group_sizes: completions of each group. num_tokens counts each prompt once, padding
+    never. indices: rows of the data set.
     """
 
     input_ids: Tensor
@@ -126,6 +132,8 @@ class Batch:
     target_counts: Tensor
     comparisons: Tensor
     margins: Tensor | None
+    rivals: Tensor
+    shares: Tensor
     group_sizes: tuple[int, ...]
     num_tokens: int
     indices: tuple[int, ...]
@@ -154,7 +162,7 @@ class Batch:
         comparisons: indexing adds up its gradients in one order, index_select would not."""
         better, worse = self.comparisons.unbind(1)
         counts = self.target_counts
-        return PairLogps(sums[better], sums[worse], counts[better], counts[worse])
+        return PairLogps(sums[better], sums[worse], counts[better], counts[worse], self.margins, self.rivals)
 
 
 def sum_per_sequence(values_N: Tensor, counts: Tensor) -> Tensor:
@@ -240,9 +248,14 @@ def _known(groups: Sequence[Group]) -> dict[str, Any]:
     sizes = [len(group.completions) for group in groups]
     firsts = np.cumsum([0, *sizes])
     comparisons = [group.comparisons + first for group, first in zip(groups, firsts, strict=False)]
+    together = np.concatenate([NO_COMPARISON, *comparisons]).astype(np.int64)
+    starts = np.flatnonzero(np.diff(together[:, 0], prepend=-1))
+    counts = np.array([len(group.comparisons) for group in groups], np.int64)
     margins = [group.margins for group in groups if group.margins is not None]
     return {
-        "comparisons": torch.from_numpy(np.concatenate([NO_COMPARISON, *comparisons])),
+        "comparisons": torch.from_numpy(together),
+        "rivals": torch.from_numpy(np.diff([*starts, len(together)]).astype(np.int64)),
+        "shares": torch.from_numpy(np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)),
         "margins": torch.from_numpy(np.concatenate(margins).astype(np.float32)) if margins else None,
         "group_sizes": tuple(sizes),
         "num_tokens": sum(group.num_tokens for group in groups),

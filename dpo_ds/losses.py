@@ -28,13 +28,16 @@ class Loss:
 
     needs_reference: false for losses of log π alone, whose `reference` is None. across_pairs: a pair's value depends on
     the other pairs, so it is to be called with the whole global batch. of_differences: it depends on c and r through
-    their difference alone, so that an f-divergence's scores may stand for them (arXiv 2309.16240).
+    their difference alone, so that an f-divergence's scores may stand for them (arXiv 2309.16240). per_group: its mean
+    is over groups and not over comparisons. takes_margins: chosen is to be better by a margin where one is given.
     """
 
     beta: float = Default.beta
     needs_reference: ClassVar[bool] = True
     across_pairs: ClassVar[bool] = False
     of_differences: ClassVar[bool] = False
+    per_group: ClassVar[bool] = False
+    takes_margins: ClassVar[bool] = False
 
     def after_step(self, mean_reward: float) -> Loss:
         """The loss of the next step, given β times the mean of all c and r of this step's global batch."""
@@ -52,15 +55,54 @@ class Loss:
 class DPO(Loss):
     """Direct Preference Optimization, eq. 7 of arXiv 2305.18290; label_smoothing > 0 is cDPO (Mitchell 2023).
 
-    Its gradient is -beta σ(r̂_l - r̂_w) (∇ log π(y_w|x) - ∇ log π(y_l|x)) with r̂ = beta log π/π_ref.
+    Its gradient is -beta σ(r̂_l - r̂_w) (∇ log π(y_w|x) - ∇ log π(y_l|x)) with r̂ = beta log π/π_ref. Where margins are
+    given, margin_scale times the margin is taken from βΔ first: ODPO, eq. 8 of arXiv 2402.10571.
     """
 
     label_smoothing: float = Default.label_smoothing
+    margin_scale: float = Default.margin_scale
     of_differences: ClassVar[bool] = True
+    takes_margins: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:  # [pairs]
         margin = self.beta * (policy.logratio - reference.logratio)
+        if policy.margins is not None:
+            margin = margin - self.margin_scale * policy.margins
         return -(1 - self.label_smoothing) * logsigmoid(margin) - self.label_smoothing * logsigmoid(-margin)
+
+
+@dataclass(frozen=True)
+class DPOP(Loss):
+    """DPO-Positive, eq. 3 of arXiv 2402.13228: -log σ(β(Δ - penalty max(0, -c))), so that chosen does not fall."""
+
+    penalty: float = Default.penalty
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen, rejected = rewards(1.0, policy, reference)
+        return -logsigmoid(self.beta * (chosen - rejected - self.penalty * torch.relu(-chosen)))
+
+
+@dataclass(frozen=True)
+class PlackettLuce(Loss):
+    """DPO of rankings, eq. 20 of arXiv 2305.18290 (appendix A.3): each completion, best first, against itself and all
+    that are worse: Σ_i -log(e^βs_i / (e^βs_i + Σ_{j worse than i} e^βs_j)), s = log π - log π_ref.
+
+    Of one better than several others it is eq. 9 of arXiv 2406.09215 (S-DPO), of a pair DPO. Equally good completions
+    are never weighed against each other. Gives one value for each completion that is better than another.
+    """
+
+    of_differences: ClassVar[bool] = True
+    per_group: ClassVar[bool] = True
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:  # [completions better than another]
+        behind = -self.beta * (policy.logratio - reference.logratio)
+        rivals = torch.ones_like(policy.chosen_tokens) if policy.rivals is None else policy.rivals
+        if not len(rivals):
+            return behind
+        highest = torch.segment_reduce(behind.detach(), "max", lengths=rivals, unsafe=True)
+        above = torch.exp(behind - highest.repeat_interleave(rivals))
+        log_sum = highest + torch.segment_reduce(above, "sum", lengths=rivals, unsafe=True).log()
+        return -logsigmoid(-log_sum)
 
 
 @dataclass(frozen=True)
@@ -274,6 +316,7 @@ class WeightedSum:
         self.beta = losses[0].beta
         self.needs_reference = any(loss.needs_reference for loss in losses)
         self.across_pairs = any(loss.across_pairs for loss in losses)
+        self.per_group = losses[0].per_group  # all alike
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         return sum(w * loss(policy, reference) for w, loss in zip(self.weights, self.losses, strict=True))
@@ -290,6 +333,8 @@ class WeightedSum:
 
 LOSSES: dict[str, type[Loss]] = {
     "dpo": DPO,
+    "dpop": DPOP,
+    "plackett_luce": PlackettLuce,
     "robust": Robust,
     "hinge": Hinge,
     "ipo": IPO,
@@ -340,6 +385,15 @@ def _check(section: LossSection, chosen: list[type[Loss]]) -> None:
     if section.divergence != "reverse_kl" and not all(loss.of_differences for loss in chosen):
         fitting = ", ".join(name for name, loss in LOSSES.items() if loss.of_differences)
         raise ConfigError(f"loss.divergence {section.divergence}: not for {listed}; for {fitting}")
+    if len({loss.per_group for loss in chosen}) > 1:
+        listwise = ", ".join(name for name, loss in zip(section.names, chosen, strict=True) if loss.per_group)
+        raise ConfigError(f"loss.name {listed}: the mean of {listwise} is over groups, of the others over comparisons")
+    for key in ("sft_weight", "wpo"):
+        if getattr(section, key) and any(loss.per_group for loss in chosen):
+            raise ConfigError(f"loss.{key} weighs pairs, and {listed} looks at whole groups; use one of them")
+    if section.margin_column is not None and not all(loss.takes_margins for loss in chosen):
+        fitting = ", ".join(name for name, loss in LOSSES.items() if loss.takes_margins)
+        raise ConfigError(f"loss.margin_column {section.margin_column}: not for {listed}; for {fitting}")
     if section.wpo and any(loss.across_pairs for loss in chosen):
         raise ConfigError(f"loss.wpo weights pairs, and {listed} matches completions across pairs; use one of them")
     if section.ld_alpha != 1 and not all(loss.needs_reference for loss in chosen):

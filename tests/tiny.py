@@ -1,6 +1,9 @@
-"""Small pairs that tests share."""
+"""Small pairs and groups that tests share."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,3 +34,15 @@ def random_pairs(count: int, seed: int = 0, vocab: int = VOCAB) -> list[Group]:
             )
         )
     return pairs
+
+
+def random_groups(sizes: Sequence[int], seed: int = 0, vocab: int = VOCAB) -> list[Group]:
+    """Uneven groups of so many completions, ranked in their order, best first."""
+    generator, groups = np.random.default_rng(seed), []
+    for index, size in enumerate(sizes):
+        lengths = generator.integers(1, 10, size + 1)
+        prompt, *completions = (generator.integers(1, vocab, n) for n in lengths)
+        masks = tuple(np.ones(len(ids), bool) for ids in completions)
+        better = np.array(list(itertools.combinations(range(size), 2)), np.int64).reshape(-1, 2)
+        groups.append(Group(prompt, tuple(completions), masks, better, None, index))
+    return groups

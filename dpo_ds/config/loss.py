@@ -10,8 +10,8 @@ from dpo_ds.config.section import Section, did_you_mean
 from dpo_ds.errors import shorten
 
 LossName = Literal[
-    "dpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
-    "aot_unpaired", "apo_zero", "apo_down", "discopop", "simpo", "orpo", "cpo",
+    "dpo", "dpop", "plackett_luce", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair",
+    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "simpo", "orpo", "cpo",
 ]  # fmt: skip
 
 
@@ -27,6 +27,8 @@ class Default:
     alpha = 1.0
     tau = 0.05
     delta_decay = 0.9
+    penalty = 50.0
+    margin_scale = 1.0
     divergence_alpha = 0.5
 
 
@@ -54,6 +56,15 @@ class LossSection(Section):
     )
     delta_decay: float | None = Field(
         None, ge=0, lt=1, description=f"bco_pair: of the moving average of rewards; {Default.delta_decay} if not given"
+    )
+    penalty: float | None = Field(
+        None, ge=0, description=f"dpop: cost of chosen falling below the reference; {Default.penalty} if not given"
+    )
+    margin_column: str | None = Field(
+        None, description="dpo: raw column of how much better chosen is (0 or more), to be taken from its margin (ODPO)"
+    )
+    margin_scale: float | None = Field(
+        None, ge=0, description=f"dpo: what the margins are multiplied with; {Default.margin_scale} if not given"
     )
     sft_weight: float = Field(0.0, ge=0, description="adds so much of chosen's mean negative log-likelihood (RPO)")
     ld_alpha: float = Field(1.0, ge=0, le=1, description="what tokens beyond the shorter completion count (LD-DPO)")
@@ -95,6 +106,12 @@ class LossSection(Section):
             raise ValueError(f"loss.divergence_alpha {self.divergence_alpha}: {problem}")
         if self.divergence == "alpha" and self.divergence_alpha == 1:
             raise ValueError("loss.divergence_alpha 1: that is loss.divergence reverse_kl")
+        return self
+
+    @model_validator(mode="after")
+    def _scale_has_a_column(self):
+        if self.margin_scale is not None and self.margin_column is None:
+            raise ValueError(f"loss.margin_scale {self.margin_scale}: there are no margins; name loss.margin_column")
         return self
 
     @property

@@ -25,13 +25,16 @@ PREFERENCE = (
 
 
 @torch.no_grad()
-def preference_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | None, beta: float) -> Tensor:
-    """[PREFERENCE] sums over a micro-batch's pairs in float64. Rewards are β (log π - log π_ref), β log π without a
-    reference.
+def preference_sums(
+    losses: Tensor, policy: PairLogps, reference: PairLogps | None, beta: float, shares: Tensor | None = None
+) -> Tensor:
+    """[PREFERENCE] sums over a micro-batch's comparisons in float64, each times its share, 1 if not given. Rewards are
+    β (log π - log π_ref), β log π without a reference.
     """
     chosen, rejected = rewards(beta, policy, reference)
-    columns = (losses, chosen, rejected, chosen - rejected, chosen > rejected, policy.chosen, policy.rejected)
-    return torch.stack([column.double().sum() for column in columns])
+    columns = (chosen, rejected, chosen - rejected, chosen > rejected, policy.chosen, policy.rejected)
+    columns = [column.double() if shares is None else column.double() * shares for column in columns]
+    return torch.stack([losses.double().sum(), *(column.sum() for column in columns)])
 
 
 def named(names: Sequence[str], means: Tensor) -> dict[str, float]:

@@ -39,7 +39,8 @@ class Share:
 
 
 class PreferenceObjective(Objective):
-    """The mean of a preference loss over the global batch's comparisons; reference: None where the loss needs none."""
+    """The mean of a preference loss over the global batch's comparisons, or its groups where the loss looks at whole
+    ones; reference: None where the loss needs none."""
 
     names = metrics.PREFERENCE
 
@@ -48,10 +49,10 @@ class PreferenceObjective(Objective):
         self._shares: deque[Share] = deque()
 
     def counts(self, data) -> np.ndarray | None:
-        return data.comparisons if data.census["groups"] else None
+        return data.comparisons if data.census["groups"] and not self.loss.per_group else None
 
     def weight(self, batch: Batch) -> int:
-        return batch.num_comparisons
+        return len(batch.group_sizes) if self.loss.per_group else batch.num_comparisons
 
     def begin(self, policy: Policy, micro_batches: Sequence[Batch]) -> None:
         if self.loss.across_pairs:
@@ -75,7 +76,9 @@ class PreferenceObjective(Objective):
             sft = self.shaping.sft(policy_logps)
             losses, minimised = losses + sft, minimised + sft
         reference_logps = None if reference_N is None else batch.pair_logps(reference_N)
-        return minimised.sum(), metrics.preference_sums(losses, policy_logps, reference_logps, self.loss.beta)
+        shares = batch.shares if self.loss.per_group else None
+        sums = metrics.preference_sums(losses, policy_logps, reference_logps, self.loss.beta, shares)
+        return minimised.sum(), sums
 
     def frozen_models(self) -> list[LoadedModel]:
         return [] if self.reference is None else self.reference.models()

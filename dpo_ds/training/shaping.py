@@ -6,7 +6,7 @@ None is on by default, and then none costs anything.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Shaping:
         logps = logps_N[_repeated(starts, counts) + token]
         logps = torch.where(token >= _repeated(shorter, counts), self.ld_alpha * logps, logps)
         sums = sum_per_sequence(logps, counts).view(-1, 2)
-        return PairLogps(*sums.unbind(1), *counts.view(-1, 2).unbind(1))
+        return PairLogps(*sums.unbind(1), *counts.view(-1, 2).unbind(1), batch.margins, batch.rivals)
 
     def scores(self, policy: PairLogps, reference: PairLogps | None) -> tuple[PairLogps, PairLogps | None]:
         """Returns what a loss of differences takes in place of log-probs: f'(π/π_ref) of the divergence against zeros.
@@ -62,9 +62,8 @@ class Shaping:
             return policy, reference
         chosen = self._score(policy.chosen - reference.chosen)
         rejected = self._score(policy.rejected - reference.rejected)
-        counts = (policy.chosen_tokens, policy.rejected_tokens)
         zeros = torch.zeros_like(chosen)
-        return PairLogps(chosen, rejected, *counts), PairLogps(zeros, zeros, *counts)
+        return replace(policy, chosen=chosen, rejected=rejected), replace(policy, chosen=zeros, rejected=zeros)
 
     def _score(self, logratio: Tensor) -> Tensor:
         if self.divergence == "js":

@@ -143,6 +143,10 @@ class Preference(Supervised):
     def reference(self) -> ReferenceSection | None:
         return None if self.run.reference.kind == "none" else self.run.reference
 
+    @property
+    def margin_column(self) -> str | None:
+        return self.run.loss.margin_column
+
     def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
         from dpo_ds.losses import make_loss
         from dpo_ds.training.preference import PreferenceObjective

@@ -7,6 +7,7 @@ import pytest
 from dpo_ds.losses import LOSSES
 from tests.ranks import run_worker
 
+GROUP_CASES = ("groups", "groups with a discount and a likelihood", "groups weighted", "rankings")
 PARTS = ("sum", "ld", "sft", "wpo", "forward_kl", "js", "alpha", "all")
 pytestmark = pytest.mark.distributed
 
@@ -30,3 +31,12 @@ def test_a_reference_that_follows_is_the_mixture_of_both_models(seen):
     assert seen["follow"]["weights"] < 1e-7
     assert seen["follow"]["logps"] < 1e-4
     assert seen["follow"]["moved"] > 1e-2, "the forward still used the old weights"
+
+
+@pytest.mark.parametrize("case", GROUP_CASES)
+def test_a_group_is_its_comparisons_and_a_ranking_the_papers_formula(seen, case):
+    """Groups against a row a comparison, or against one process."""
+    found = seen[case]
+    assert found["gradient_error"] < 1e-5
+    means, expected = found["means"]
+    assert means[: len(expected)] == pytest.approx(expected, rel=1e-5)

@@ -14,7 +14,7 @@ from deepspeed.utils import safe_get_full_grad
 from transformers import AutoModelForCausalLM
 
 from dpo_ds.__main__ import end
-from dpo_ds.batch import PairLogps, packed_batch
+from dpo_ds.batch import Group, PairLogps, packed_batch
 from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import LossSection, ModelSection, ReferenceSection, TrainSection
@@ -29,7 +29,7 @@ from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.live import LiveReference
 from dpo_ds.training.preference import PreferenceObjective
 from dpo_ds.training.shaping import Shaping
-from tests.tiny import VOCAB, random_pairs
+from tests.tiny import VOCAB, random_groups, random_pairs
 
 CASES = {name: {"name": name} for name in LOSSES} | {
     "sum": {"name": ["dpo", "aot", "orpo"], "weights": [0.5, 2.0, 0.1]},
@@ -42,7 +42,14 @@ CASES = {name: {"name": name} for name in LOSSES} | {
     "all": {"ld_alpha": 0.3, "sft_weight": 0.7, "wpo": True, "divergence": "js", "name": ["dpo", "hinge"]},
 }
 PAIRS = random_pairs(7)
+GROUPS = random_groups((2, 4, 3, 7, 2))
 SHARES = [[PAIRS[:3], PAIRS[3:4]], [PAIRS[4:], []]]  # rank 1's second micro-batch is empty
+GROUP_CASES = {
+    "groups": {},
+    "groups with a discount and a likelihood": {"name": "ipo", "ld_alpha": 0.3, "sft_weight": 0.2},
+    "groups weighted": {"wpo": True},
+    "rankings": {"name": "plackett_luce"},
+}
 SCORES = {
     "reverse_kl": lambda x: x,
     "forward_kl": lambda x: 1 - torch.exp(-x),
@@ -117,6 +124,57 @@ def check(policy: Policy, reference, section: LossSection, models, rank: int, ra
     return {"loss": [loss, expected], "gradient_error": worst}
 
 
+def as_pairs(group: Group) -> list[Group]:
+    """A row a comparison, as the same data would be without groups."""
+    return [
+        Group.pair(group.prompt, *(part[i] for part in (group.completions, group.masks) for i in (better, worse)))
+        for better, worse in group.comparisons.tolist()
+    ]
+
+
+def check_groups(policy: Policy, reference, section: LossSection, models, rank: int, ranks: int) -> dict:
+    """The same comparisons as groups and as pairs, by two ranks, one with an empty micro-batch; of losses of whole
+    groups one process is what they are held against."""
+    loss = make_loss(section)
+    objective = PreferenceObjective(loss, reference, Shaping.of(section))
+    found = []
+    for change in (None,) if loss.per_group else (None, as_pairs):
+        shares = [[GROUPS[:2], GROUPS[2:3]], [GROUPS[3:], []]][rank]
+        shares = [[row for g in share for row in (change(g) if change else [g])] for share in shares]
+        batches = [packed_batch(share) for share in shares]
+        weight = collectives.reduce_sum(torch.tensor([float(sum(map(objective.weight, batches)))])).item()
+        sums = 0
+        for index, batch in enumerate(batches):
+            value, micro_sums = objective(policy, batch)
+            policy.backward(value * ranks / weight, is_last=index == 1)
+            sums = sums + micro_sums
+        means = (collectives.reduce_sum(sums) / weight).tolist()
+        found.append((means, {name: safe_get_full_grad(p) for name, p in policy.causal_lm.named_parameters()}))
+        policy.step(0.0)
+    if loss.per_group:
+        policy_lm, reference_lm = models
+        policy_lm.zero_grad()
+        values = []
+        for group in GROUPS:
+            scores = []
+            for i in range(len(group.completions)):
+                alone = Group.pair(group.prompt, *(group.completions[i],) * 2, *(group.masks[i],) * 2)
+                with torch.no_grad():
+                    anchor = completion(reference_lm, alone, "chosen")[0].sum()
+                scores.append(section.beta * (completion(policy_lm, alone, "chosen")[0].sum() - anchor))
+            ranking = range(len(scores))  # best first
+            values.append(-sum((scores[i] - torch.stack(scores[i:]).logsumexp(0)) for i in ranking))
+        mean = torch.stack(values).mean()
+        mean.backward()
+        found.append(([mean.item()], {name: p.grad for name, p in policy_lm.named_parameters()}))
+    if rank != 0:
+        return {}
+    (means, gradients), (expected_means, expected) = found
+    norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    error = torch.stack([(gradients[name] - g).norm() for name, g in expected.items()]).norm() / norm
+    return {"means": [means, expected_means], "gradient_error": error.item()}
+
+
 def follow(policy: Policy, frozen, paths: list[str]) -> dict:
     """The live reference after one soft update: its weights, and that its forward uses them."""
     settings = ReferenceSection(update_every=3, update_alpha=0.25)
@@ -166,7 +224,10 @@ def main(out: str) -> None:
                     place.rank, place.world_size)
         for name, case in CASES.items()
     }  # fmt: skip
-    results["follow"] = follow(policy, frozen, paths)
+    for name, case in GROUP_CASES.items():
+        section = LossSection(**{"beta": 0.5, **case})
+        results[name] = check_groups(policy, reference, section, models, place.rank, place.world_size)
+    results["follow"] = follow(policy, frozen, paths)  # last: it changes the reference
     if place.is_first:
         Path(out).write_text(json.dumps(results))
     leave()
