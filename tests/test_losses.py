@@ -16,6 +16,7 @@ from dpo_ds.losses import (
     AOT,
     CPO,
     DPO,
+    DPOP,
     IPO,
     LOSSES,
     ORPO,
@@ -27,6 +28,7 @@ from dpo_ds.losses import (
     EXOPair,
     Hinge,
     NCAPair,
+    PlackettLuce,
     Robust,
     SigmoidNorm,
     SimPO,
@@ -54,6 +56,35 @@ def test_conservative_dpo_by_hand():
     # 0.8 * 0.554355 + 0.2 * log(1 + e^0.3) = 0.8 * 0.554355 + 0.2 * 0.854355
     loss = DPO(beta=0.1, label_smoothing=0.2)(logps([-10.0], [-14.0]), logps([-11.0], [-12.0]))
     assert loss.item() == pytest.approx(0.8 * 0.554355 + 0.2 * 0.854355, abs=1e-6)
+
+
+def test_a_margin_is_taken_from_the_logit_by_hand():
+    # 0.3 as above, less 2 * 0.4
+    policy = dataclasses.replace(logps([-10.0], [-14.0]), margins=torch.tensor([0.4]))
+    loss = DPO(beta=0.1, margin_scale=2.0)(policy, logps([-11.0], [-12.0]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(0.5)), rel=1e-6)
+
+
+def test_dpo_positive_by_hand():
+    # c = -1, r = -4: 0.1 * (3 - 5 * 1) = -0.2; where c = 2 nothing is added: 0.1 * 6 = 0.6
+    loss = DPOP(beta=0.1, penalty=5.0)(logps([-11.0, -8.0], [-14.0, -14.0]), logps([-10.0, -10.0], [-10.0, -10.0]))
+    expected = [math.log(1 + math.exp(0.2)), math.log(1 + math.exp(-0.6))]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_ranking_by_hand():
+    """Three of log-ratios 2, 1, 0 and then a pair of 1, 0: -log e²/(e² + e + 1), -log e/(e + 1) twice."""
+    zeros = logps([0.0] * 4, [0.0] * 4)
+    policy = dataclasses.replace(logps([2.0, 2.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]), rivals=torch.tensor([2, 1, 1]))
+    first, second = math.log(1 + math.exp(-1) + math.exp(-2)), math.log(1 + math.exp(-1))
+    assert PlackettLuce(beta=1.0)(policy, zeros).tolist() == pytest.approx([first, second, second], rel=1e-6)
+    far = dataclasses.replace(logps([-4e4, -4e4], [4e4, 0.0]), rivals=torch.tensor([2]))
+    assert PlackettLuce(beta=1.0)(far, logps([0.0] * 2, [0.0] * 2)).tolist() == [8e4], "no overflow"
+
+
+def test_a_ranking_of_two_is_dpo():
+    policy, reference = logps([-10.0, -3.0], [-14.0, -1.0]), logps([-11.0, -2.0], [-12.0, -2.5])
+    torch.testing.assert_close(PlackettLuce(beta=0.3)(policy, reference), DPO(beta=0.3)(policy, reference))
 
 
 def test_equal_models_give_log_2():
@@ -95,7 +126,7 @@ def test_every_key_of_the_section_is_somebodys():
     """A hyper-parameter that the section lacks could not be set, one that nobody takes would be ignored."""
     own = {field.name for loss in (*LOSSES.values(), Shaping) for field in dataclasses.fields(loss)}
     own -= {"delta"}  # which bco_pair moves itself
-    assert own == config.LossSection.model_fields.keys() - {"name", "weights"}
+    assert own == config.LossSection.model_fields.keys() - {"name", "weights", "margin_column"}
 
 
 # One pair: c = -10 - -12 = 2, r = -9 - -8 = -1, so Δ = 3; |y_c| = 4, |y_r| = 2; beta 0.5: βc = 1, βr = -0.5, βΔ = 1.5.
@@ -128,6 +159,8 @@ BY_HAND = {
     ),
     "nca_pair": (NCAPair(0.5), nls(1) + 0.5 * nls(-1) + 0.5 * nls(0.5)),
     "bco_pair": (BCOPair(0.5, delta=0.2), nls(1 - 0.2) + nls(0.5 + 0.2)),
+    "dpop": (DPOP(0.5, penalty=2.0), nls(1.5)),  # chosen has not fallen
+    "plackett_luce": (PlackettLuce(0.5), nls(1.5)),
     "sppo_hard": (SPPOHard(0.5), (2 - 1) ** 2 + (-1 + 1) ** 2),
     "apo_zero": (APOZero(0.5), 1 - sigmoid(1) + sigmoid(-0.5)),
     "apo_down": (APODown(0.5), sigmoid(1) + 1 - sigmoid(1.5)),
@@ -255,6 +288,11 @@ MISTAKES = {
     },
     "that is loss.divergence reverse_kl": {"loss.divergence": "alpha", "loss.divergence_alpha": "1"},
     "loss.wpo weights pairs": {"loss.name": "aot", "loss.wpo": "true"},
+    "the mean of plackett_luce is over groups, of the others over comparisons": {"loss.name": "[dpo, plackett_luce]"},
+    "loss.sft_weight weighs pairs, and plackett_luce": {"loss.name": "plackett_luce", "loss.sft_weight": "0.1"},
+    "loss.margin_column by: not for ipo; for dpo": {"loss.name": "ipo", "loss.margin_column": "by"},
+    "loss.margin_scale 2.0: there are no margins; name loss.margin_column": {"loss.margin_scale": "2"},
+    "loss.penalty 5.0: dpo has none; it is of dpop": {"loss.penalty": "5"},
     "loss.ld_alpha 0.5: for losses against a reference": {"loss.name": "simpo", "loss.ld_alpha": "0.5"},
     "loss.name orpo needs no reference": {"loss.name": "orpo", "reference.kind": "live"},
     "loss.name dpo needs one": {"reference.kind": "none"},
