@@ -32,8 +32,8 @@ class Group:
 
     prompt [P], completions [n][C_i]: int64 token ids. masks [n][C_i]: bool, true where a token is trained on (user
     turns inside a completion are not). comparisons [K, 2] int64: the better and the worse completion, those of the same
-    better one adjacent. margins [K] float32: how much better it is, where that was asked for; else None. `index` is the
-    row in the tokenised data set.
+    better one adjacent. margins [K] float32: how much better it is, where that was asked for; else None. labels [n]
+    bool: said to be desirable; None where nothing is said. `index` is the row in the tokenised data set.
     """
 
     prompt: np.ndarray
@@ -41,6 +41,7 @@ class Group:
     masks: tuple[np.ndarray, ...]
     comparisons: np.ndarray = field(default_factory=lambda: NO_COMPARISON)
     margins: np.ndarray | None = None
+    labels: np.ndarray | None = None
     index: int = -1
 
     @classmethod
@@ -119,7 +120,8 @@ class Batch:
     the row that predicts `targets` [N]. target_counts [completions]: how N splits into completions, those of a group
     adjacent. comparisons [K, 2]: the better and the worse completion, among all of the batch; margins [K] float32 or
     None; rivals: how many comparisons each completion is better in, one after another; shares [K] float32: 1 over the
-    comparisons of the same group. group_sizes: completions of each group. num_tokens counts each prompt once, padding
+    comparisons of the same group; labels [completions] bool: said to be desirable, or better than another. group_sizes:
+    completions of each group. num_tokens counts each prompt once, padding
     never. indices: rows of the data set.
     """
 
@@ -134,6 +136,7 @@ class Batch:
     margins: Tensor | None
     rivals: Tensor
     shares: Tensor
+    labels: Tensor
     group_sizes: tuple[int, ...]
     num_tokens: int
     indices: tuple[int, ...]
@@ -252,7 +255,13 @@ def _known(groups: Sequence[Group]) -> dict[str, Any]:
     starts = np.flatnonzero(np.diff(together[:, 0], prepend=-1))
     counts = np.array([len(group.comparisons) for group in groups], np.int64)
     margins = [group.margins for group in groups if group.margins is not None]
+    labels = np.zeros(sum(sizes), bool)
+    labels[together[:, 0]] = True
+    for group, first in zip(groups, firsts, strict=False):
+        if group.labels is not None:
+            labels[first : first + len(group.labels)] = group.labels
     return {
+        "labels": torch.from_numpy(labels),
         "comparisons": torch.from_numpy(together),
         "rivals": torch.from_numpy(np.diff([*starts, len(together)]).astype(np.int64)),
         "shares": torch.from_numpy(np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)),

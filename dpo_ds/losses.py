@@ -30,6 +30,7 @@ class Loss:
     the other pairs, so it is to be called with the whole global batch. of_differences: it depends on c and r through
     their difference alone, so that an f-divergence's scores may stand for them (arXiv 2309.16240). per_group: its mean
     is over groups and not over comparisons. takes_margins: chosen is to be better by a margin where one is given.
+    of_labels: of single completions, `Labelled`; needs_kl: for its baseline.
     """
 
     beta: float = Default.beta
@@ -38,6 +39,8 @@ class Loss:
     of_differences: ClassVar[bool] = False
     per_group: ClassVar[bool] = False
     takes_margins: ClassVar[bool] = False
+    of_labels: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
 
     def after_step(self, mean_reward: float) -> Loss:
         """The loss of the next step, given β times the mean of all c and r of this step's global batch."""
@@ -198,6 +201,67 @@ class BCOPair(Loss):
 
 
 @dataclass(frozen=True)
+class Labelled(Loss):
+    """A loss of single completions, each said to be desirable or not; c is log π - log π_ref of one."""
+
+    desirable_weight: float = Default.desirable_weight
+    undesirable_weight: float = Default.desirable_weight
+    of_labels: ClassVar[bool] = True
+
+    def baseline(self, kl: float) -> float:
+        """Returns what βc is held against. kl: of the policy from the reference, where `needs_kl`."""
+        raise NotImplementedError
+
+    def values(self, rewards: Tensor) -> Tensor:
+        """Returns the loss of a completion whose reward is so far above the baseline where that is good."""
+        raise NotImplementedError
+
+    def __call__(self, logratios: Tensor, labels: Tensor, baseline: float) -> Tensor:  # [completions]
+        sign = torch.where(labels, 1.0, -1.0)
+        weights = torch.where(labels, self.desirable_weight, self.undesirable_weight)
+        return weights * self.values(sign * (self.beta * logratios - baseline))
+
+
+@dataclass(frozen=True)
+class KTO(Labelled):
+    """Kahneman-Tversky optimisation, eq. 8 of arXiv 2402.01306: λ (1 - σ(±β(c - z))), z the KL from policy to reference
+    as completions of other prompts in the same global batch estimate it, 0 at the least; no gradient flows through it.
+    """
+
+    needs_kl: ClassVar[bool] = True
+
+    def baseline(self, kl: float) -> float:
+        return self.beta * max(0.0, kl)
+
+    def values(self, rewards: Tensor) -> Tensor:
+        return torch.sigmoid(-rewards)
+
+
+@dataclass(frozen=True)
+class BCO(Labelled):
+    """Binary classifier optimisation, eq. 10 of arXiv 2404.04656: -log σ(±(βc - δ)).
+
+    delta is the moving average of the global batches' mean rewards before this step, of desirable and of undesirable
+    completions alike; the older ones count delta_decay times what they did a step before.
+    """
+
+    delta_decay: float = Default.delta_decay
+    delta: float = 0.0
+
+    def baseline(self, kl: float) -> float:
+        return self.delta
+
+    def values(self, rewards: Tensor) -> Tensor:
+        return -logsigmoid(rewards)
+
+    def after_step(self, mean_reward: float) -> BCO:
+        return replace(self, delta=self.delta_decay * self.delta + (1 - self.delta_decay) * mean_reward)
+
+    def state(self) -> dict[str, float]:
+        return {"delta": self.delta}
+
+
+@dataclass(frozen=True)
 class SPPOHard(Loss):
     """Self-play preference optimisation with hard labels, arXiv 2405.00675: (c - 1/(2β))² + (r + 1/(2β))²."""
 
@@ -316,7 +380,7 @@ class WeightedSum:
         self.beta = losses[0].beta
         self.needs_reference = any(loss.needs_reference for loss in losses)
         self.across_pairs = any(loss.across_pairs for loss in losses)
-        self.per_group = losses[0].per_group  # all alike
+        self.per_group, self.of_labels, self.needs_kl = losses[0].per_group, False, False  # all alike
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         return sum(w * loss(policy, reference) for w, loss in zip(self.weights, self.losses, strict=True))
@@ -335,6 +399,8 @@ LOSSES: dict[str, type[Loss]] = {
     "dpo": DPO,
     "dpop": DPOP,
     "plackett_luce": PlackettLuce,
+    "kto": KTO,
+    "bco": BCO,
     "robust": Robust,
     "hinge": Hinge,
     "ipo": IPO,
@@ -385,6 +451,12 @@ def _check(section: LossSection, chosen: list[type[Loss]]) -> None:
     if section.divergence != "reverse_kl" and not all(loss.of_differences for loss in chosen):
         fitting = ", ".join(name for name, loss in LOSSES.items() if loss.of_differences)
         raise ConfigError(f"loss.divergence {section.divergence}: not for {listed}; for {fitting}")
+    if len(chosen) > 1 and any(loss.of_labels for loss in chosen):
+        of_labels = ", ".join(name for name in section.names if LOSSES[name].of_labels)
+        raise ConfigError(f"loss.name {listed}: {of_labels} is of single completions, and does not add up with others")
+    for key, is_set in (("sft_weight", section.sft_weight), ("wpo", section.wpo), ("ld_alpha", section.ld_alpha != 1)):
+        if is_set and chosen[0].of_labels:
+            raise ConfigError(f"loss.{key} is for comparisons, and {listed} has none; leave it out")
     if len({loss.per_group for loss in chosen}) > 1:
         listwise = ", ".join(name for name, loss in zip(section.names, chosen, strict=True) if loss.per_group)
         raise ConfigError(f"loss.name {listed}: the mean of {listwise} is over groups, of the others over comparisons")
@@ -406,7 +478,13 @@ def with_reference_of_loss(run: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: a reference that the loss does not need, none where it needs one, or as `make_loss` does.
     """
-    needed, wanted = make_loss(run.loss).needs_reference, run.reference
+    loss, wanted = make_loss(run.loss), run.reference
+    needed = loss.needs_reference
+    if loss.needs_kl and wanted.kind == "cached":
+        problem = f"loss.name {run.loss.name} needs the reference on completions of other prompts, which no cache has"
+        raise ConfigError(f"reference.kind cached: {problem}; set reference.kind live, or train adapters")
+    if loss.needs_kl and run.train.global_batch_size < 2:
+        raise ConfigError(f"train.global_batch_size 1: loss.name {run.loss.name} compares with another prompt; give 2")
     if needed and wanted.kind == "none":
         raise ConfigError(f"reference.kind none: loss.name {run.loss.name} needs one: live, cached or adapter")
     if needed or wanted.kind == "none" and not (wanted.path or wanted.cache):

@@ -121,7 +121,7 @@ def start(run: PrecomputeConfig) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     work = prepare(run, launch)
     if not work.shards:
-        there = f"{work.manifest.values['rows']} completions"
+        there = f"{work.manifest.values['rows']} rows"
         speaker(launch)([f"{run.reference.cache}: complete, {there}; nothing to compute"])
         work.lock.close()
         return 0

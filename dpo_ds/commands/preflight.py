@@ -78,6 +78,9 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     set_date(tokenizer, recorded, None if manifest is None else manifest.values)
 
     prepared = prepare_data(run.data, tokenizer, run.sides, launch, task.margin_column, task.calibration)
+    if launch.is_first:
+        for split, of_split in prepared.items():
+            task.check_data(split, of_split.census)
     notes = settle_template(tokenizer, any(pairs.census["message_lists"] for pairs in prepared.values()))
     say(notes)
     check_fit(prepared, text_config, say)

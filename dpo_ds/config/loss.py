@@ -10,8 +10,8 @@ from dpo_ds.config.section import Section, did_you_mean
 from dpo_ds.errors import shorten
 
 LossName = Literal[
-    "dpo", "dpop", "plackett_luce", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair",
-    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "simpo", "orpo", "cpo",
+    "dpo", "dpop", "plackett_luce", "kto", "bco", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair",
+    "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "simpo", "orpo", "cpo",
 ]  # fmt: skip
 
 
@@ -28,6 +28,7 @@ class Default:
     tau = 0.05
     delta_decay = 0.9
     penalty = 50.0
+    desirable_weight = 1.0
     margin_scale = 1.0
     divergence_alpha = 0.5
 
@@ -55,7 +56,13 @@ class LossSection(Section):
         None, ge=LEAST, description=f"discopop: temperature of its modulation; {Default.tau} if not given"
     )
     delta_decay: float | None = Field(
-        None, ge=0, lt=1, description=f"bco_pair: of the moving average of rewards; {Default.delta_decay} if not given"
+        None, ge=0, lt=1, description=f"bco, bco_pair: of the average of rewards; {Default.delta_decay} if not given"
+    )
+    desirable_weight: float | None = Field(
+        None, ge=0, description=f"kto, bco: of desirable completions; {Default.desirable_weight} if not given"
+    )
+    undesirable_weight: float | None = Field(
+        None, ge=0, description=f"kto, bco: of undesirable completions; {Default.desirable_weight} if not given"
     )
     penalty: float | None = Field(
         None, ge=0, description=f"dpop: cost of chosen falling below the reference; {Default.penalty} if not given"

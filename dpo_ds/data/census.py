@@ -30,7 +30,8 @@ class Census:
 
     message_lists: rows that went through the chat template. prompts_rendered_otherwise: of these, how many have a
     prompt that generation would write otherwise; content_left_out: how many have an answer that the template does not
-    show whole; first_of: the first row of each, as a line. groups: rows with more than two completions. ties,
+    show whole; first_of: the first row of each, as a line. groups: rows with more than two completions. desirable,
+    undesirable: completions that a row says so of. ties,
     equal_completions: comparisons that are left out: both sides are equally good; they are equal after the cut, or
     nothing is left of one.
     largest_token: the largest token id. longest: tokens of the longest prompt with one of its completions.
@@ -47,6 +48,8 @@ class Census:
     groups: int = 0
     completions: int = 0
     comparisons: int = 0
+    desirable: int = 0
+    undesirable: int = 0
     ties: int = 0
     equal_completions: int = 0
     first_of: dict[str, str] = field(default_factory=dict)
@@ -88,6 +91,8 @@ class Census:
         self.groups += len(group.completions) > 2
         self.completions += len(group.completions)
         self.comparisons += len(group.comparisons)
+        self.desirable += sum(conversation.labels or ())
+        self.undesirable += len(conversation.labels or ()) - sum(conversation.labels or ())
         self.ties += conversation.ties
         self.equal_completions += len(conversation.comparisons) - len(group.comparisons)
         self.longest = max(self.longest, len(group.prompt) + max(map(len, group.completions)))
@@ -115,6 +120,8 @@ class Census:
             "groups": self.groups,
             "completions": self.completions,
             "comparisons": self.comparisons,
+            "desirable": self.desirable,
+            "undesirable": self.undesirable,
             "ties": self.ties,
             "equal_completions": self.equal_completions,
             "first_of": self.first_of,
@@ -138,6 +145,8 @@ def format_census(census: Mapping[str, Any]) -> str:
         if census["ties"] + census["equal_completions"]:
             known += f" (left out: {census['ties']:,} tied, {census['equal_completions']:,} of equal ones)"
         lines.append(f"{census['groups']:>9,} of these with more than two completions; {known}")
+    if census.get("desirable") or census.get("undesirable"):
+        lines.append(f"{census['desirable']:>9,} of these desirable, {census['undesirable']:,} not")
     if census["prompts_differ"]:
         lines.append(f"{census['prompts_differ']:>9,} of these differ before the last turn")
     for key, what in TEMPLATE_LINES.items():

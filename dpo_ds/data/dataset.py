@@ -1,7 +1,7 @@
 """Tokenised groups on disk: Arrow streams, memory-mapped, so that memory stays flat as data grows.
 
 A pair is a row of prompt, chosen and rejected. Where a row holds more completions, they stand end to end in `rejected`,
-and a second stream, of as many rows, says how long each is and which is better than which.
+and a second stream, of as many rows, says how long each is which is better than which, and which are desirable.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
     + [("file", pa.int32()), ("row", pa.int64())]
 )
 GROUP_SCHEMA = pa.schema([(name, pa.list_(kind)) for name, kind in (
-    ("lengths", pa.int32()), ("comparisons", pa.int32()), ("margins", pa.float32())
+    ("lengths", pa.int32()), ("comparisons", pa.int32()), ("margins", pa.float32()), ("labels", pa.uint8())
 )])  # fmt: skip
 
 
@@ -75,6 +75,7 @@ class GroupWriter:
             _lists([np.array(list(map(len, group.completions[1:]))) for group in groups], np.int32),
             _lists([group.comparisons.ravel() for group in groups], np.int32),
             _lists(margins, np.float32),
+            _lists([np.zeros(0) if group.labels is None else group.labels for group in groups], np.uint8),
         ]
         self._streams[1].write_batch(pa.RecordBatch.from_arrays(known, schema=GROUP_SCHEMA))
         self._has_groups = self._has_groups or not all(_is_plain(group) for group in groups)
@@ -112,9 +113,9 @@ class GroupDataset:
         self.comparisons = (rejected > 0).astype(np.int64)
         if self._groups:
             counts, others = _flat(self._groups[0])
-            self.completion_lengths = np.zeros((len(chosen), 1 + counts.max()), np.int32)
+            self.completion_lengths = np.zeros((len(chosen), 1 + counts.max(initial=0)), np.int32)
             self.completion_lengths[:, 0] = chosen
-            self.completion_lengths[:, 1:][np.arange(counts.max()) < counts[:, None]] = others
+            self.completion_lengths[:, 1:][np.arange(counts.max(initial=0)) < counts[:, None]] = others
             self.comparisons = _flat(self._groups[1])[0].astype(np.int64) // 2
 
     def __len__(self) -> int:
@@ -135,15 +136,16 @@ class GroupDataset:
             completions = (chosen, others)[: 1 + several]
             margins = None if self.margins is None or not several else self.margins[[i]]
             known = OF_A_PAIR if several else NO_COMPARISON
-            return Group(prompt, completions, (chosen_mask, other_masks)[: 1 + several], known, margins, index)
-        lengths, comparisons, margins = (np.from_dlpack(column[i].values) for column in self._groups)
+            return Group(prompt, completions, (chosen_mask, other_masks)[: 1 + several], known, margins, None, index)
+        lengths, comparisons, margins, labels = (np.from_dlpack(column[i].values) for column in self._groups)
         cuts = np.cumsum(lengths)[:-1]
         completions, masks = (
             (first, *(np.split(rest, cuts) if len(lengths) else ()))
             for first, rest in ((chosen, others), (chosen_mask, other_masks))
         )
         known = comparisons.astype(np.int64).reshape(-1, 2)
-        return Group(prompt, completions, masks, known, None if self.margins is None else margins, index)
+        margins = None if self.margins is None else margins
+        return Group(prompt, completions, masks, known, margins, labels.astype(bool) if len(labels) else None, index)
 
     def content(self) -> str:
         """Returns the SHA-256 of all tokens, masks, margins and comparisons, wherever the rows came from."""
@@ -190,7 +192,7 @@ class GroupDataset:
 def _is_plain(group: Group) -> bool:
     """Tells whether a row without more says it all: a pair whose first is better, or one completion alone."""
     expected = OF_A_PAIR if len(group.completions) == 2 else NO_COMPARISON
-    return len(group.completions) <= 2 and np.array_equal(group.comparisons, expected)
+    return group.labels is None and len(group.completions) <= 2 and np.array_equal(group.comparisons, expected)
 
 
 def _end_to_end(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -73,7 +73,7 @@ class GroupTokenizer:
         Raises ModelError for a chat template that is not valid.
         """
         rendered = [self._render(conversation) for conversation in conversations]
-        known = [(conversation.comparisons, conversation.margins) for conversation in conversations]
+        known = [(c.comparisons, c.margins, c.labels) for c in conversations]
         texts = [side.text for sides in rendered if not isinstance(sides, BadRow) for side in sides]
         encodings = iter(self.bare.encode_batch(texts, add_special_tokens=False))
         return [
@@ -124,7 +124,9 @@ class GroupTokenizer:
             trained = np.append(trained, rendered.ends_in_answer)
         return _Side(np.array(ids, dtype=np.int64), prompt, trained)
 
-    def _group(self, sides: list[_Side], comparisons: Sequence, margins: Sequence[float] | None) -> Tokenized:
+    def _group(
+        self, sides: list[_Side], comparisons: Sequence, margins: Sequence[float] | None, labels: Sequence[bool] | None
+    ) -> Tokenized:
         """The shared prompt is cut from its start, behind BOS; each completion from its end."""
         shared = _common_prefix([side.ids[: side.prompt] for side in sides])
         prompt, prompt_cut = self._cut_prompt(sides[0].ids[:shared])
@@ -134,7 +136,8 @@ class GroupTokenizer:
         cut = sum(len(side.ids) - shared > room for side in sides)
         known = np.array(comparisons, np.int64).reshape(-1, 2) if len(comparisons) else NO_COMPARISON
         margins = None if margins is None else np.array(margins, np.float32)
-        return Tokenized(Group(prompt, completions, masks, known, margins), prompt_cut, cut)
+        labels = None if labels is None else np.array(labels, bool)
+        return Tokenized(Group(prompt, completions, masks, known, margins, labels), prompt_cut, cut)
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         """Returns the ids behind what the tokenizer adds in front, unless it stands there already."""

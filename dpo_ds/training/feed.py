@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from dpo_ds.batch import Batch
+from dpo_ds.batch import Batch, Group
 from dpo_ds.data import GroupDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 
@@ -19,13 +19,15 @@ from dpo_ds.data.batching import Layout, Lengths, plan
 class LocalBatch:
     """This rank's part of a global batch: as many micro-batches as on every other rank, some perhaps without pairs.
 
-    rows and lengths: of all pairs of the global batch, whichever rank computes them.
+    rows and lengths: of all pairs of the global batch, whichever rank computes them. mismatched: likewise, prompts with
+    the completions of the row behind in the global batch, none where they are not asked for.
     """
 
     step: int
     rows: np.ndarray
     lengths: Lengths
     micro_batches: list[Batch]
+    mismatched: list[Batch] = field(default_factory=list)
 
 
 class Feed:
@@ -38,12 +40,12 @@ class Feed:
 
     def __init__(
         self, batches: Iterable[tuple[int, np.ndarray]], data: GroupDataset, layout: Layout, rank: int, ranks: int,
-        device: torch.device,
+        device: torch.device, mismatches: bool = False,
     ):  # fmt: skip
         self.waited = 0.0
         self._batches = iter(batches)
         self._data, self._layout, self._rank, self._ranks = data, layout, rank, ranks
-        self._pins = device.type == "cuda"
+        self._pins, self._mismatches = device.type == "cuda", mismatches
         self._thread = ThreadPoolExecutor(1, "batches")
         self._following: Future[LocalBatch | None] | None = None
 
@@ -73,6 +75,35 @@ class Feed:
         if rows is None:
             return None
         lengths = Lengths.of(self._data, rows)
-        mine = plan(lengths, self._layout, self._ranks)[self._rank]
-        batches = [self._layout.collate([self._data[int(rows[index])] for index in members]) for members in mine]
-        return LocalBatch(step, rows, lengths, [batch.pinned() for batch in batches] if self._pins else batches)
+        batches = self._collated(lengths, [(row, row) for row in rows.tolist()])
+        mismatched = []
+        if self._mismatches and len(rows) > 1:
+            others, longest = np.roll(rows, -1), int((lengths.prompt + lengths.completions.max(1)).max())
+            room = np.maximum(longest - lengths.prompt, 1)[:, None]
+            cut = np.minimum(Lengths.of(self._data, others).completions, room)
+            both = list(zip(rows.tolist(), others.tolist(), strict=True))
+            mismatched = self._collated(Lengths(lengths.prompt, cut), both)
+        return LocalBatch(step, rows, lengths, batches, mismatched)
+
+    def _collated(self, lengths: Lengths, rows: Sequence[tuple[int, int]]) -> list[Batch]:
+        """Returns this rank's micro-batches of groups, the prompt of one row with the completions of another; these are
+        cut where `lengths` says so."""
+        batches = []
+        for members in plan(lengths, self._layout, self._ranks)[self._rank]:
+            groups = []
+            for place in members:
+                prompt, completions = rows[place]
+                group = self._data[prompt]
+                if prompt != completions:
+                    group = _behind(group, self._data[completions], lengths.completions[place])
+                groups.append(group)
+            batch = self._layout.collate(groups)
+            batches.append(batch.pinned() if self._pins else batch)
+        return batches
+
+
+def _behind(group: Group, other: Group, lengths: np.ndarray) -> Group:
+    """Returns the other group's completions, cut to these lengths, behind a group's prompt."""
+    completions = tuple(ids[:n] for ids, n in zip(other.completions, lengths.tolist(), strict=False))
+    masks = tuple(mask[:n] for mask, n in zip(other.masks, lengths.tolist(), strict=False))
+    return Group(group.prompt, completions, masks)

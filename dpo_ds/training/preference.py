@@ -54,7 +54,7 @@ class PreferenceObjective(Objective):
     def weight(self, batch: Batch) -> int:
         return len(batch.group_sizes) if self.loss.per_group else batch.num_comparisons
 
-    def begin(self, policy: Policy, micro_batches: Sequence[Batch]) -> None:
+    def begin(self, policy: Policy, micro_batches: Sequence[Batch], mismatched: Sequence[Batch] = ()) -> None:
         if self.loss.across_pairs:
             self._shares = deque(self._look_across(policy, micro_batches))
 

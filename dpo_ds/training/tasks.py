@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dpo_ds.checkpoint.manifest import Checkpoint
 from dpo_ds.config import ReferenceSection, RewardConfig, SftConfig, TrainConfig, reference_section
+from dpo_ds.errors import ConfigError
 from dpo_ds.training.tracking import ChosenFalls
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class Supervised:
     def margin_column(self) -> str | None:
         """A column of the rows that the objective needs."""
         return None
+
+    def check_data(self, split: str, census: dict) -> None:
+        """Raises ConfigError for rows that hold nothing which the objective could learn from."""
 
     @property
     def calibration(self) -> object:
@@ -112,6 +116,9 @@ class Reward(Supervised):
     def calibration(self) -> object:
         return self.run.reward.calibration
 
+    def check_data(self, split: str, census: dict) -> None:
+        _require_comparisons(split, census)
+
     def check_model(self, model_config) -> None:
         from dpo_ds.models.reward_model import check_reward_model
 
@@ -147,13 +154,25 @@ class Preference(Supervised):
     def margin_column(self) -> str | None:
         return self.run.loss.margin_column
 
+    def check_data(self, split: str, census: dict) -> None:
+        from dpo_ds.losses import make_loss
+
+        if not make_loss(self.run.loss).of_labels:
+            _require_comparisons(split, census)
+        elif census["groups"]:
+            problem = f"{census['groups']} rows rank more than two completions, which does not say what is desirable"
+            raise ConfigError(f"data.{split}: {problem}; loss.name {self.run.loss.name} takes pairs, or rows with a label")
+
     def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
         from dpo_ds.losses import make_loss
+        from dpo_ds.training.labelled import LabelledObjective
         from dpo_ds.training.preference import PreferenceObjective
         from dpo_ds.training.shaping import Shaping
 
-        reference = self._reference(policy, prepared, device)
-        return PreferenceObjective(make_loss(self.run.loss), reference, Shaping.of(self.run.loss))
+        loss, reference = make_loss(self.run.loss), self._reference(policy, prepared, device)
+        if loss.of_labels:
+            return LabelledObjective(loss, reference)
+        return PreferenceObjective(loss, reference, Shaping.of(self.run.loss))
 
     def watch(self) -> ChosenFalls | None:
         return ChosenFalls(self.run.loss.beta, self.reference is not None)
@@ -173,6 +192,12 @@ class Preference(Supervised):
             return AdapterReference(policy)
         frozen = load_frozen(reference_section(self.run), prepared.reference_config, device)
         return LiveReference(frozen, policy, self.reference)
+
+
+def _require_comparisons(split: str, census: dict) -> None:
+    if labelled := census["desirable"] + census["undesirable"]:
+        problem = f"{labelled} rows have a label and nothing to compare with"
+        raise ConfigError(f"data.{split}: {problem}; they are for loss.name kto or bco")
 
 
 TASKS: dict[type[SftConfig], type[Supervised]] = {SftConfig: Supervised, RewardConfig: Reward, TrainConfig: Preference}

@@ -43,11 +43,20 @@ class Objective(Protocol):
 
     def weight(self, batch: Batch) -> int: ...
 
-    def begin(self, policy: Policy, micro_batches: Sequence[Batch]) -> None:
+    @property
+    def needs_mismatches(self) -> bool:
+        """Tells whether `begin` is to get completions behind prompts that are not theirs."""
+        return False
+
+    def begin(self, policy: Policy, micro_batches: Sequence[Batch], mismatched: Sequence[Batch] = ()) -> None:
         """Sees this rank's share of a global batch before its micro-batches come one by one. All ranks enter."""
 
     def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns what to differentiate, and float64 sums of `names`."""
+
+    def shown(self, means: dict[str, float]) -> dict[str, float]:
+        """Returns what is told of means over a global batch, or over the evaluation data."""
+        return means
 
     def after_step(self, step: int, means: dict[str, float]) -> None:
         """Update `step` is made; means of `names` over its global batch. All ranks enter."""
@@ -155,7 +164,7 @@ class Trainer:
         agreed, started = self.agreed, time.perf_counter()
         sums = torch.zeros(len(self.objective.names), dtype=torch.float64, device=self.policy.device)
         losses = []
-        self.objective.begin(self.policy, batch.micro_batches)
+        self.objective.begin(self.policy, batch.micro_batches, batch.mismatched)
         for micro_batch in batch.micro_batches:
             loss, micro_sums = self.objective(self.policy, micro_batch)
             # DeepSpeed averages gradients over the ranks, and a rank has a share of the pairs.
@@ -171,7 +180,7 @@ class Trainer:
         self._agree(sums, feed.following())
         means = [total / agreed.weight for total in self.agreed.sums]
         self._check_finite(batch.step, means, grad_norm, losses)
-        named = dict(zip(self.objective.names, means, strict=True))
+        named = self.objective.shown(dict(zip(self.objective.names, means, strict=True)))
         self.objective.after_step(batch.step, named)
         return Update(named, grad_norm, rate, agreed.tokens, agreed.targets, host_seconds)
 
@@ -239,7 +248,7 @@ class Trainer:
                 self._look_around(step)
                 if reason := self.stop.agreed(self.policy.device):
                     raise Stopped(reason, step)
-                objective.begin(self.policy, batch.micro_batches)
+                objective.begin(self.policy, batch.micro_batches, batch.mismatched)
                 for micro_batch in batch.micro_batches:
                     sums[1:] += objective(self.policy, micro_batch)[1]
                     sums[0] += objective.weight(micro_batch)
@@ -249,7 +258,7 @@ class Trainer:
         if not means.isfinite().all():
             name, value = objective.names[0], means[0].item()
             raise TrainingError(f"evaluation at step {step}: {name} {value} must be finite")
-        return metrics.named(objective.names, means)
+        return objective.shown(metrics.named(objective.names, means))
 
     def _look_around(self, step: int) -> None:
         """Does what is due between two forwards."""
@@ -269,7 +278,8 @@ class Trainer:
         raise Stopped(reason, step)
 
     def _feed(self, batches: Iterable[tuple[int, np.ndarray]], data) -> Feed:
-        return Feed(batches, data, self.layout, self.rank, self.world_size, self.policy.device)
+        mismatches = self.objective.needs_mismatches
+        return Feed(batches, data, self.layout, self.rank, self.world_size, self.policy.device, mismatches)
 
     def _agree(self, sums: Tensor | Sequence[float], following: LocalBatch | None) -> None:
         """Sums over the ranks what each of them knows, all in one message. All ranks enter."""

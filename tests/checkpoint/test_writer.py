@@ -152,8 +152,8 @@ class Pairs(list):
 
     def __init__(self, pairs):
         super().__init__(pairs)
-        for part in ("prompt", "chosen", "rejected"):
-            setattr(self, f"{part}_lengths", np.array([len(getattr(pair, part)) for pair in pairs]))
+        self.prompt_lengths = np.array([len(pair.prompt) for pair in pairs])
+        self.completion_lengths = np.array([[len(ids) for ids in pair.completions] for pair in pairs])
 
 
 def test_the_same_paths_with_other_contents_are_other_models_and_data(tmp_path):

@@ -76,7 +76,7 @@ def cache(world):
     """60 pairs in 8 shards, by two ranks under ZeRO-3."""
     codes, output = world.run("precompute")
     assert codes == [0, 0], output
-    assert "done: " in output and "60 pairs" in output
+    assert "done: " in output and "120 completions" in output
     return world.folder / "cache"
 
 
@@ -134,7 +134,7 @@ def test_only_one_job_fills_a_folder(world, cache):
     assert codes == [2] and "another process is at work there" in output, output
     later.close()
     codes, output = world.run("precompute", 1, "locked")
-    assert codes == [0] and "complete, 60 pairs" in output, output
+    assert codes == [0] and "complete, 120 rows" in output, output
 
 
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_a_cache_that_was_filled_before_is_added_to_and_a_run_resumes_on_it(worl
     assert {name: after[name] for name in before if name != "MANIFEST.json"}.items() <= before.items()
     assert json.loads(after["MANIFEST.json"])["rows"] == 90
     codes, output = world.run("precompute", 1, cache="grown", data__eval=world.folder / "eval.jsonl")
-    assert codes == [0] and "complete, 90 pairs" in output
+    assert codes == [0] and "complete, 180 rows" in output
 
     codes, output = world.run("train", train__max_steps=4, **keys)
     assert codes == [0, 0], output
@@ -273,7 +273,7 @@ def test_verify_says_what_is_in_a_cache(world, cache, capsys, monkeypatch):
 
     monkeypatch.setenv("RANK", "0")
     assert main(["precompute", "--verify", str(cache)]) == 0
-    assert "pairs      60 in 8 shards" in capsys.readouterr().out
+    assert "rows       120 in 8 shards" in capsys.readouterr().out
     assert main(["precompute", "--verify", str(world.folder)]) == 2
     assert "no finished cache" in capsys.readouterr().err
     assert os.environ["RANK"] == "0"

@@ -152,6 +152,14 @@ def completion(row: Row, pair: bool) -> Conversation:
     return Conversation.of(whole[:split], whole[split:], tools=row.tools())
 
 
+def unpaired(row: Row, pair: bool) -> Conversation:
+    """prompt, completion, and label: true where the completion is desirable, false where it is not."""
+    label = row["label"]
+    if not isinstance(label, bool):
+        raise BadRow("label is no boolean", f"'label' is {shorten(label)}; it must be true or false")
+    return replace(completion(row, pair), labels=(label,))
+
+
 def text(row: Row, pair: bool) -> Conversation:
     """Supervised: one text, all of it trained on."""
     return Conversation.of("", row.text("text"))
@@ -212,6 +220,11 @@ FORMATS: dict[str, Format] = {
     "ranked": Format(
         ("prompt", "instruction", *COMPLETIONS, *SCORES, *RANKS, *SYSTEM, "tools"), is_ranked, ranked
     ),
+    "unpaired": Format(
+        ("prompt", *ANSWERS, "label", *SYSTEM, "tools"),
+        lambda row: "prompt" in row and "label" in row and _is_answered(row),
+        unpaired,
+    ),
 }
 SUPERVISED = {
     "completion": Format(
@@ -239,7 +252,9 @@ FIELDS = frozenset(field for known in (FORMATS | SUPERVISED).values() for field 
 
 
 def formats(sides: tuple[str, ...]) -> dict[str, Format]:
-    return FORMATS if "rejected" in sides else FORMATS | SUPERVISED
+    if "rejected" in sides:
+        return FORMATS
+    return {name: known for name, known in FORMATS.items() if name != "unpaired"} | SUPERVISED
 
 
 def check_name(name: str, sides: tuple[str, ...]) -> None:
@@ -293,9 +308,10 @@ def read(row: Row, name: str, sides: tuple[str, ...], margin_column: str | None 
             margin = row.margin(margin_column)
             conversation = replace(conversation, margins=(margin,) * len(conversation.comparisons))
     is_group = len(conversation.completions) > 2
-    for i, completion in enumerate(conversation.completions):
-        require_answer(f"completions[{i}]" if is_group else PAIR_FIELDS[i], completion)
-    if pair and all(completion == conversation.chosen for completion in conversation.completions):
+    for i, answer in enumerate(conversation.completions):
+        name = f"completions[{i}]" if is_group else "completion" if conversation.labels else PAIR_FIELDS[i]
+        require_answer(name, answer)
+    if conversation.comparisons and all(answer == conversation.chosen for answer in conversation.completions):
         if is_group:
             problem = f"all {len(conversation.completions)} completions are equal ({shorten(conversation.chosen)})"
             raise BadRow("all completions equal", problem)

@@ -13,7 +13,8 @@ class Conversation:
 
     comparisons: places of the better and the worse completion; none in supervised data. prompts_differ: the sides part
     before the last answer, so the completions hold more than that answer. margins: of each comparison, how much better
-    the better one is, where that was asked for. ties: how many two completions are equally good.
+    the better one is, where that was asked for. labels: which completions are desirable, where a row says so. ties: how
+    many two completions are equally good.
     """
 
     prompt: str | Messages
@@ -22,6 +23,7 @@ class Conversation:
     tools: list | None = None
     prompts_differ: bool = False
     margins: tuple[float, ...] | None = None
+    labels: tuple[bool, ...] | None = None
     ties: int = 0
 
     @classmethod
