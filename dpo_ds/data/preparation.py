@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dpo_ds.batch import PAIR
+from dpo_ds.batch import PAIR, Group
 from dpo_ds.cluster.derived import cache_root, derive
 from dpo_ds.data.census import Census
 from dpo_ds.data.dataset import CENSUS, GroupDataset, GroupWriter
@@ -129,7 +129,7 @@ def _build(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> None:
 
 def _write(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> dict[str, Any]:
     census, ends = reader.census, []
-    lengths: dict[str, list[int]] = {part: [] for part in ("prompt", *reader.sides)}
+    lengths: dict[str, list[int]] = {part: [] for part in ("prompt", *PAIR)}
     with GroupWriter(work, reader.margin_column is not None) as writer:
         for i in range(len(reader.sources)):
             for batch in reader.batches(i):
@@ -146,8 +146,8 @@ def _write(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> dict[str, A
                     groups.append(result.group)
                     locations.append(location)
                     lengths["prompt"].append(len(result.group.prompt))
-                    for place, completion in enumerate(result.group.completions):
-                        lengths[reader.sides[min(place, len(reader.sides) - 1)]].append(len(completion))
+                    for side, completion in zip(_sides(result.group), result.group.completions, strict=True):
+                        lengths[side].append(len(completion))
                 if groups:
                     writer.write(groups, locations)
                 if census.rows_read % (50 * BATCH) == 0:
@@ -157,7 +157,7 @@ def _write(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> dict[str, A
     if not writer.rows:
         raise DataError(_none_kept(reader))
     return {
-        **census.summary({part: np.array(counts, dtype=np.int32) for part, counts in lengths.items()}),
+        **census.summary({part: np.array(counts, dtype=np.int32) for part, counts in lengths.items() if counts}),
         "format": ", ".join(reader.formats),
         "files": [name for source in reader.sources for name in source.names],
         "location_files": writer.files,
@@ -188,6 +188,12 @@ def usable(result: Tokenized) -> tuple[Tokenized, str | None]:
         margins=None if group.margins is None else group.margins[keep],
     )
     return result._replace(group=group), None
+
+
+def _sides(group: Group) -> list[str]:
+    """Returns where each completion's length is counted: the first as chosen, or all that are said to be desirable."""
+    is_chosen = group.labels if group.labels is not None else np.arange(len(group.completions)) == 0
+    return [PAIR[0] if first else PAIR[1] for first in is_chosen]
 
 
 def _none_kept(reader: _Reader) -> str:

@@ -161,7 +161,8 @@ class Preference(Supervised):
             _require_comparisons(split, census)
         elif census["groups"]:
             problem = f"{census['groups']} rows rank more than two completions, which does not say what is desirable"
-            raise ConfigError(f"data.{split}: {problem}; loss.name {self.run.loss.name} takes pairs, or rows with a label")
+            remedy = f"loss.name {self.run.loss.name} takes pairs, or rows with a label"
+            raise ConfigError(f"data.{split}: {problem}; {remedy}")
 
     def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
         from dpo_ds.losses import make_loss

@@ -225,6 +225,8 @@ class ChosenFalls:
 
     def observe(self, line: dict) -> str | None:
         """A line for the user, given a step's metrics; None while there is nothing to say."""
+        if "rewards/chosen" not in line:  # a batch without a desirable completion
+            return None
         drop = line["rewards/chosen"] / self._beta if self._has_reference else 0.0
         self._now.append((line["logps/chosen"], line["logps/chosen"] - drop))
         if self._said or len(self._now) < WINDOW:

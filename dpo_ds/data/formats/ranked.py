@@ -70,7 +70,7 @@ def ranked(row: Row, pair: bool, margin_column: str | None = None) -> Conversati
         if margin_column != field:
             raise wrong_type(margin_column, row.get(margin_column), f"{field!r}, whose differences are the margins")
         margins = tuple(abs(known[i] - known[j]) for i, j in better)
-    return Conversation(prompt, tuple(completions), better, row.tools(), False, margins, ties)
+    return Conversation(prompt, tuple(completions), better, row.tools(), margins=margins, ties=ties)
 
 
 def _values(row: Row, name: str, of_each: Sequence[dict[str, Any]]) -> tuple[list[float], str, int]:
