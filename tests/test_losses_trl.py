@@ -18,7 +18,8 @@ trl = pytest.importorskip("trl")
 PAIRS = random_pairs(6)
 BETA = 0.3
 TRL_NAME = {"dpo": "sigmoid"}
-IN_TRL = [name for name in LOSSES if name not in ("simpo", "orpo", "cpo", "bco_pair", "dpop", "plackett_luce")]
+NOT_IN_TRL = ("simpo", "orpo", "cpo", "bco_pair", "dpop", "plackett_luce", "kto", "bco")  # or in trainers of their own
+IN_TRL = [name for name in LOSSES if name not in NOT_IN_TRL]
 KEYS = {
     "reverse_kl": {}, "js": {"f_divergence_type": "js_divergence"}, "forward_kl": {"f_divergence_type": "forward_kl"},
     "alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},

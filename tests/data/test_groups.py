@@ -121,7 +121,7 @@ def groups() -> list[Group]:
         count = len(completions)
         better = np.array(list(itertools.combinations(range(count), 2))[::-1], np.int64).reshape(-1, 2)
         known = OF_A_PAIR if count == 2 else NO_COMPARISON if count == 1 else better
-        made.append(Group(prompt, tuple(completions), masks, known, None, len(made)))
+        made.append(Group(prompt, tuple(completions), masks, known, index=len(made)))
     return made
 
 

@@ -20,7 +20,7 @@ def seen(tmp_path_factory):
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.parametrize("case", [*LOSSES, *PARTS])
+@pytest.mark.parametrize("case", [*(name for name, loss in LOSSES.items() if not loss.of_labels), *PARTS])
 def test_the_gradient_is_that_of_all_pairs_at_once(seen, case):
     loss, expected = seen[case]["loss"]
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -40,3 +40,13 @@ def test_a_group_is_its_comparisons_and_a_ranking_the_papers_formula(seen, case)
     assert found["gradient_error"] < 1e-5
     means, expected = found["means"]
     assert means[: len(expected)] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["labels, kto", "labels, bco"])
+def test_labelled_completions_are_those_of_one_process(seen, case):
+    """KTO's baseline is the mean over mismatched completions of all ranks."""
+    found = seen[case]
+    assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-5) and found["gradient_error"] < 1e-5
+    if case == "labels, kto":
+        assert found["baseline"] == pytest.approx(found["expected_baseline"], abs=1e-6)
+        assert len(set(found["kl"])) == 7

@@ -3,11 +3,14 @@ once, and a reference that follows the policy: usage losses.py OUT. Rank 0 write
 asserts on it.
 """
 
+import contextlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
@@ -19,6 +22,7 @@ from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import LossSection, ModelSection, ReferenceSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
+from dpo_ds.data.batching import Layout
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.losses import LOSSES, make_loss
 from dpo_ds.models.causal_lm import LogProbModel
@@ -27,11 +31,13 @@ from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.live import LiveReference
+from dpo_ds.training.feed import Feed
+from dpo_ds.training.labelled import LabelledObjective
 from dpo_ds.training.preference import PreferenceObjective
 from dpo_ds.training.shaping import Shaping
 from tests.tiny import VOCAB, random_groups, random_pairs
 
-CASES = {name: {"name": name} for name in LOSSES} | {
+CASES = {name: {"name": name} for name, loss in LOSSES.items() if not loss.of_labels} | {
     "sum": {"name": ["dpo", "aot", "orpo"], "weights": [0.5, 2.0, 0.1]},
     "ld": {"ld_alpha": 0.3},
     "sft": {"sft_weight": 0.7},
@@ -49,6 +55,10 @@ GROUP_CASES = {
     "groups with a discount and a likelihood": {"name": "ipo", "ld_alpha": 0.3, "sft_weight": 0.2},
     "groups weighted": {"wpo": True},
     "rankings": {"name": "plackett_luce"},
+}
+LABELLED_CASES = {
+    "labels, kto": {"name": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.5},
+    "labels, bco": {"name": "bco", "desirable_weight": 1.0, "undesirable_weight": 2.0},
 }
 SCORES = {
     "reverse_kl": lambda x: x,
@@ -175,6 +185,69 @@ def check_groups(policy: Policy, reference, section: LossSection, models, rank: 
     return {"means": [means, expected_means], "gradient_error": error.item()}
 
 
+class Labelled(list):
+    """As much of a data set as a feed looks at: single completions, every other one desirable."""
+
+    def __init__(self, pairs):
+        super().__init__(
+            Group(pair.prompt, (pair.rejected,), (pair.masks[1],), labels=np.array([place % 2 == 0]), index=place)
+            for place, pair in enumerate(pairs)
+        )
+        self.prompt_lengths = np.array([len(group.prompt) for group in self])
+        self.completion_lengths = np.array([[len(group.chosen)] for group in self])
+
+
+def check_labelled(policy: Policy, reference, section: LossSection, models, rank: int, ranks: int) -> dict:
+    """One global batch by two ranks, of which one has more to do, against one process that follows the papers."""
+    data, loss = Labelled(PAIRS), make_loss(section)
+    loss = replace(loss, delta=0.3) if section.name == "bco" else loss
+    objective = LabelledObjective(loss, reference)
+    rows = np.array([4, 0, 6, 2, 5, 1, 3])
+    layout = Layout("packed", 24, 32)
+    with contextlib.closing(Feed([(1, rows)], data, layout, rank, ranks, policy.device, loss.needs_kl)) as feed:
+        batch = feed.following()
+    objective.begin(policy, batch.micro_batches, batch.mismatched)
+    sums = 0
+    for micro_batch in batch.micro_batches:
+        value, micro_sums = objective(policy, micro_batch)
+        policy.backward(value * ranks / len(rows), is_last=micro_batch is batch.micro_batches[-1])
+        sums = sums + micro_sums
+    means = dict(zip(objective.names, (collectives.reduce_sum(sums) / len(rows)).tolist(), strict=True))
+    gradients = {name: safe_get_full_grad(p) for name, p in policy.causal_lm.named_parameters()}
+    policy.step(0.0)
+    if rank != 0:
+        return {}
+
+    def logratio(prompt, ids, mask):
+        alone = Group.pair(prompt, ids, ids, mask, mask)
+        with torch.no_grad():
+            anchor = completion(models[1], alone, "chosen")[0].sum()
+        return completion(models[0], alone, "chosen")[0].sum() - anchor
+
+    longest = max(len(data[row].prompt) + len(data[row].chosen) for row in rows)
+    kl = []
+    for row, other in zip(rows, np.roll(rows, -1), strict=True):
+        room = longest - len(data[row].prompt)
+        kl.append(logratio(data[row].prompt, data[other].chosen[:room], data[other].masks[0][:room]).item())
+    z = max(0.0, sum(kl) / len(kl))
+    values = []
+    for row in rows:
+        scores = section.beta * logratio(data[row].prompt, data[row].chosen, data[row].masks[0])
+        sign, weight = (1, section.desirable_weight) if data[row].labels[0] else (-1, section.undesirable_weight)
+        if section.name == "kto":
+            values.append(weight * (1 - torch.sigmoid(sign * (scores - section.beta * z))))
+        else:
+            values.append(-weight * torch.nn.functional.logsigmoid(sign * (scores - 0.3)))
+    models[0].zero_grad()
+    mean = torch.stack(values).mean()
+    mean.backward()
+    expected = {name: p.grad for name, p in models[0].named_parameters()}
+    norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    error = torch.stack([(gradients[name] - g).norm() for name, g in expected.items()]).norm() / norm
+    found = {"loss": [means["loss"], mean.item()], "gradient_error": error.item(), "kl": kl}
+    return found | {"baseline": means["rewards/baseline"], "expected_baseline": section.beta * z}
+
+
 def follow(policy: Policy, frozen, paths: list[str]) -> dict:
     """The live reference after one soft update: its weights, and that its forward uses them."""
     settings = ReferenceSection(update_every=3, update_alpha=0.25)
@@ -227,6 +300,9 @@ def main(out: str) -> None:
     for name, case in GROUP_CASES.items():
         section = LossSection(**{"beta": 0.5, **case})
         results[name] = check_groups(policy, reference, section, models, place.rank, place.world_size)
+    for name, case in LABELLED_CASES.items():
+        section = LossSection(**{"beta": 0.5, **case})
+        results[name] = check_labelled(policy, reference, section, models, place.rank, place.world_size)
     results["follow"] = follow(policy, frozen, paths)  # last: it changes the reference
     if place.is_first:
         Path(out).write_text(json.dumps(results))
