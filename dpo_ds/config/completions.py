@@ -45,8 +45,10 @@ class SampleSection(GenerationSection):
     score_timeout: float = Field(
         600, gt=0, le=10**6, description="seconds a call of the score's function or pattern may take"
     )
-    pairs: Literal["best_worst", "bradley_terry"] = Field(
-        "best_worst", description="one pair a prompt; bradley_terry: every two completions, the better one drawn"
+    pairs: Literal["best_worst", "bradley_terry", "groups"] = Field(
+        "best_worst",
+        description="one pair a prompt; bradley_terry: every two completions, the better one drawn; "
+        "groups: one row a prompt with all completions and scores",
     )
     pair_temperature: float = Field(
         1.0, gt=0, description="bradley_terry: a is chosen over b with probability σ((score_a - score_b) / this)"

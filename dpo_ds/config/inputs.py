@@ -60,7 +60,9 @@ class PromptDataSection(Section):
     """Lists the keys of the data section that prompts need."""
 
     format: str = Field(
-        "auto", description="auto, explicit, implicit, hh, sharegpt, alpaca, orca; sft: completion, messages, text"
+        "auto",
+        description="auto, explicit, implicit, hh, sharegpt, alpaca, orca, ranked, unpaired; "
+        "sft: completion, messages, text",
     )
     columns: dict[str, str] = Field(default_factory=dict, description="renames: {chosen: better, rejected: worse}")
     max_length: int = Field(2048, gt=1, le=2**26, description="tokens of prompt plus one completion")
@@ -131,6 +133,9 @@ class EvaluationDataSection(PromptDataSection):
 class DataSection(EvaluationDataSection):
     train: str | list[str | dict[str, Any]] = Field(description="path, Hub id, or list of them with weights")
     limit: int | None = Field(None, gt=0, description="use the first n rows read, before dropping")
+    group: Literal["none", "prompt"] = Field(
+        "none", description="prompt: rows of one prompt share a batch, the prompt and each completion computed once"
+    )
 
 
 class ReferenceSection(Section):

@@ -140,6 +140,9 @@ def format_census(census: Mapping[str, Any]) -> str:
     """A few aligned lines for the terminal."""
     kept, read = census["rows_kept"], census["rows_read"]
     lines = [f"{read:>9,} rows read from {_files(census['files'])}, format {census['format']}", f"{kept:>9,} kept"]
+    if "gathered" in census:
+        what = f"{census['gathered']:,} rows of one prompt gathered into {census['gathered_into']:,}"
+        lines.append(f"{census['gathered_into']:>9,} groups: {what}; which comparisons share a batch is another choice")
     if census.get("groups"):
         known = f"{census['completions']:,} completions in all, {_count(census['comparisons'], 'comparison')}"
         if census["ties"] + census["equal_completions"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,11 +19,12 @@ from dpo_ds.cluster.derived import cache_root, derive
 from dpo_ds.data.census import Census
 from dpo_ds.data.dataset import CENSUS, GroupDataset, GroupWriter
 from dpo_ds.data.formats import Conversation, check_columns, check_name, check_renamed, detect, read
+from dpo_ds.data.gathering import gathered
 from dpo_ds.data.reading import BATCH, Intake
 from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import GroupTokenizer, Tokenized, fingerprint
-from dpo_ds.errors import DataError
+from dpo_ds.errors import ConfigError, DataError
 
 FORMAT_VERSION = 6  # of the cache: raise it when the same rows would give other tokens, columns or counts
 EQUAL, EQUAL_IN_TEMPLATE = "equal after the cut", "equal after the chat template"
@@ -69,6 +71,7 @@ def prepare(
     items = [{"path": item} if isinstance(item, str) else item for item in items]
     paths = [item["path"] for item in items]
     sources = [open_source(path, split) for path in paths]
+    group = getattr(options, "group", "none")  # not of the data that commands evaluate on
     digest = _digest(sources, options, sides, tokenizer, margin_column)
     folder = cache_root() / "tokenized" / digest
 
@@ -77,6 +80,8 @@ def prepare(
         if _digest(sources, options, sides, tokenizer, margin_column) != digest:
             raise DataError(f"{', '.join(paths)}: changed while it was read; start again when it is whole")
 
+    if group == "prompt" and sides != PAIR:
+        raise ConfigError("data.group prompt: for rows that compare or label completions; sft has none, leave it out")
     derive(folder, "the tokenised data", fill, build)
     data = GroupDataset(folder, [item.get("weight", 1.0) for item in items])
     data.census["files_left_out"] = [str(name) for source in sources for name in source.left_out]  # as of now
@@ -122,8 +127,36 @@ class _Reader:
 
 
 def _build(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> None:
-    """Fills a folder with the pairs and the census."""
+    """Fills a folder with the groups and the census."""
     census = _write(work, reader, tokenize)
+    (work / CENSUS).write_text(json.dumps(census))
+    if getattr(reader.options, "group", "none") == "prompt":
+        _gather(work, census, reader.margin_column is not None)
+
+
+def _gather(work: Path, census: dict[str, Any], with_margins: bool) -> None:
+    """Puts rows of one prompt together, within each source."""
+    rows = work / "rows"
+    rows.mkdir()
+    for path in [path for path in work.iterdir() if path.is_file()]:
+        path.rename(rows / path.name)
+    before, written, ends, sizes = GroupDataset(rows, [1.0] * len(census["source_ends"])), 0, [], []
+    with GroupWriter(work, with_margins) as writer:
+        for start, stop, _ in before.sources:
+            prompts = (prompt.tobytes() for prompt, *_ in islice(before.token_ids(), start, stop))
+            for first, group in gathered(prompts, lambda i, start=start: before[start + i]):
+                file, _, row = before.location(start + first).rpartition(":")
+                writer.write([group], [Location(file, int(row))])
+                sizes.append((len(group.completions), len(group.comparisons)))
+                written += 1
+            ends.append(written)
+    completions, comparisons = np.array(sizes).T
+    census |= {
+        "gathered": len(before), "gathered_into": written, "groups": int((completions > 2).sum()),
+        "completions": int(completions.sum()), "comparisons": int(comparisons.sum()),
+        "source_ends": ends, "location_files": writer.files,
+    }  # fmt: skip
+    shutil.rmtree(rows)
     (work / CENSUS).write_text(json.dumps(census))
 
 
@@ -212,6 +245,7 @@ def _digest(
     wanted = [options.format, dict(options.columns), options.max_length, options.max_prompt_length]
     wanted += [options.limit, options.on_bad_row, sorted(options.ignore_columns), sides, options.prompt_rendering]
     wanted += filter(None, [margin_column])
+    wanted += [{"group": options.group}] if getattr(options, "group", "none") != "none" else []
     identities = [source.identity() for source in sources]
     text = json.dumps([FORMAT_VERSION, identities, wanted, fingerprint(tokenizer)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

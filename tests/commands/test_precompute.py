@@ -86,7 +86,7 @@ def test_the_folder_holds_shards_and_a_manifest(cache):
     manifest = json.loads((cache / "MANIFEST.json").read_text())
     assert manifest["rows"] == 120, "the pair that comes twice is stored once"
     build = manifest["builds"][0]
-    assert [shard["rows"] for shard in build["shards"]] == [8] * 7 + [4]
+    assert [shard["rows"] for shard in build["shards"]] == [16] * 7 + [8]
     wanted = {"dtype": "float32", "layout": "packed", "attention": "sdpa", "logprobs": "chunked", "threads": 1}
     assert build.items() >= wanted.items()
     assert build["versions"]["torch"] == torch.__version__

@@ -15,7 +15,7 @@ from dpo_ds.data.dataset import GROUPS, GroupDataset, GroupWriter
 from dpo_ds.data.formats import detect, read
 from dpo_ds.data.preparation import prepare
 from dpo_ds.data.rows import BadRow, Location, Row
-from dpo_ds.errors import DataError
+from dpo_ds.errors import ConfigError, DataError
 from tests.data_helpers import options, tokenizer, write_lines
 
 
@@ -193,3 +193,52 @@ def test_the_census_counts_groups_ties_and_equal_completions(tmp_path):
     expected = "1 of these with more than two completions; 6 completions in all, 5 comparisons (left out: 1 tied, 1 of"
     assert expected in format_census(census)
     assert data[0].comparisons.tolist() == [[0, 1], [0, 2], [0, 3], [1, 3]] and data[1].comparisons.tolist() == [[1, 0]]
+
+
+def test_rows_of_one_prompt_are_gathered(tmp_path):
+    """Six pairs of four completions, other rows between them, are one group; each comparison is there as often."""
+    better = list(itertools.combinations("abcd", 2))
+    pairs = [{"prompt": "p", "chosen": one, "rejected": other} for one, other in better]
+    rows = [{"prompt": "q", "chosen": "x", "rejected": "y"}, *pairs, pairs[0], {**pairs[0], "prompt": "r"}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    apart = prepare(str(path), options=options(), tokenizer=tokenizer())
+    together = prepare(str(path), options=options(group="prompt"), tokenizer=tokenizer())
+    assert len(apart) == 9 and together.comparisons.tolist() == [1, 7, 1] and apart.digest != together.digest
+    tok, group = tokenizer(), together[1]
+    texts = [tok.decode(ids[:-1]) for ids in group.completions]
+    found = [(texts[i], texts[j]) for i, j in group.comparisons.tolist()]
+    assert sorted(found) == sorted([*better, better[0]]) and found == sorted(found)
+    assert together.location(1) == f"{path}:2" and together.sources == [(0, 3, 1.0)]
+    assert "3 groups: 9 rows of one prompt gathered into 3" in format_census(together.census)
+    with pytest.raises(ConfigError, match="data.group prompt: for rows that compare or label completions; sft"):
+        prepare(str(path), options=options(group="prompt"), tokenizer=tokenizer(), sides=CHOSEN_ONLY)
+
+
+def test_a_prompt_with_very_many_rows_becomes_several_groups(tmp_path):
+    rows = [{"prompt": "p", "chosen": f"{n} good", "rejected": f"{n} bad"} for n in range(20)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    data = prepare(str(path), options=options(group="prompt"), tokenizer=tokenizer())
+    assert data.completions.tolist() == [16, 16, 8] and data.comparisons.tolist() == [8, 8, 4]
+
+
+LABELLED = {"prompt": "q", "completion": "a", "label": True}
+
+
+def test_labelled_completions(tmp_path):
+    rows = [LABELLED, {**LABELLED, "completion": "b", "label": False}, {**LABELLED, "prompt": [user("q")]}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    data = prepare(str(path), options=options(), tokenizer=tokenizer())
+    assert [data[i].labels.tolist() for i in range(3)] == [[True], [False], [True]]
+    assert data.comparisons.tolist() == [0, 0, 0] and data.completions.tolist() == [1, 1, 1]
+    assert "2 of these desirable, 1 not" in format_census(data.census)
+    together = prepare(str(path), options=options(group="prompt"), tokenizer=tokenizer())
+    assert [together[i].labels.tolist() for i in range(2)] == [[True, False], [True]]
+    supervised = prepare(str(path), options=options(), tokenizer=tokenizer(), sides=CHOSEN_ONLY)
+    assert supervised.census["format"] == "completion" and supervised[1].labels is None
+
+
+@pytest.mark.parametrize("label", [1, "true", None, 0.0])
+def test_a_label_is_true_or_false(label):
+    row = Row({**LABELLED, "label": label}, {})
+    with pytest.raises(BadRow, match="'label' is .*; it must"):
+        read(row, "unpaired", PAIR)

@@ -61,6 +61,16 @@ PAIRS = pa.schema(
 )
 
 
+GROUPS = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("completions", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float64())),
+        ("row", pa.int64()),
+    ]
+)
+
+
 def is_a_sample(folder: Path) -> bool:
     """Tells whether `dpo-ds sample` has begun or filled this folder: all that it holds is what that command makes."""
     inside = [path for part in ("completions", "pairs") for path in (folder / part).glob("*")]
@@ -174,9 +184,11 @@ class Folder:
             counts["tokens"] += sum(len(row["tokens"]) for row in rows)
             if sample.score is not None:
                 scores += [row["score"] for row in rows]
-                pairs = pairs_of(rows, sample, dropped)
+                as_groups = sample.pairs == "groups"
+                pairs = (groups_of if as_groups else pairs_of)(rows, sample, dropped)
                 counts["pairs"] += len(pairs)
-                write_whole(self.pairs / path.name, encode(pa.Table.from_pylist(pairs, schema=PAIRS)))
+                table = pa.Table.from_pylist(pairs, schema=GROUPS if as_groups else PAIRS)
+                write_whole(self.pairs / path.name, encode(table))
         files = [path for folder in (self.completions, self.pairs) for path in shard_files(folder)]
         manifest = {
             "settings": self.settings,
@@ -240,6 +252,27 @@ def pairs_of(rows: Sequence[dict], sample: SampleSection, dropped: Counter) -> l
                 }
             )
     return pairs
+
+
+def groups_of(rows: Sequence[dict], sample: SampleSection, dropped: Counter) -> list[dict]:
+    """Rows of GROUPS, one a prompt with those of its n completions that may be in pairs, in order."""
+    groups, rank = [], Ranker(sample)
+    for start in range(0, len(rows), sample.n):
+        of_prompt = rows[start : start + sample.n]
+        texts, finished, scores = ([row[key] for row in of_prompt] for key in ("completion", "finished", "score"))
+        usable, reason = rank.usable(texts, finished, scores)
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        groups.append(
+            {
+                "prompt": of_prompt[0]["prompt"],
+                "completions": [of_prompt[i]["completion"] + of_prompt[i]["stop"] for i in usable],
+                "scores": [scores[i] for i in usable],
+                "row": of_prompt[0]["row"],
+            }
+        )
+    return groups
 
 
 def _digest(rows: Sequence[dict]) -> str:

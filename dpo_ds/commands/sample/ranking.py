@@ -26,18 +26,25 @@ class Ranker:
         self, texts: Sequence[str], finished: Sequence[bool], scores: Sequence[float], row: int
     ) -> tuple[list[tuple[int, int]], str | None]:
         """(chosen, rejected) as places in `texts`, and why there is no pair. row: the prompt's number, which seeds."""
+        usable, reason = self.usable(texts, finished, scores)
+        if reason is not None:
+            return [], reason
+        if self.settings.pairs == "best_worst":
+            return best_worst(texts, scores, usable)
+        generator = np.random.default_rng([self.settings.seed, row, 1])  # not the one that the completions came from
+        return bradley_terry(texts, scores, usable, self.settings.pair_temperature, generator), None
+
+    def usable(
+        self, texts: Sequence[str], finished: Sequence[bool], scores: Sequence[float]
+    ) -> tuple[list[int], str | None]:
+        """The places of the completions that count, and why no two of them can be compared."""
         keeps = self.settings.unfinished == "keep"
         usable = [i for i, text in enumerate(texts) if text.strip() and (keeps or finished[i])]
         if len(usable) < 2:
             return [], TOO_FEW_KEPT if keeps else TOO_FEW
         if len({texts[i] for i in usable}) == 1:
             return [], SAME_TEXT
-        if len({scores[i] for i in usable}) == 1:
-            return [], SAME_SCORE
-        if self.settings.pairs == "best_worst":
-            return best_worst(texts, scores, usable)
-        generator = np.random.default_rng([self.settings.seed, row, 1])  # not the one that the completions came from
-        return bradley_terry(texts, scores, usable, self.settings.pair_temperature, generator), None
+        return (usable, None) if len({scores[i] for i in usable}) > 1 else ([], SAME_SCORE)
 
 
 def best_worst(
