@@ -98,7 +98,7 @@ def read_prompts(
     """The prompts of `source`: a path or Hub id, or a list of them or of {"path", "weight"}.
 
     A row that has a prompt and no completion, or messages without an answer, is taken as it is: text verbatim, messages
-    through the chat template. Of other rows the prompt is that of training (dpo_ds/data/formats.py). A weight is how
+    through the chat template. Of other rows the prompt is that of training (dpo_ds/data/formats/). A weight is how
     often a source's prompts come: 0.5 is the first half. limit: of rows read. What comes twice is completed twice.
 
     Raises:
