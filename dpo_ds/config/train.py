@@ -11,7 +11,11 @@ from dpo_ds.config.section import Section
 
 class TrainSection(Section):
     layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
-    global_batch_size: int = Field(64, gt=0, description="pairs (sft: rows) an update, over all ranks")
+    global_batch_size: int = Field(
+        64,
+        gt=0,
+        description="comparisons an update, a pair is one (plackett_luce: groups; kto, bco: completions; sft: rows)",
+    )
     micro_batch_tokens: int = Field(8192, gt=0, description="tokens a rank holds in one forward, padding included")
     epochs: float = Field(1, gt=0, le=10**6, description="passes over the data")
     max_steps: int | None = Field(None, gt=0, description="given: it alone decides, epochs repeat as needed")

@@ -242,3 +242,9 @@ def test_a_label_is_true_or_false(label):
     row = Row({**LABELLED, "label": label}, {})
     with pytest.raises(BadRow, match="'label' is .*; it must"):
         read(row, "unpaired", PAIR)
+
+
+def test_a_list_beside_a_pair_is_a_column_that_is_not_used():
+    row = Row({"prompt": "q", "chosen": "a", "rejected": "b", "answers": ["x", "y"], "completions": ["z"]}, {})
+    assert detect(row, PAIR) == "explicit"
+    assert detect(Row({"instruction": "q", "output": "a", "answers": ["x"]}, {}), CHOSEN_ONLY) == "alpaca"

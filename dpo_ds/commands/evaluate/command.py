@@ -114,6 +114,8 @@ def prepare(run: EvaluateConfig, launch: Launch) -> Work:
             run.data.eval, options=options, tokenizer=tokenizer, split="eval", build=launch.is_first_on_node
         )
         say([f"eval data: {data.format_census(pairs.census)}"])
+        if not pairs.census["comparisons"]:
+            raise ConfigError("data.eval: its rows have a label and nothing to compare with; evaluate asks for pairs")
         say(settle_template(tokenizer, pairs.census["message_lists"] > 0))
         for config in configs:
             check_fit({"eval": pairs}, config, say)

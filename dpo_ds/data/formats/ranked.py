@@ -19,7 +19,12 @@ RANKS = ("ranks", "rank")  # 1 is the best
 
 
 def is_ranked(row: Row) -> bool:
-    return any(isinstance(row.get(name), list) for name in COMPLETIONS)
+    """Tells whether a row has a list of completions and no side of a pair; answers of questions have no rank."""
+    if "chosen" in row or "rejected" in row:
+        return False
+    answers = row.get("answers")
+    has_ranks = isinstance(answers, list) and any(isinstance(item, dict) and "rank" in item for item in answers)
+    return has_ranks or isinstance(row.get("completions"), list)
 
 
 def has_several(row: Row) -> bool:
