@@ -1,7 +1,7 @@
 """Tokenised groups on disk: Arrow streams, memory-mapped, so that memory stays flat as data grows.
 
 A pair is a row of prompt, chosen and rejected. Where a row holds more completions, they stand end to end in `rejected`,
-and a second stream, of as many rows, says how long each is which is better than which, and which are desirable.
+and a second stream, of as many rows, says how long each is, which is better than which, and which are desirable.
 """
 
 from __future__ import annotations
@@ -167,6 +167,10 @@ class GroupDataset:
 
     def token_ids(self) -> Iterator[tuple[np.ndarray, ...]]:
         """The prompt and the completions of every row in turn, int32 each, without a copy."""
+        if self._groups is None:
+            for prompt, chosen, rejected in self._token_parts():
+                yield (prompt, chosen, rejected) if len(rejected) else (prompt, chosen)
+            return
         lengths = iter(self.completion_lengths)
         for prompt, chosen, others in self._token_parts():
             of_others = next(lengths)[1:]

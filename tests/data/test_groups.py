@@ -233,8 +233,11 @@ def test_labelled_completions(tmp_path):
     assert "2 of these desirable, 1 not" in format_census(data.census)
     together = prepare(str(path), options=options(group="prompt"), tokenizer=tokenizer())
     assert [together[i].labels.tolist() for i in range(2)] == [[True, False], [True]]
-    supervised = prepare(str(path), options=options(), tokenizer=tokenizer(), sides=CHOSEN_ONLY)
-    assert supervised.census["format"] == "completion" and supervised[1].labels is None
+    with pytest.raises(DataError, match="a.jsonl:2: 'label' is false: an undesirable completion, which sft would"):
+        prepare(str(path), options=options(), tokenizer=tokenizer(), sides=CHOSEN_ONLY)
+    skipping = options(on_bad_row="skip")
+    supervised = prepare(str(path), options=skipping, tokenizer=tokenizer(), sides=CHOSEN_ONLY)
+    assert supervised.census["format"] == "completion" and len(supervised) == 2 and supervised[1].labels is None
 
 
 @pytest.mark.parametrize("label", [1, "true", None, 0.0])

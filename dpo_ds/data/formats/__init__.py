@@ -139,8 +139,10 @@ def orca(row: Row, pair: bool) -> Conversation:
 
 def completion(row: Row, pair: bool) -> Conversation:
     """Supervised: prompt and completion (or response, output): two strings, or message lists; beside a list as prompt,
-    a string is the assistant's turn.
+    a string is the assistant's turn. One with label false is not to be imitated.
     """
+    if not pair and row.get("label") is False:
+        raise BadRow("label false", "'label' is false: an undesirable completion, which sft would learn to write")
     name = row.first_of(*ANSWERS)
     if row.is_text("prompt"):
         return Conversation.of(row.text("prompt"), row.text(name))
