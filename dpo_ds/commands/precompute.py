@@ -194,7 +194,8 @@ def lacking(
         index = KeyIndex(there[sort_keys(there)].T)
         is_new &= index.find(keys) < 0
         if holds_pairs(read_shards(manifest)):
-            has_pair = np.concatenate([index.find(pair_keys(data)) >= 0 for data in datasets])
+            as_pairs = [(index.find(pair_keys(data)) >= 0) & (data.completions == 2) for data in datasets]
+            has_pair = np.concatenate(as_pairs)
             is_new &= ~np.repeat(has_pair, np.diff([*firsts, len(keys)]))
     found = []
     prompts = np.concatenate([data.prompt_lengths for data in datasets])

@@ -43,7 +43,8 @@ class Store:
         found = np.stack([rows, np.zeros_like(rows)], axis=1)
         if self.has_pairs:
             sides = np.arange(len(keys)) - np.repeat(first_completions(data), data.completions)
-            of_pair = np.repeat(self.index.find(pair_keys(data)), data.completions)
+            of_pair = np.where(data.completions == 2, self.index.find(pair_keys(data)), -1)
+            of_pair = np.repeat(of_pair, data.completions)
             lacks = (rows < 0) & (of_pair >= 0)
             found[lacks] = np.stack([of_pair, sides], axis=1)[lacks]
         return found
