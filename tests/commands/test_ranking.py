@@ -1,8 +1,12 @@
 """Pairs out of scored completions, by hand."""
 
+from collections import Counter
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from dpo_ds.commands.sample.folder import GROUPS, groups_of
 from dpo_ds.commands.sample.ranking import SAME_SCORE, SAME_TEXT, TOO_FEW, TOO_FEW_KEPT, Ranker
 from dpo_ds.config import SampleSection
 
@@ -51,3 +55,19 @@ def test_bradley_terry_draws_each_pair_by_its_odds():
         assert drawn == [rank(texts, ALL, scores, row)[0] for row in range(2000)], "seeded by row"
     certain = ranker(pairs="bradley_terry", pair_temperature=1e-6)(["a", "b", "c", "d"], ALL, [3, 1, 2, 0], 0)[0]
     assert certain == [(0, 1), (0, 2), (0, 3), (2, 1), (1, 3), (2, 3)]
+
+
+def test_groups_are_one_row_a_prompt_with_what_may_be_in_pairs():
+    def rows(prompt: int, texts, scores, finished=ALL):
+        of_prompt = {"row": prompt, "prompt": f"p{prompt}", "stop": "</s>"}
+        return [
+            of_prompt | {"completion": text, "score": score, "finished": ended}
+            for text, score, ended in zip(texts, scores, finished, strict=True)
+        ]
+
+    drawn = [*rows(0, "abcd", [1.0, 3.0, 2.0, 3.0], [True, True, False, True]), *rows(1, "aaaa", [1.0] * 4)]
+    dropped = Counter()
+    found = groups_of(drawn, SampleSection(prompts="p", to="t", n=4, pairs="groups"), dropped)
+    expected = {"prompt": "p0", "completions": ["a</s>", "b</s>", "d</s>"], "scores": [1.0, 3.0, 3.0], "row": 0}
+    assert found == [expected] and dropped == {SAME_TEXT: 1}
+    assert pa.Table.from_pylist(found, schema=GROUPS).to_pylist() == found
