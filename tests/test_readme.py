@@ -132,12 +132,12 @@ def _read(words: list[str], monkeypatch) -> None:
         from deepspeed.launcher.runner import parse_args
 
         given = parse_args(rest)
-        _read(["python", "-m" if given.module else "", given.user_script, *given.user_args], monkeypatch)
+        _read(["python", *["-m"][: given.module], given.user_script, *given.user_args], monkeypatch)
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
 
         given = get_args_parser().parse_args(rest)
-        _read(["python", "-m" if given.module else "", given.training_script, *given.training_script_args], monkeypatch)
+        _read(["python", *["-m"][: given.module], given.training_script, *given.training_script_args], monkeypatch)
     elif program == "srun":
         _read(rest[rest.index("python") :], monkeypatch)
     elif program == "sbatch":

@@ -1,6 +1,6 @@
 """Six pairs of four completions as one group against six rows: seconds of a training step, two ranks under ZeRO-3.
 
-    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 tests/benchmarks/groups.py [ROUNDS]
+    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 tests/benchmarks/groups.py [--rounds 9]
 
 In a round each of the two runs the same global batch, forward of policy and live reference and backward; the ratio is
 the median over rounds of the ratio within a round. A Llama of 6 layers, width 256 and 8k vocabulary, random weights.
@@ -8,6 +8,7 @@ the median over rounds of the ratio within a round. A Llama of 6 layers, width 2
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
 import sys
@@ -74,7 +75,10 @@ def step(policy: Policy, objective: PreferenceObjective, rows: list[Group], comp
     return sum(batch.num_tokens for batch in batches)
 
 
-def main(rounds: str = "7") -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
     place = launch.from_environment()
     quiet_libraries()
     device = enter(place)
@@ -99,7 +103,7 @@ def main(rounds: str = "7") -> None:
         together = groups_of(prompts, generator)
         contenders = {"groups": together, "pairs": as_pairs(together)}
         ratios, tokens = [], {}
-        for number in range(1 + int(rounds)):
+        for number in range(1 + rounds):
             seconds = {}
             for kind, rows in contenders.items():
                 dist.barrier()
@@ -115,4 +119,4 @@ def main(rounds: str = "7") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
