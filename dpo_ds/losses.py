@@ -224,7 +224,7 @@ class Labelled(Loss):
 
 @dataclass(frozen=True)
 class KTO(Labelled):
-    """Kahneman-Tversky optimisation, eq. 8 of arXiv 2402.01306: λ (1 - σ(±β(c - z))), z the KL from policy to reference
+    """Kahneman-Tversky optimisation, eq. 7 of arXiv 2402.01306: λ (1 - σ(±β(c - z))), z the KL from policy to reference
     as completions of other prompts in the same global batch estimate it, 0 at the least; no gradient flows through it.
     """
 

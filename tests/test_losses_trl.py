@@ -143,3 +143,27 @@ def test_simpo_and_orpos_odds_are_trls(tokens):
     torch.testing.assert_close(cpo, CPOTrainer.cpo_loss(trainer, logps.chosen, logps.rejected)[0], rtol=1e-5, atol=0)
     orpo = make_loss(LossSection(name="orpo", beta=BETA))(logps, None)
     torch.testing.assert_close(orpo + means[0], -ORPOTrainer.odds_ratio_loss(trainer, *means)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_kto_is_trls():
+    """KTOTrainer._compute_loss, given log-probs and those of mismatched completions in place of a model."""
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = (-3 * torch.rand(6, 4, generator=generator) for _ in range(2))
+    mismatched, of_reference = (-9 * torch.rand(6, generator=generator) for _ in range(2))
+    mismatched = mismatched.maximum(of_reference)  # a KL above 0
+    labels = torch.tensor([True, False, False, True, True, False])
+    zeros, mask = torch.zeros_like(policy), torch.ones(6, 5, dtype=torch.long)
+    outputs = SimpleNamespace(log_probs=policy, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        model=SimpleNamespace(training=False), aux_loss_enabled=False, precompute_ref_logps=True, calculate_KL=True,
+        loss_type="kto", beta=BETA, desirable_weight=1.5, undesirable_weight=0.5, _total_train_tokens=0, _tp_size=1,
+        _metrics=defaultdict(lambda: defaultdict(list)), _compute_kl_logps=lambda model, batch: mismatched,
+    )  # fmt: skip
+    inputs = {"completion_mask": mask, "input_ids": mask, "attention_mask": mask, "label": labels}
+    inputs |= {"ref_logps": reference.sum(1), "ref_KL_logps": of_reference}
+    theirs = trl.KTOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    loss = make_loss(LossSection(name="kto", beta=BETA, desirable_weight=1.5, undesirable_weight=0.5))
+    baseline = loss.baseline((mismatched - of_reference).mean().item())
+    ours = loss(policy.sum(1) - reference.sum(1), labels, baseline).mean()
+    assert baseline > 0 and ours.item() == pytest.approx(theirs.item(), rel=1e-5)
