@@ -189,7 +189,8 @@ class Trainer:
         seconds, self._step_ended = time.perf_counter() - self._step_ended, time.perf_counter()
         data_seconds, self._waited = feed.waited - self._waited, feed.waited
         self.last_metrics = update.means
-        mfu, pairs = {}, len(batch.rows) if self.counts is None else int(self.counts[batch.rows].sum())
+        pairs = len(batch.rows) if self.counts is None else int(self.counts[batch.rows].sum())
+        mfu = {}
         if self.utilisation is not None:
             mfu = {"mfu": self.utilisation(batch.lengths, update.targets, seconds)}
         if self.tracker:
@@ -224,7 +225,9 @@ class Trainer:
                 self._save_and_stop(step, str(stopped), evaluation_due=True)
             self.last_metrics = self.last_metrics | evaluation
             if self.tracker:
-                size = {"eval_pairs": len(self.evaluation_data), "eval_seconds": time.perf_counter() - started}
+                counts = self.objective.counts(self.evaluation_data)
+                pairs = len(self.evaluation_data) if counts is None else int(counts.sum())
+                size = {"eval_pairs": pairs, "eval_seconds": time.perf_counter() - started}
                 self.tracker.evaluation({"step": step, "epoch": step / self.per_epoch, **evaluation, **size})
         saves = is_last or _is_due(step, self.checkpoint_every)
         if saves:
