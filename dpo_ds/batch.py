@@ -121,8 +121,7 @@ class Batch:
     adjacent. comparisons [K, 2]: the better and the worse completion, among all of the batch; margins [K] float32 or
     None; rivals: how many comparisons each completion is better in, one after another; shares [K] float32: 1 over the
     comparisons of the same group; labels [completions] bool: said to be desirable, or better than another. group_sizes:
-    completions of each group. num_tokens counts each prompt once, padding
-    never. indices: rows of the data set.
+    completions of each group. num_tokens counts each prompt once, padding never. indices: rows of the data set.
     """
 
     input_ids: Tensor

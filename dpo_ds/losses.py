@@ -9,6 +9,7 @@ shaping.py.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, get_args
@@ -201,20 +202,20 @@ class BCOPair(Loss):
 
 
 @dataclass(frozen=True)
-class Labelled(Loss):
+class Labelled(Loss, ABC):
     """A loss of single completions, each said to be desirable or not; c is log π - log π_ref of one."""
 
     desirable_weight: float = Default.desirable_weight
     undesirable_weight: float = Default.desirable_weight
     of_labels: ClassVar[bool] = True
 
+    @abstractmethod
     def baseline(self, kl: float) -> float:
         """Returns what βc is held against. kl: of the policy from the reference, where `needs_kl`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self, rewards: Tensor) -> Tensor:
         """Returns the loss of a completion whose reward is so far above the baseline where that is good."""
-        raise NotImplementedError
 
     def __call__(self, logratios: Tensor, labels: Tensor, baseline: float) -> Tensor:  # [completions]
         sign = torch.where(labels, 1.0, -1.0)

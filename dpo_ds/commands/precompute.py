@@ -41,7 +41,6 @@ from dpo_ds.reference.cache import (
     Manifest,
     Shard,
     check_shards,
-    holds_pairs,
     is_a_cache,
     is_finished,
     pair_keys,
@@ -190,10 +189,11 @@ def lacking(
     is_new[order[0]] = True
     is_new[order[1:]] = (keys[order][1:] != keys[order][:-1]).any(1)  # sort_keys is stable: the first of equal keys
     if manifest is not None:
-        there = np.concatenate([np.array(shard.keys) for shard in read_shards(manifest)])
+        kept = [(np.array(shard.keys), shard.has_pairs) for shard in read_shards(manifest)]
+        there = np.concatenate([of_shard for of_shard, _ in kept])
         index = KeyIndex(there[sort_keys(there)].T)
         is_new &= index.find(keys) < 0
-        if holds_pairs(read_shards(manifest)):
+        if any(has_pairs for _, has_pairs in kept):
             as_pairs = [(index.find(pair_keys(data)) >= 0) & (data.completions == 2) for data in datasets]
             has_pair = np.concatenate(as_pairs)
             is_new &= ~np.repeat(has_pair, np.diff([*firsts, len(keys)]))

@@ -103,7 +103,10 @@ def global_batches(
     while True:
         epoch, offset = divmod(step - 1, per_epoch)
         order = epoch_order(sources, seed, epoch)
-        ends = _ends(np.ones(len(order), int) if counts is None else counts[order], global_batch_size, per_epoch)
+        if counts is None:
+            ends = [*range(0, len(order), global_batch_size), len(order)]
+        else:
+            ends = _ends(counts[order], global_batch_size, per_epoch)
         for start, end in zip(ends[offset:], ends[offset + 1 :], strict=False):
             yield step, order[start:end]
             step += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,10 +122,15 @@ class GroupDataset:
     def __len__(self) -> int:
         return self._table.num_rows
 
-    @property
+    @cached_property
     def completions(self) -> np.ndarray:  # [rows]
         """How many each row has."""
         return (self.completion_lengths > 0).sum(1)
+
+    @cached_property
+    def first_completions(self) -> np.ndarray:  # [rows]
+        """The place of each row's first completion among those of all rows."""
+        return np.cumsum(self.completions) - self.completions
 
     def __getitem__(self, i: int) -> Group:
         values = [np.from_dlpack(column[i].values) for column in self._rows]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,11 @@ class Shard(NamedTuple):
     chosen: np.ndarray
     rejected: np.ndarray
 
+    @property
+    def has_pairs(self) -> bool:
+        """Tells whether rows of pairs are among these, as in caches of before."""
+        return bool(self.lengths[:, 1].any())
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -121,11 +126,6 @@ def _key(prompt: np.ndarray, first: np.ndarray, *others: np.ndarray) -> bytes:
     for ids in (prompt, first, *others):
         digest.update(ids)
     return digest.digest()
-
-
-def holds_pairs(shards: Iterable[Shard]) -> bool:
-    """Tells whether a cache has rows of pairs, as those of before have."""
-    return any(shard.lengths[:, 1].any() for shard in shards)
 
 
 class KeyIndex:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from dpo_ds.models.layers.units import is_compiled
 from dpo_ds.models.packed.backends import backend_for
 from dpo_ds.reference import Reference
 from dpo_ds.reference.cache import Manifest, check_shards, read_manifest
-from dpo_ds.reference.store import Store, data_rows, first_completions, open_store
+from dpo_ds.reference.store import Store, data_rows, open_store
 
 SPOT_CHECK_PAIRS = 8
 EAGER = {"layers": "eager"}  # where a build says nothing of its layers
@@ -42,11 +41,6 @@ class CachedRows:
     datasets: Sequence[GroupDataset]
     rows: Sequence[np.ndarray]  # one for each data set, [its completions, 2] int64: row and side in the store
 
-    @cached_property
-    def firsts(self) -> list[np.ndarray]:
-        """One for each data set, [its rows]: a row's first completion among all."""
-        return [first_completions(data) for data in self.datasets]
-
     def token_logps(self, batch: Batch) -> Tensor:  # [N] float32
         """In the order of `batch.targets`, on the CPU."""
         parts = [part for index in batch.indices for part in self._completions(index)]
@@ -56,7 +50,7 @@ class CachedRows:
         """Log-probs of the trained tokens of each completion of one group."""
         split = max(i for i, data in enumerate(self.datasets) if data.first_index <= index)
         row = index - self.datasets[split].first_index
-        group, first = self.datasets[split][row], int(self.firsts[split][row])
+        group, first = self.datasets[split][row], int(self.datasets[split].first_completions[row])
         found = self.rows[split][first : first + len(group.completions)].tolist()
         return [self.store.logps(*place)[group.target_positions(i)] for i, place in enumerate(found)]
 
@@ -128,7 +122,7 @@ def find_rows(run: TrainConfig, manifest: Manifest, datasets: Sequence[GroupData
     rows = [data_rows(store, data, build=launch.is_first_on_node) for data in datasets]
     missing = 0
     for data, places in zip(datasets, rows, strict=True):
-        missing += int(np.logical_or.reduceat(places[:, 0] < 0, first_completions(data)).sum())
+        missing += int(np.logical_or.reduceat(places[:, 0] < 0, data.first_completions).sum())
     if missing:
         what = "groups" if any(data.census["groups"] for data in datasets) else "pairs"
         lacking = f"{missing} of {sum(map(len, datasets))} {what} are not in it"

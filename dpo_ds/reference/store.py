@@ -42,7 +42,7 @@ class Store:
         rows = self.index.find(keys)
         found = np.stack([rows, np.zeros_like(rows)], axis=1)
         if self.has_pairs:
-            sides = np.arange(len(keys)) - np.repeat(first_completions(data), data.completions)
+            sides = np.arange(len(keys)) - np.repeat(data.first_completions, data.completions)
             of_pair = np.where(data.completions == 2, self.index.find(pair_keys(data)), -1)
             of_pair = np.repeat(of_pair, data.completions)
             lacks = (rows < 0) & (of_pair >= 0)
@@ -55,11 +55,6 @@ def open_store(manifest: Manifest, build: bool) -> Store:
     folder = _root() / manifest.id
     derive(folder, "the copy of the reference cache", lambda work: _fill(work, manifest), build)
     return Store(folder)
-
-
-def first_completions(data: GroupDataset) -> np.ndarray:  # [rows] int64
-    """Returns the place of each row's first completion among those of all rows."""
-    return np.cumsum(data.completions) - data.completions
 
 
 def data_keys(data: GroupDataset, build: bool) -> np.ndarray:  # [completions, 2] uint64

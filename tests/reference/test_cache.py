@@ -29,7 +29,7 @@ from dpo_ds.reference.cache import (
     write_manifest,
 )
 from dpo_ds.reference.cached import CachedRows
-from dpo_ds.reference.store import VALUES, _array, data_rows, first_completions, open_store
+from dpo_ds.reference.store import VALUES, _array, data_rows, open_store
 from dpo_ds.reference.verify import verify
 from tests.tiny import random_pairs
 
@@ -103,7 +103,7 @@ def test_the_index_finds_keys_with_equal_first_halves():
 def test_what_a_cache_lacks_is_unique_and_in_order(tmp_path):
     pairs = random_pairs(4)
     both = dataset(tmp_path / "a", [pairs[1], replace(pairs[1], completions=pairs[1].completions[::-1]), pairs[2]])
-    keys, firsts = completion_keys(both), first_completions(both)
+    keys, firsts = completion_keys(both), both.first_completions
     lengths = [tuple(map(len, pairs[i].completions)) for i in (1, 2)]
     assert lacking([both], keys, firsts, None) == [
         (0, (0, 1), len(pairs[1].prompt), lengths[0]), (2, (0, 1), len(pairs[2].prompt), lengths[1]),

@@ -95,8 +95,7 @@ def sums_of_logps(model, data, layout: Layout) -> np.ndarray:
 def compared(data: GroupDataset) -> tuple[np.ndarray, np.ndarray]:
     """Returns the better and the worse completion of every comparison among all of `data`, [comparisons, 2], and the
     row that each comparison is of."""
-    firsts = np.cumsum(data.completions) - data.completions
-    known = [data[row].comparisons + first for row, first in enumerate(firsts.tolist())]
+    known = [data[row].comparisons + first for row, first in enumerate(data.first_completions.tolist())]
     return np.concatenate(known), np.repeat(np.arange(len(data)), data.comparisons)
 
 

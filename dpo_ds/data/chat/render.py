@@ -12,7 +12,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from dpo_ds.cluster.foreign import time_limit
 from dpo_ds.data.chat.template import first_line
-from dpo_ds.data.chat.turns import LONGEST, MARKER, Conversation, Turn, left_out
+from dpo_ds.data.chat.turns import LONGEST, MARKER, Conversation, Turn, called, left_out
 from dpo_ds.data.rows import REASONING, TRAINED, BadRow, Messages, as_text, shorten
 from dpo_ds.errors import ModelError
 
@@ -97,7 +97,7 @@ def _render(tokenizer: Any, prompt: Messages, completion: Messages, tools: list 
         turn = conversation.turn(i, after=end)
         said = text[max(end, turn.start - LONGEST) : turn.end]  # with a <think> that the header opens
         end, hidden = turn.end, _left_out(messages[i], said)
-        if hidden in _called(messages[i]) and not messages[i]["content"].strip():
+        if hidden in called(messages[i]) and not messages[i]["content"].strip():
             raise left_out(messages[i])
         if i == first and continued is not None:
             asked = conversation.part(prompt, continue_final_message=True)
@@ -145,12 +145,7 @@ def _behind(text: str, turn: Turn, beginning: str, content: str, asked: str | No
 def _left_out(message: dict[str, Any], shown: str) -> str | None:
     """Returns what of a turn the template does not show, or shows otherwise: its words, or the name that it calls."""
     words = [message["content"], *(message[key] for key in REASONING if isinstance(message.get(key), str))]
-    return next((text for text in [*words, *_called(message)] if text.strip() not in shown), None)
-
-
-def _called(message: dict[str, Any]) -> list[str]:
-    names = [call.get("function", call).get("name") for call in message.get("tool_calls") or []]
-    return [name for name in names if isinstance(name, str)]
+    return next((text for text in [*words, *called(message)] if text.strip() not in shown), None)
 
 
 def _as_sampled(

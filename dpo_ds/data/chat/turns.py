@@ -361,12 +361,18 @@ def _as_json(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
+def called(message: dict[str, Any]) -> list[str]:
+    """Returns the names that a turn calls."""
+    names = [call.get("function", call).get("name") for call in message.get("tool_calls") or []]
+    return [name for name in names if isinstance(name, str)]
+
+
 def left_out(message: dict[str, Any]) -> BadRow:
-    calls = [call.get("function", call).get("name") for call in message.get("tool_calls") or []]
+    calls = called(message)
     if message["content"].strip():
         what = f"the turn {shorten(message['content'])}"
     else:
-        what = f"a turn that calls {', '.join(map(str, calls))}" if calls else "a turn without text"
+        what = f"a turn that calls {', '.join(calls)}" if calls else "a turn without text"
     return BadRow("turn not shown by the chat template", f"the chat template leaves out {what}")
 
 
