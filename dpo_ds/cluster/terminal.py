@@ -37,12 +37,19 @@ def finish() -> None:
 
 
 class _Lasting:
-    """A text stream whose write and flush never fail; everything else is the stream's own."""
+    """A text stream whose write, flush and reconfigure never fail; everything else is the stream's own."""
 
     def __init__(self, stream: TextIO):
         self._stream, self._unwritten = stream, False
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is ASCII still shows every name
+        if isinstance(stream, io.TextIOWrapper):
+            self.reconfigure(errors="backslashreplace")  # a terminal that is ASCII gets \u03c3 for σ, not a traceback
+
+    def reconfigure(self, **changes) -> None:
+        """As the stream's own, which first writes what it holds, and asks its file where it stands."""
+        try:
+            self._stream.reconfigure(**changes)
+        except (OSError, ValueError) as error:
+            self._failed(error)
 
     def write(self, text: str) -> int:
         """Returns the characters given, whether they could be written or not."""

@@ -127,9 +127,6 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command on this rank; returns its exit code. Signals are heard where this is the main thread."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is ASCII gets \u03c3 for σ, not a traceback
     with signals.taken():
         return _run(sys.argv[1:] if argv is None else argv)
 

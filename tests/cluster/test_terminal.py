@@ -36,3 +36,25 @@ def test_a_terminal_that_is_ascii(tmp_path):
     env = os.environ | {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path / "done"], env=env, capture_output=True)
     assert done.returncode == 0 and done.stderr == b"f\\xfcr\n"
+
+
+LOST_BEFORE = """
+import os, sys
+from dpo_ds.cluster import terminal
+sys.stdout = os.fdopen(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), "w")
+print("begun", end="", flush=sys.argv[2] == "file")  # else: the stream holds it
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, sys.stdout.fileno())
+terminal.protect()
+print("line")
+terminal.finish()
+"""
+
+
+@pytest.mark.parametrize("begun", ["file", "held"])
+def test_a_terminal_lost_before_it_is_protected(tmp_path, begun):
+    """The stream was a file's, which tells where it stands, and is now a pipe that nobody reads."""
+    command, env = [sys.executable, "-c", LOST_BEFORE, tmp_path / "log", begun], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
