@@ -55,6 +55,7 @@ def train(
     from dpo_ds.models.engine import Policy
     from dpo_ds.models.layers.compile import settle_compilation
     from dpo_ds.reference.cached import spot_check
+    from dpo_ds.training.balanced import with_balanced_routers
     from dpo_ds.training.profile import StepProfile
     from dpo_ds.training.trainer import EVALUATION_DUE, Trainer, total_steps
 
@@ -63,7 +64,8 @@ def train(
     resume, notes = choose(candidates)
     say(notes)
     policy = Policy(task.load(prepared.policy_config), prepared.policy_config, device)
-    objective = task.objective(policy, prepared, device)
+    objective, note = with_balanced_routers(task.objective(policy, prepared, device), policy, run.model.router_aux_loss)
+    say(note)
     layout_name, refusal = settle_layout(run.train.layout, [policy, *objective.frozen_models()])
     say(layout_notes("train.layout", refusal))
     settle_compilation(run.model.compile, [policy, *objective.frozen_models()], say)

@@ -50,6 +50,9 @@ class ModelSection(SampleModelSection):
     compile: bool | Literal["auto"] = Field(
         "auto", description="torch.compile of each decoder layer; auto: on a GPU where there is a compiler"
     )
+    router_aux_loss: float | None = Field(
+        None, ge=0, description="what the auxiliary loss of a mixture's routers counts; null: what config.json says"
+    )
     lora: LoraSection = LoraSection()
 
 

@@ -70,6 +70,9 @@ class Supervised:
 
     def check_model(self, model_config) -> None:
         """Raises ModelError for a model that this task cannot train."""
+        from dpo_ds.models.layers.routers import check_wanted
+
+        check_wanted(self.run.model.router_aux_loss, model_config)
 
     def load(self, ds_config: dict):
         """Returns the module that DeepSpeed's engine wraps, with adapters where the run has any. All ranks enter."""
@@ -122,6 +125,7 @@ class Reward(Supervised):
     def check_model(self, model_config) -> None:
         from dpo_ds.models.reward_model import check_reward_model
 
+        super().check_model(model_config)
         check_reward_model(self.run.model, model_config)
 
     def load(self, ds_config: dict):
