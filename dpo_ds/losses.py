@@ -99,14 +99,22 @@ class PlackettLuce(Loss):
     per_group: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:  # [completions better than another]
-        behind = -self.beta * (policy.logratio - reference.logratio)
-        rivals = torch.ones_like(policy.chosen_tokens) if policy.rivals is None else policy.rivals
-        if not len(rivals):
-            return behind
-        highest = torch.segment_reduce(behind.detach(), "max", lengths=rivals, unsafe=True)
-        above = torch.exp(behind - highest.repeat_interleave(rivals))
-        log_sum = highest + torch.segment_reduce(above, "sum", lengths=rivals, unsafe=True).log()
-        return -logsigmoid(-log_sum)
+        return plackett_luce(self.beta * (policy.logratio - reference.logratio), policy.rivals)
+
+
+def plackett_luce(margins: Tensor, rivals: Tensor | None) -> Tensor:  # [completions better than another]
+    """Returns -log(e^r_i / (e^r_i + Σ_{j worse than i} e^r_j)) for each i.
+
+    margins [comparisons]: r_i - r_j, those of an i one after another; rivals: how many each i has, None for one.
+    """
+    behind = -margins
+    rivals = torch.ones(len(margins), dtype=torch.int64, device=margins.device) if rivals is None else rivals
+    if not len(rivals):
+        return behind
+    highest = torch.segment_reduce(behind.detach(), "max", lengths=rivals, unsafe=True)
+    above = torch.exp(behind - highest.repeat_interleave(rivals))
+    log_sum = highest + torch.segment_reduce(above, "sum", lengths=rivals, unsafe=True).log()
+    return -logsigmoid(-log_sum)
 
 
 @dataclass(frozen=True)

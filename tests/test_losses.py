@@ -38,7 +38,7 @@ from dpo_ds.losses import (
     WeightedSum,
     make_loss,
 )
-from dpo_ds.training.shaping import Shaping, wpo_weights
+from dpo_ds.training.objectives.shaping import Shaping, wpo_weights
 
 
 def logps(chosen, rejected, dtype=torch.float32) -> PairLogps:

@@ -10,7 +10,7 @@ from dpo_ds.batch import packed_batch
 from dpo_ds.config import LossSection
 from dpo_ds.logprobs import TokenStatistics
 from dpo_ds.losses import LOSSES, make_loss
-from dpo_ds.training.shaping import Shaping, wpo_weights
+from dpo_ds.training.objectives.shaping import Shaping, wpo_weights
 from tests.tiny import random_pairs
 
 trl = pytest.importorskip("trl")

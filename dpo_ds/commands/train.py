@@ -55,7 +55,7 @@ def train(
     from dpo_ds.models.engine import Policy
     from dpo_ds.models.layers.compile import settle_compilation
     from dpo_ds.reference.cached import spot_check
-    from dpo_ds.training.balanced import with_balanced_routers
+    from dpo_ds.training.objectives.balanced import with_balanced_routers
     from dpo_ds.training.profile import StepProfile
     from dpo_ds.training.trainer import EVALUATION_DUE, Trainer, total_steps
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpo_ds.config.section import Section
 
@@ -56,6 +56,9 @@ class PrecomputeSection(Section):
 
 
 class RewardSection(Section):
+    loss: Literal["bradley_terry", "plackett_luce"] = Field(
+        "bradley_terry", description="of every comparison, or of each prompt's whole ranking"
+    )
     margin_column: str | None = Field(
         None, description="raw column of how much better chosen is (0 or more): the margin that rewards must differ by"
     )
@@ -66,3 +69,11 @@ class RewardSection(Section):
     calibration_rows: int | None = Field(
         1024, gt=0, description="so many of these pairs, spread evenly over them; null: all"
     )
+
+    @model_validator(mode="after")
+    def _margins_are_of_comparisons(self):
+        if self.margin_column is not None and self.loss != "bradley_terry":
+            raise ValueError(
+                f"reward.margin_column {self.margin_column}: reward.loss {self.loss} takes no margins; leave one out"
+            )
+        return self

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dpo_ds.models.engine import Policy
     from dpo_ds.reference import Reference
     from dpo_ds.reference.cached import CachedRows
-    from dpo_ds.training.trainer import Objective, Trainer
+    from dpo_ds.training.objectives.objective import Objective
+    from dpo_ds.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Supervised:
 
     def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
         """Returns what is minimised. All ranks enter."""
-        from dpo_ds.training.supervised import SupervisedObjective
+        from dpo_ds.training.objectives.supervised import SupervisedObjective
 
         return SupervisedObjective()
 
@@ -134,12 +135,13 @@ class Reward(Supervised):
         return RewardModel(self._adapted(load_classifier(self.run.model, ds_config, self.run.train.seed), "SEQ_CLS"))
 
     def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
-        from dpo_ds.training.reward import BradleyTerry, RewardObjective
+        from dpo_ds.training.objectives.reward import BradleyTerry, Ranking, RewardObjective
 
-        return RewardObjective(BradleyTerry(self.run.reward.centering))
+        kinds = {"bradley_terry": BradleyTerry, "plackett_luce": Ranking}
+        return RewardObjective(kinds[self.run.reward.loss](self.run.reward.centering))
 
     def finish(self, trainer: Trainer, prepared: Prepared) -> list[str]:
-        from dpo_ds.training.reward import finish
+        from dpo_ds.training.objectives.reward import finish
 
         data = prepared.data if prepared.calibration_data is None else prepared.calibration_data
         return finish(trainer, self.run.reward, data, prepared.tokenizer)
@@ -170,9 +172,9 @@ class Preference(Supervised):
 
     def objective(self, policy: Policy, prepared: Prepared, device: Device) -> Objective:
         from dpo_ds.losses import make_loss
-        from dpo_ds.training.labelled import LabelledObjective
-        from dpo_ds.training.preference import PreferenceObjective
-        from dpo_ds.training.shaping import Shaping
+        from dpo_ds.training.objectives.labelled import LabelledObjective
+        from dpo_ds.training.objectives.preference import PreferenceObjective
+        from dpo_ds.training.objectives.shaping import Shaping
 
         loss, reference = make_loss(self.run.loss), self._reference(policy, prepared, device)
         if loss.of_labels:

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,62 +22,15 @@ from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import TrainSection
 from dpo_ds.data.batching import Layout, global_batches, steps_per_epoch
 from dpo_ds.errors import TrainingError
-from dpo_ds.models.engine import LoadedModel, Policy
+from dpo_ds.models.engine import Policy
 from dpo_ds.training import metrics
 from dpo_ds.training.feed import Feed, LocalBatch
 from dpo_ds.training.mfu import Utilisation
+from dpo_ds.training.objectives.objective import Objective
 from dpo_ds.training.profile import StepProfile
 from dpo_ds.training.tracking import Tracker
 
 EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an evaluation
-
-
-class Objective(Protocol):
-    """Gives what is minimised: sums over a micro-batch, to be divided by the global batch's weight."""
-
-    names: tuple[str, ...]  # of the sums, "loss" first
-
-    def counts(self, data) -> np.ndarray | None:
-        """Returns what each row of `data` counts of train.global_batch_size; None: 1."""
-
-    def weight(self, batch: Batch) -> int: ...
-
-    @property
-    def needs_mismatches(self) -> bool:
-        """Tells whether `begin` is to get completions behind prompts that are not theirs."""
-        return False
-
-    def begin(self, policy: Policy, micro_batches: Sequence[Batch], mismatched: Sequence[Batch] = ()) -> None:
-        """Sees this rank's share of a global batch before its micro-batches come one by one. All ranks enter."""
-
-    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns what to differentiate, and float64 sums of `names`."""
-
-    def shown(self, means: dict[str, float]) -> dict[str, float]:
-        """Returns what is told of means over a global batch, or over the evaluation data."""
-        return means
-
-    def after_step(self, step: int, means: dict[str, float]) -> None:
-        """Update `step` is made; means of `names` over its global batch. All ranks enter."""
-
-    def state(self) -> dict:
-        """Returns what this rank's part of a checkpoint keeps of it."""
-        return {}
-
-    def load_state(self, states: Sequence[dict]) -> None:
-        """Takes back what every rank that saved gave, in their order."""
-
-    def frozen_models(self) -> list[LoadedModel]:
-        """Returns the models beside the policy that batches go through."""
-        return []
-
-    def forwards(self) -> list[LoadedModel]:
-        """Returns the models that a batch goes through without gradients."""
-        return self.frozen_models()
-
-    def for_evaluation(self) -> Objective:
-        """Returns what an evaluation measures."""
-        return self
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from dpo_ds.models.checks import settle_layout  # noqa: E402
 from dpo_ds.models.engine import Policy, load_frozen  # noqa: E402
 from dpo_ds.models.loading import load_causal_lm  # noqa: E402
 from dpo_ds.reference.live import LiveReference  # noqa: E402
-from dpo_ds.training.preference import PreferenceObjective  # noqa: E402
+from dpo_ds.training.objectives.preference import PreferenceObjective  # noqa: E402
 
 WIDTH, VOCABULARY = 256, 8192
 SIX = np.array(list(itertools.combinations(range(4), 2)))

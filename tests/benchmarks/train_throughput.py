@@ -61,7 +61,7 @@ BARS = (  # (faster, than, times); 1 / 1.2 is 1.2 times the seconds
 
 AT_FIRST_USE = (  # what the trainers import only then: before the forks it is paid once
     "dpo_ds.checkpoint.shards", "dpo_ds.models.engine", "dpo_ds.models.export", "dpo_ds.reference.live",
-    "dpo_ds.training.reward", "dpo_ds.training.trainer", "transformers.models.llama.modeling_llama",
+    "dpo_ds.training.objectives.reward", "dpo_ds.training.trainer", "transformers.models.llama.modeling_llama",
     "transformers.integrations", "torch._functorch.aot_autograd", "torch._inductor.codecache",
     "trl.trainer.dpo_trainer",
 )  # fmt: skip

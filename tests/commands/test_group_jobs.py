@@ -75,10 +75,18 @@ def test_adapters_and_reward_models_take_groups(forks, world):
     keys = {"data__train": world / "groups.jsonl", "train__max_steps": 4, "train__learning_rate": 3e-3}
     codes, output = run(forks, world, "adapters", model__lora__r=4, reference__kind="adapter", **keys)
     assert codes == [0, 0], output
-    reward = train_command(world, "reward", "reward", **keys, data__eval=world / "groups.jsonl")
-    codes, output = forks.run(reward, 2, world / "reward.logs", DPO_DS_CACHE=str(world / "cache"))
-    assert codes == [0, 0] and "reward_mean" in output, output
-    for name in ("adapters", "reward"):
+    for loss in ("bradley_terry", "plackett_luce"):
+        keys |= {"data__eval": world / "groups.jsonl", "reward__loss": loss, "train__global_batch_size": 8}
+        for ranks, out in ((2, f"reward by {loss}"), (1, f"{loss} alone")):
+            reward = train_command(world, out, "reward", **keys)
+            codes, output = forks.run(reward, ranks, world / "reward.logs", DPO_DS_CACHE=str(world / "cache"))
+            assert codes == [0] * ranks and "reward_mean" in output, output
+        for ours, theirs in zip(steps(world / f"reward by {loss}"), steps(world / f"{loss} alone"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    reward = train_command(world, "margins", "reward", **keys, reward__margin_column="gap")
+    codes, output = forks.run(reward, 1, world / "reward.logs", DPO_DS_CACHE=str(world / "cache"))
+    assert codes == [2] and "reward.margin_column gap: reward.loss plackett_luce takes no margins" in output, output
+    for name in ("adapters", "reward by bradley_terry", "reward by plackett_luce"):
         assert steps(world / name)[-1]["loss"] < steps(world / name)[0]["loss"]
 
 

@@ -17,7 +17,7 @@ from dpo_ds.errors import DataError, ModelError
 from dpo_ds.models.attention import packed_refusal
 from dpo_ds.models.reward_model import RewardModel, last_rows, settle_padding
 from dpo_ds.training.metrics import named
-from dpo_ds.training.reward import BINS, BradleyTerry, RewardObjective, calibration_gaps, evenly
+from dpo_ds.training.objectives.reward import BINS, BradleyTerry, Ranking, RewardObjective, calibration_gaps, evenly
 from tests import data_helpers
 from tests.oracle import score
 from tests.small_jobs import make_world, run, steps, weights
@@ -82,6 +82,25 @@ def test_each_comparison_has_its_margin():
     pairs = [replace(pair, margins=np.array([margin])) for pair, margin in zip(random_pairs(2), (0, 1.5), strict=True)]
     loss, _ = objective(Scored([[1.0, 0.0], [1.0, 0.0]]), padded_batch(pairs))
     assert loss.item() == pytest.approx(-math.log(sigmoid(1)) - math.log(sigmoid(-0.5)))
+
+
+def test_a_ranking_by_hand():
+    """Scores 2, 0, 1 in that order: -log(e²/(e²+e⁰+e¹)) - log(e⁰/(e⁰+e¹)), and a pair beside it: -log σ(1)."""
+    first, second = random_pairs(2)
+    completions = (first.chosen, first.rejected, first.chosen)
+    masks = tuple(np.ones(len(ids), bool) for ids in completions)
+    group = Group(first.prompt, completions, masks, np.array([[0, 1], [0, 2], [1, 2]]))
+    e = math.e
+    by_hand = -math.log(e**2 / (e**2 + 1 + e)) - math.log(1 / (1 + e)) - math.log(sigmoid(1))
+    objective = RewardObjective(Ranking())
+    batch = padded_batch([group, second])
+    loss, sums = objective(Scored([2.0, 0.0, 1.0, 1.0, 0.0]), batch)
+    assert objective.weight(batch) == 2 and objective.counts(None) is None
+    assert loss.item() == pytest.approx(by_hand) == pytest.approx(sums[0].item())
+    means = named(objective.names, sums / 2)
+    assert means["rewards/accuracies"] == pytest.approx((2 / 3 + 1) / 2), "two of the group's three are right"
+    centred = RewardObjective(Ranking(0.3))(Scored([2.0, 0.0, 1.0, 1.0, 0.0]), batch)[0]
+    assert centred.item() == pytest.approx(by_hand + 0.3 * ((2**2 + 3**2 + 1**2) / 3 + 1))
 
 
 def pair(prompt: int, chosen: int, rejected: int) -> Group:

@@ -32,9 +32,9 @@ from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.reference.live import LiveReference
 from dpo_ds.training.feed import Feed
-from dpo_ds.training.labelled import LabelledObjective
-from dpo_ds.training.preference import PreferenceObjective
-from dpo_ds.training.shaping import Shaping
+from dpo_ds.training.objectives.labelled import LabelledObjective
+from dpo_ds.training.objectives.preference import PreferenceObjective
+from dpo_ds.training.objectives.shaping import Shaping
 from tests.tiny import VOCAB, random_groups, random_pairs
 
 CASES = {name: {"name": name} for name, loss in LOSSES.items() if not loss.of_labels} | {

@@ -23,7 +23,7 @@ from dpo_ds.models.checks import settle_layout
 from dpo_ds.models.engine import Policy
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.reward_model import INITIAL_STD, RewardModel, load_classifier
-from dpo_ds.training.reward import BradleyTerry, RewardObjective
+from dpo_ds.training.objectives.reward import BradleyTerry, RewardObjective
 from tests.oracle import reward_by_autograd
 from tests.tiny import VOCAB, random_pairs
 

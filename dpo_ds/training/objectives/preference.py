@@ -13,11 +13,11 @@ from torch import Tensor
 from dpo_ds.batch import Batch, PairLogps
 from dpo_ds.cluster import collectives
 from dpo_ds.losses import Loss, WeightedSum
-from dpo_ds.models.engine import LoadedModel, Policy
+from dpo_ds.models.engine import Policy
 from dpo_ds.reference import Reference
 from dpo_ds.training import metrics
-from dpo_ds.training.shaping import Shaping, wpo_weights
-from dpo_ds.training.trainer import Objective
+from dpo_ds.training.objectives.objective import AgainstReference
+from dpo_ds.training.objectives.shaping import Shaping, wpo_weights
 
 PLAIN = Shaping()
 
@@ -38,7 +38,7 @@ class Share:
         return self.chosen * policy.chosen + self.rejected * policy.rejected
 
 
-class PreferenceObjective(Objective):
+class PreferenceObjective(AgainstReference):
     """The mean of a preference loss over the global batch's comparisons, or its groups where the loss looks at whole
     ones; reference: None where the loss needs none."""
 
@@ -49,7 +49,7 @@ class PreferenceObjective(Objective):
         self._shares: deque[Share] = deque()
 
     def counts(self, data) -> np.ndarray | None:
-        return data.comparisons if data.census["groups"] and not self.loss.per_group else None
+        return None if self.loss.per_group or not data.census["groups"] else data.comparisons
 
     def weight(self, batch: Batch) -> int:
         return len(batch.group_sizes) if self.loss.per_group else batch.num_comparisons
@@ -80,24 +80,10 @@ class PreferenceObjective(Objective):
         sums = metrics.preference_sums(losses, policy_logps, reference_logps, self.loss.beta, shares)
         return minimised.sum(), sums
 
-    def frozen_models(self) -> list[LoadedModel]:
-        return [] if self.reference is None else self.reference.models()
-
-    def forwards(self) -> list[LoadedModel]:
-        return [] if self.reference is None else self.reference.forwards()
-
     def after_step(self, step: int, means: dict[str, float]) -> None:
         self.loss = self.loss.after_step((means["rewards/chosen"] + means["rewards/rejected"]) / 2)
         if self.reference is not None:
             self.reference.after_step(step)
-
-    def state(self) -> dict:
-        return {"loss": self.loss.state(), "reference": {} if self.reference is None else self.reference.state()}
-
-    def load_state(self, states: Sequence[dict]) -> None:
-        self.loss = self.loss.with_state(states[0]["loss"])
-        if self.reference is not None:
-            self.reference.load_state([state["reference"] for state in states])
 
     def _sums(self, policy_N: Tensor, reference_N: Tensor | None, batch: Batch) -> tuple[PairLogps, PairLogps | None]:
         """Returns what the loss looks at: sums with LD's discount, where it is on, of both models alike."""

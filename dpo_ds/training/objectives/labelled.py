@@ -12,9 +12,9 @@ from torch import Tensor
 from dpo_ds.batch import Batch, sum_per_sequence
 from dpo_ds.cluster import collectives
 from dpo_ds.losses import Labelled
-from dpo_ds.models.engine import LoadedModel, Policy
+from dpo_ds.models.engine import Policy
 from dpo_ds.reference import Reference
-from dpo_ds.training.trainer import Objective
+from dpo_ds.training.objectives.objective import AgainstReference
 
 LABELLED = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected",
@@ -23,7 +23,7 @@ LABELLED = (
 
 
 @dataclass
-class LabelledObjective(Objective):
+class LabelledObjective(AgainstReference):
     """The mean of a loss over the global batch's completions.
 
     rewards/chosen is the mean of desirable completions, rewards/rejected of the others; accuracies: how many are on
@@ -86,19 +86,6 @@ class LabelledObjective(Objective):
         sides = [means[name] for name in ("rewards/chosen", "rewards/rejected") if name in means]
         self.loss = self.loss.after_step(sum(sides) / len(sides))
         self.reference.after_step(step)
-
-    def frozen_models(self) -> list[LoadedModel]:
-        return self.reference.models()
-
-    def forwards(self) -> list[LoadedModel]:
-        return self.reference.forwards()
-
-    def state(self) -> dict:
-        return {"loss": self.loss.state(), "reference": self.reference.state()}
-
-    def load_state(self, states: Sequence[dict]) -> None:
-        self.loss = self.loss.with_state(states[0]["loss"])
-        self.reference.load_state([state["reference"] for state in states])
 
     def _logratios(self, policy: Policy, batch: Batch) -> Tensor:  # [completions]
         difference = policy.token_logps(batch) - self.reference.token_logps(batch)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dpo_ds.batch import Batch
 from dpo_ds.models.engine import Policy
-from dpo_ds.training.trainer import Objective
+from dpo_ds.training.objectives.objective import Objective
 
 
 class SupervisedObjective(Objective):

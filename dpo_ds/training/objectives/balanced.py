@@ -12,7 +12,7 @@ from dpo_ds.batch import Batch
 from dpo_ds.cluster import collectives
 from dpo_ds.models.engine import Policy
 from dpo_ds.models.layers.routers import RouterBalance, Tally, coefficient_of
-from dpo_ds.training.trainer import Objective
+from dpo_ds.training.objectives.objective import Objective
 
 ROUTER_AUX_LOSS = "router_aux_loss"  # before it is multiplied with its coefficient
 

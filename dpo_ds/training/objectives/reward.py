@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
-from dpo_ds.batch import Batch
+from dpo_ds.batch import Batch, PairLogps
 from dpo_ds.config import RewardSection
+from dpo_ds.losses import plackett_luce
 from dpo_ds.models.engine import Policy
 from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
-from dpo_ds.training.trainer import Objective, Trainer
+from dpo_ds.training.objectives.objective import Objective
+from dpo_ds.training.trainer import Trainer
 
 REWARDS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 BINS = 10  # of the calibration error
@@ -22,24 +25,48 @@ BINS = 10  # of the calibration error
 @dataclass(frozen=True)
 class BradleyTerry:
     """-log σ(r_w - r_l - margin) + centering (r_w + r_l)²: eq. 2 of arXiv 2305.18290; margin: eq. 2 of arXiv 2307.09288
-    (Llama 2); centering, which keeps rewards near 0: arXiv 2312.09244.
+    (Llama 2); centering, which keeps rewards near 0: arXiv 2312.09244. The mean over comparisons is minimised.
     """
 
     centering: float = 0.0
+    per_group: ClassVar[bool] = False
 
     def __call__(self, chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:  # [pairs]
         return -logsigmoid(chosen - rejected - margin) + self.centering * (chosen + rejected) ** 2
 
+    def parts(self, pair: PairLogps, shares: Tensor) -> Tensor:
+        """Returns what sums up to a batch's loss: one value a comparison, whose chosen and rejected are scores."""
+        return self(pair.chosen, pair.rejected, 0.0 if pair.margins is None else pair.margins)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A group's whole order, best first, under Plackett-Luce: Σ_i -log(e^r_i / (e^r_i + Σ_{j worse than i} e^r_j)),
+    eq. 18 of arXiv 2305.18290 (appendix A.3); equally good completions are not weighed against each other. centering:
+    as Bradley-Terry's, its mean over the group's comparisons. The mean over groups is minimised.
+    """
+
+    centering: float = 0.0
+    per_group: ClassVar[bool] = True
+
+    def parts(self, pair: PairLogps, shares: Tensor) -> Tensor:
+        """Returns what sums up to a batch's loss, of scores chosen and rejected; shares [comparisons]: 1 over those of
+        the same group.
+        """
+        centred = self.centering * shares * (pair.chosen + pair.rejected) ** 2
+        return torch.cat([plackett_luce(pair.logratio, pair.rivals), centred])
+
 
 @dataclass(frozen=True)
 class RewardObjective(Objective):
-    """Its mean is over the global batch's comparisons.
+    """Its mean is over the global batch's comparisons, or its groups where the loss takes whole orders: then those of
+    the same group count 1 together in what is told of rewards.
 
     with_calibration adds what is worth knowing over a whole evaluation: the Brier score (1 - p)², p = σ(r_w - r_l), and
     the expected calibration error in bins of confidence.
     """
 
-    loss: BradleyTerry
+    loss: BradleyTerry | Ranking
     with_calibration: bool = False
 
     @property
@@ -51,24 +78,26 @@ class RewardObjective(Objective):
         return replace(self, with_calibration=True)
 
     def counts(self, data) -> np.ndarray | None:
-        return data.comparisons if data.census["groups"] else None
+        return None if self.loss.per_group or not data.census["groups"] else data.comparisons
 
     def weight(self, batch: Batch) -> int:
-        return batch.num_comparisons
+        return len(batch.group_sizes) if self.loss.per_group else batch.num_comparisons
 
     def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
         batch = batch.to(policy.device)
         pair = batch.compared(policy.scores(batch))
-        losses = self.loss(pair.chosen, pair.rejected, 0.0 if batch.margins is None else batch.margins)
-        return losses.sum(), self._sums(losses.detach(), pair.chosen.detach(), pair.rejected.detach())
+        losses = self.loss.parts(pair, batch.shares)
+        shares = batch.shares if self.loss.per_group else torch.ones_like(batch.shares)
+        return losses.sum(), self._sums(losses, pair.chosen, pair.rejected, shares)
 
-    def _sums(self, losses: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:  # [names] float64
-        columns = [losses, chosen, rejected, chosen - rejected, chosen > rejected]
+    @torch.no_grad()
+    def _sums(self, losses: Tensor, chosen: Tensor, rejected: Tensor, shares: Tensor) -> Tensor:  # [names] float64
+        columns = [chosen, rejected, chosen - rejected, chosen > rejected]
         columns = torch.stack([column.double() for column in columns], dim=1)
         if self.with_calibration:
             margins = chosen.double() - rejected.double()
             columns = torch.cat([columns, margins.sigmoid().sub(1).square()[:, None], calibration_gaps(margins)], dim=1)
-        return columns.sum(0)
+        return torch.cat([losses.double().sum()[None], (columns * shares[:, None]).sum(0)])
 
 
 def calibration_gaps(margins: Tensor) -> Tensor:  # [pairs] -> [pairs, BINS]
