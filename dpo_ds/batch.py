@@ -112,6 +112,28 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Part:
+    """One rank's share of a packed row that is spread over several: `length` tokens from `start` on.
+
+    All shares are equally long, so the last ones may end in padding; segments: of the whole row with that padding, a
+    prompt without completions. input_ids, position_ids: [1, length]. rows [n]: those of the share that predict a
+    target; places [n]: which of the batch's targets these are.
+    """
+
+    start: int
+    length: int
+    segments: tuple[Segment, ...]
+    input_ids: Tensor
+    position_ids: Tensor
+    rows: Tensor
+    places: Tensor
+
+    def of_row(self, values: Tensor) -> Tensor:  # [tokens] or [1, tokens] -> [length] or [1, length]
+        """Returns the share of what is known of every token of the row, 0 for padding."""
+        return _share(values, self.start, self.length)
+
+
+@dataclass(frozen=True)
 class Batch:
     """A micro-batch in either layout.
 
@@ -121,7 +143,8 @@ class Batch:
     adjacent. comparisons [K, 2]: the better and the worse completion, among all of the batch; margins [K] float32 or
     None; rivals: how many comparisons each completion is better in, one after another; shares [K] float32: 1 over the
     comparisons of the same group; labels [completions] bool: said to be desirable, or better than another. group_sizes:
-    completions of each group. num_tokens counts each prompt once, padding never. indices: rows of the data set.
+    completions of each group. num_tokens counts each prompt once, padding never. indices: rows of the data set. part:
+    this rank's share of the tokens, None where it computes all of them.
     """
 
     input_ids: Tensor
@@ -139,6 +162,7 @@ class Batch:
     group_sizes: tuple[int, ...]
     num_tokens: int
     indices: tuple[int, ...]
+    part: Part | None = None
 
     @property
     def num_comparisons(self) -> int:
@@ -152,8 +176,19 @@ class Batch:
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        part = None if self.part is None else _changed(self.part, change)
+        return replace(_changed(self, change), part=part)
+
+    def spread(self, ranks: int, place: int) -> Batch:
+        """Returns the same packed batch for the `place`-th of so many ranks that compute it together."""
+        total = self.input_ids.shape[1]
+        length = -(-total // ranks)
+        start, padding = place * length, ranks * length - total
+        mine = (self.target_rows >= start) & (self.target_rows < start + length)
+        segments = self.segments + ((Segment(total, padding, ()),) if padding else ())
+        ids = [_share(whole, start, length) for whole in (self.input_ids, self.position_ids)]
+        rows, places = self.target_rows[mine] - start, mine.nonzero()[:, 0]
+        return replace(self, part=Part(start, length, segments, *ids, rows, places))
 
     def pair_logps(self, token_logps_N: Tensor) -> PairLogps:
         """Sums for both sides of every comparison; `token_logps_N` in the order of `targets`."""
@@ -165,6 +200,16 @@ class Batch:
         better, worse = self.comparisons.unbind(1)
         counts = self.target_counts
         return PairLogps(sums[better], sums[worse], counts[better], counts[worse], self.margins, self.rivals)
+
+
+def _share(values: Tensor, start: int, length: int) -> Tensor:
+    own = values[..., start : start + length]
+    return torch.nn.functional.pad(own, (0, length - own.shape[-1]))
+
+
+def _changed(holder: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    tensors = {name: value for name, value in vars(holder).items() if isinstance(value, Tensor)}
+    return replace(holder, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 def sum_per_sequence(values_N: Tensor, counts: Tensor) -> Tensor:

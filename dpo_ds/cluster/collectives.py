@@ -1,6 +1,10 @@
 """Carries out every collective of the package; nothing else calls those of torch.distributed.
 
 All ranks enter each of these functions, or the ranks that came wait for the others until the time limit.
+
+Ranks may stand in sequence groups, `sequence_size` neighbours each, which hold the same rows together: every one of a
+group computes its part of the tokens and knows what came of all of them. What is summed up over the data is then given
+by the first of each group (`reduce_data`). A group of one is the usual case.
 """
 
 from __future__ import annotations
@@ -14,6 +18,39 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ds.errors import UserError
+
+_sequence_size = 1
+_sequence_group: dist.ProcessGroup | None = None
+
+
+def form_sequence_groups(size: int) -> None:
+    """Puts every `size` neighbouring ranks into a group. All ranks enter; the number of ranks is a multiple."""
+    global _sequence_size, _sequence_group
+    _sequence_size, _sequence_group = size, None
+    for first in range(0, world_size(), size) if size > 1 else ():
+        members = list(range(first, first + size))
+        group = dist.new_group(members)
+        if rank() in members:
+            _sequence_group = group
+
+
+def sequence_size() -> int:
+    return _sequence_size
+
+
+def sequence_place() -> int:
+    """Returns this rank's place within its sequence group."""
+    return rank() % _sequence_size
+
+
+def data_rank() -> int:
+    """Returns the number of this rank's sequence group."""
+    return rank() // _sequence_size
+
+
+def data_ranks() -> int:
+    """Returns how many sequence groups there are: each has other data."""
+    return world_size() // _sequence_size
 
 
 def rank() -> int:
@@ -35,6 +72,25 @@ def reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def reduce_data(values: Tensor) -> Tensor:
+    """Returns `values` itself, summed in place over the sequence groups, in which all ranks have the same."""
+    return reduce_sum(values if sequence_place() == 0 else values.zero_())
+
+
+def reduce_sequence(values: Tensor) -> Tensor:
+    """Returns `values` itself, summed in place over the ranks of this rank's sequence group."""
+    if _sequence_size > 1:
+        dist.all_reduce(values, group=_sequence_group)
+    return values
+
+
+def exchange_sequence(parts: Tensor) -> Tensor:
+    """Sends parts[i] [sequence_size, ...] to the group's rank i; returns what each of them sent, shaped alike."""
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=_sequence_group)
+    return received
+
+
 def reduce_max(value: float, device: torch.device) -> float:
     """Returns the largest of the ranks' values."""
     largest = torch.tensor(value, dtype=torch.float64, device=device)
@@ -43,15 +99,19 @@ def reduce_max(value: float, device: torch.device) -> float:
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Returns the rows [n, columns] of all ranks, in the order of ranks, and where this rank's begin."""
+    """Returns the rows [n, columns] of all ranks, in the order of ranks, and where this rank's begin. The ranks of a
+    sequence group have the same: they are taken once.
+    """
+    own = rows if sequence_place() == 0 else rows[:0]
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    dist.all_gather(counts, torch.tensor([len(own)], device=rows.device))
     sizes = [int(count) for count in counts]
     padded = rows.new_zeros(max(sizes), rows.shape[1])
-    padded[: len(rows)] = rows
+    padded[: len(own)] = own
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)
-    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)]), sum(sizes[: rank()])
+    start = sum(sizes[: rank() - sequence_place()])
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)]), start
 
 
 def gather_objects(value: Any) -> list:

@@ -34,6 +34,7 @@ from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import file_digests
 from dpo_ds.models.loading import check_model, has_table_of_positions, load_tokenizer
 from dpo_ds.models.lora import check_lora
+from dpo_ds.models.packed import spread
 from dpo_ds.reference import cached
 from dpo_ds.training.tasks import Prepared, Supervised
 
@@ -54,6 +55,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     text_config = model_config.get_text_config()
     check_lora(run.model.lora, text_config.hidden_size)
     task.check_model(model_config)
+    _check_sequence(run.train.sequence_parallel, text_config, launch)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
     set_template(tokenizer, run.data.chat_template)
     machine = this_machine(launch)
@@ -214,6 +216,22 @@ def check_room(prompts: Sequence[Prompt], text_config, key: str, max_new_tokens:
         cut = f"cut prompts with --data.max_prompt_length {room}" if room > 0 else f"lower {key}.max_new_tokens"
         raise ConfigError(f"{what} knows {positions} positions; {cut}")
     say([f"{what} was made for {positions}"])
+
+
+def _check_sequence(ranks: int, text_config, launch: Launch) -> None:
+    """Raises ConfigError where so many ranks cannot compute a row together."""
+    given = f"--train.sequence_parallel {ranks}"
+    if launch.world_size % ranks:
+        divisors = ", ".join(str(n) for n in range(1, launch.world_size + 1) if launch.world_size % n == 0)
+        raise ConfigError(f"{given}: the run has {launch.world_size} ranks; take one of {divisors}")
+    heads = getattr(text_config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return  # layers that differ are looked at when they run
+    key_heads = getattr(text_config, "num_key_value_heads", None)
+    key_heads = key_heads if isinstance(key_heads, int) else heads
+    if reason := spread.refusal(heads, key_heads, ranks):
+        fitting = [n for n in range(2, ranks) if launch.world_size % n == 0 and not spread.refusal(heads, key_heads, n)]
+        raise ConfigError(f"{given}: {reason}; take {fitting[-1] if fitting else 1}")
 
 
 def _check_an_epoch(sources, run: SftConfig) -> None:

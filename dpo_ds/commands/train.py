@@ -51,7 +51,7 @@ def train(
     from dpo_ds.checkpoint import shards
     from dpo_ds.data.batching import Layout
     from dpo_ds.models import export
-    from dpo_ds.models.checks import layout_notes, settle_layout
+    from dpo_ds.models.checks import layout_notes, settle_layout, settle_sequence
     from dpo_ds.models.engine import Policy
     from dpo_ds.models.layers.compile import settle_compilation
     from dpo_ds.reference.cached import spot_check
@@ -69,7 +69,9 @@ def train(
     layout_name, refusal = settle_layout(run.train.layout, [policy, *objective.frozen_models()])
     say(layout_notes("train.layout", refusal))
     settle_compilation(run.model.compile, [policy, *objective.frozen_models()], say)
-    layout = Layout(layout_name, run.train.micro_batch_tokens, prepared.hidden_size)
+    ranks = settle_sequence(run.train.sequence_parallel, refusal, [policy, *objective.frozen_models()])
+    spread = ranks, collectives.sequence_place()
+    layout = Layout(layout_name, ranks * run.train.micro_batch_tokens, prepared.hidden_size, spread)
     if prepared.cached is not None:
         say(spot_check(run, policy, prepared.cached, layout))
     evaluation_due = False

@@ -28,10 +28,21 @@ class TrainSection(Section):
     adam_eps: float = Field(1e-8, gt=0, le=1, description="of AdamW")
     seed: int = Field(0, ge=0, description="of the order of the data")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
+    sequence_parallel: int = Field(
+        1, gt=0, description="neighbouring ranks that compute each micro-batch together, its tokens spread over them"
+    )
     activation_checkpointing: bool = Field(False, description="recompute each layer in backward")
     profile_steps: tuple[int, int] | None = Field(
         None, description="first and last step that torch's profiler records into output_dir/profile; null: none"
     )
+
+    @model_validator(mode="after")
+    def _spreads_packed_rows(self):
+        if self.sequence_parallel > 1 and self.layout != "packed":
+            raise ValueError(
+                f"train.sequence_parallel {self.sequence_parallel} spreads packed rows; it needs train.layout packed"
+            )
+        return self
 
     @field_validator("profile_steps")
     @classmethod

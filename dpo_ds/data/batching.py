@@ -19,16 +19,20 @@ Plan = list[list[list[int]]]  # rank -> micro-batch -> positions in the global b
 
 @dataclass(frozen=True)
 class Layout:
-    """How groups become micro-batches: name padded or packed, the budget of tokens a rank holds in one forward, and the
-    model's width, which weighs attention's square term against the rest.
+    """How groups become micro-batches: name padded or packed, the budget of tokens a micro-batch holds, and the model's
+    width, which weighs attention's square term against the rest. spread: how many ranks compute a packed micro-batch
+    together, and which of them this one is.
     """
 
     name: str
     budget: int
     hidden_size: int
+    spread: tuple[int, int] = (1, 0)
 
     def collate(self, groups: Sequence[Group]) -> Batch:
-        return (packed_batch if self.name == "packed" else padded_batch)(groups)
+        if self.name == "padded":
+            return padded_batch(groups)
+        return packed_batch(groups) if self.spread[0] == 1 else packed_batch(groups).spread(*self.spread)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dpo_ds.models.packed.operator import packed_attention
 from dpo_ds.models.packed.probe import open_probe, probe_attention, refuse
 from dpo_ds.models.packed.sdpa import ScoreRule
 from dpo_ds.models.packed.segments import SegmentTable, segment_table
+from dpo_ds.models.packed.spread import to_heads, to_tokens
 
 PACKED_ATTENTION = "dpo_ds_packed"
 HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})  # passed on by models, read by no attention
@@ -45,9 +46,12 @@ def packed_attention_forward(
     softcap: float | None = None,
     is_causal: bool | None = None,
     segments: SegmentTable | None = None,
+    is_spread: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, G, T, D] -> ([1, T, H, D], None).
+
+    is_spread: these are this rank's tokens of a row that its sequence group has together (`packed.spread`).
 
     sliding_window counts positions of the sequence, the query's own included. Under torch.compile no line here reads
     the table but for its handle: a graph serves every batch. Raises UnsupportedAttention.
@@ -64,9 +68,12 @@ def packed_attention_forward(
     for name in sorted(k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in HARMLESS_TENSORS):
         refuse(f"the model's attention takes a tensor '{name}', which is not implemented")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if is_spread:
+        query, key, value = to_heads(query, key, value)
     if torch.compiler.is_compiling():
         inputs = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        return packed_attention(*inputs, segments.handle, scale, sliding_window, softcap)[0].unsqueeze(0), None
+        output = packed_attention(*inputs, segments.handle, scale, sliding_window, softcap)[0].unsqueeze(0)
+        return to_tokens(output) if is_spread else output, None
     if not (query.shape[0] == 1 and query.shape[2] == key.shape[2] == segments.length):
         shapes = f"{tuple(query.shape)} and keys {tuple(key.shape)}"
         refuse(f"for a pack of {segments.length} tokens its attention has queries {shapes}")
@@ -75,7 +82,8 @@ def packed_attention_forward(
         try_backends(query, key, value, rule)
         probe.backends.append(backend_of(query, value, rule))
         probe.windowed.update([sliding_window] if sliding_window else [])
-    return attend(query, key, value, segments, rule), None
+    output = attend(query, key, value, segments, rule)
+    return to_tokens(output) if is_spread else output, None
 
 
 def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:

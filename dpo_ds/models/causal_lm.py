@@ -10,6 +10,7 @@ from dpo_ds.errors import ModelError
 from dpo_ds.logprobs.head import install_head
 from dpo_ds.models.layers.rope import take_lengths, tell_lengths
 from dpo_ds.models.packed.segments import segment_table
+from dpo_ds.models.packed.spread import whole
 
 
 class LogProbModel(nn.Module):
@@ -38,9 +39,15 @@ class LogProbModel(nn.Module):
             options = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask, "use_cache": False}
             logits = self.causal_lm(input_ids=batch.input_ids, **options).logits.flatten(0, 1)[batch.target_rows]
             return logits.float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-        rows = hidden_states(self.causal_lm, batch)[batch.target_rows]
-        found = self.causal_lm.get_output_embeddings()(rows, batch.targets, with_statistics)
-        return tuple(found) if with_statistics else found
+        head, hidden = self.causal_lm.get_output_embeddings(), hidden_states(self.causal_lm, batch)
+        if batch.part is None:
+            found = head(hidden[batch.target_rows], batch.targets, with_statistics)
+            return tuple(found) if with_statistics else found
+        rows, places = batch.part.rows, batch.part.places
+        found = head(hidden[rows], batch.targets[places], with_statistics)
+        if with_statistics:
+            return tuple(whole(values, places, len(batch.targets)) for values in found)
+        return whole(found, places, len(batch.targets))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -75,16 +82,17 @@ def freeze_beside_text(model: PreTrainedModel) -> list[str]:
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:  # [rows * length, D]
-    """Returns what the model without its head makes of a batch in either layout."""
-    layout = {} if batch.segments is None else {"segments": segment_table(batch.segments)}
+    """Returns what the model without its head makes of a batch in either layout, or of this rank's part of it."""
+    tokens = batch if batch.part is None else batch.part
+    layout = {}
+    if batch.segments is not None:
+        layout = {"segments": segment_table(tokens.segments), "is_spread": batch.part is not None}
     tell_lengths(model, batch)
     hidden = decoder_of(model)(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
+        input_ids=tokens.input_ids,
+        position_ids=tokens.position_ids,
         attention_mask=batch.attention_mask,
         use_cache=False,
         **layout,
     ).last_hidden_state
     return hidden.flatten(0, 1)
-
-

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dpo_ds.batch import Batch, Group, padded_batch
+from dpo_ds.batch import Batch, Group, packed_batch, padded_batch
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.errors import ModelError
@@ -42,6 +42,34 @@ def settle_layout(wanted: str, models: Sequence[LoadedModel]) -> tuple[str, str]
             _check_padding(models)
             return "padded", f"{type(model.causal_lm).__name__}: {refusal}"
     return "packed", ""
+
+
+def settle_sequence(ranks: int, refusal: str, models: Sequence[LoadedModel]) -> int:
+    """Forms sequence groups of so many ranks, and tries a spread row on each model; returns `ranks`. All ranks enter.
+
+    refusal: why the models do not take packed rows, "" where they do.
+
+    Raises:
+        ModelError: they do not, or a spread row's log-probs are not those of the whole.
+    """
+    if ranks == 1:
+        return ranks
+    if refusal:
+        raise ModelError(f"train.sequence_parallel {ranks} needs the packed layout: {refusal}")
+    collectives.form_sequence_groups(ranks)
+    for model in models:
+        batch = packed_batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size))
+        with model.evaluating(), torch.compiler.set_stance("force_eager"), _naming(model):
+            together = model.token_logps(batch.spread(ranks, collectives.sequence_place()))
+            alone = model.token_logps(batch)
+        error = _difference(together, alone)
+        if not error <= canary_tolerance(model.causal_lm, alone):
+            name = type(model.causal_lm).__name__
+            raise ModelError(
+                f"train.sequence_parallel {ranks}: {name}: log-probs of a row that ranks compute together differ by "
+                f"{error:.1e} on average from those of one rank: its layers look at other tokens beside attention"
+            )
+    return ranks
 
 
 def layout_notes(key: str, refusal: str) -> list[str]:

@@ -20,6 +20,7 @@ from dpo_ds.models.adapters import folder_of
 from dpo_ds.models.causal_lm import hidden_states
 from dpo_ds.models.layers.rope import take_lengths, tell_lengths
 from dpo_ds.models.loading import CLASSIFIER, load_model
+from dpo_ds.models.packed.spread import whole
 
 REWARD_MEAN = "reward_mean"  # in config.json: the mean score over calibration data, which scoring subtracts
 HEAD = "score.weight"
@@ -58,7 +59,12 @@ class RewardModel(nn.Module):
         """
         if own_logits:
             return self._own_scores(batch)
-        return self.causal_lm.score(hidden_states(self.causal_lm, batch)[last_rows(batch)])[:, 0]
+        hidden, rows = hidden_states(self.causal_lm, batch), last_rows(batch)
+        if batch.part is None:
+            return self.causal_lm.score(hidden[rows])[:, 0]
+        rows = rows - batch.part.start
+        places = ((rows >= 0) & (rows < batch.part.length)).nonzero()[:, 0]
+        return whole(self.causal_lm.score(hidden[rows[places]])[:, 0], places, len(rows))
 
     def _own_scores(self, batch: Batch) -> Tensor:
         tell_lengths(self.causal_lm, None)

@@ -172,7 +172,7 @@ def spot_check(run: TrainConfig, policy, cached: CachedRows, layout: Layout) -> 
     lengths, what = Lengths.of(data, picked), "groups" if data.census["groups"] else "pairs"
     worst = 0.0
     with policy.evaluating():
-        for members in plan(lengths, layout, collectives.world_size())[collectives.rank()]:
+        for members in plan(lengths, layout, collectives.data_ranks())[collectives.data_rank()]:
             batch = layout.collate([data[int(picked[position])] for position in members])
             error = (policy.token_logps(batch).cpu() - cached.token_logps(batch)).abs()
             means = sum_per_sequence(error, batch.target_counts) / batch.target_counts

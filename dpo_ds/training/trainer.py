@@ -208,7 +208,7 @@ class Trainer:
                     sums[1:] += objective(self.policy, micro_batch)[1]
                     sums[0] += objective.weight(micro_batch)
                 feed.prepare_next()
-        collectives.reduce_sum(sums)
+        collectives.reduce_data(sums)
         means = sums[1:] / sums[0]
         if not means.isfinite().all():
             name, value = objective.names[0], means[0].item()
@@ -234,7 +234,8 @@ class Trainer:
 
     def _feed(self, batches: Iterable[tuple[int, np.ndarray]], data) -> Feed:
         mismatches = self.objective.needs_mismatches
-        return Feed(batches, data, self.layout, self.rank, self.world_size, self.policy.device, mismatches)
+        place = collectives.data_rank(), collectives.data_ranks()
+        return Feed(batches, data, self.layout, *place, self.policy.device, mismatches)
 
     def _agree(self, sums: Tensor | Sequence[float], following: LocalBatch | None) -> None:
         """Sums over the ranks what each of them knows, all in one message. All ranks enter."""
@@ -246,6 +247,8 @@ class Trainer:
             sum(micro_batch.num_tokens for micro_batch in micro_batches),
             sum(len(micro_batch.targets) for micro_batch in micro_batches),
         ]
+        if collectives.sequence_place() > 0:  # the first of the group has told them
+            sums, counts = [0.0] * len(sums), [0] * len(counts)
         parts = [torch.as_tensor(part, dtype=torch.float64) for part in (sums, counts, self.stop.told(), peaks)]
         together = torch.cat([part.to(self.policy.device) for part in parts])
         found = collectives.reduce_sum(together).split([len(part) for part in parts])
@@ -260,8 +263,9 @@ class Trainer:
         """
         if all(map(math.isfinite, (*means, grad_norm))):
             return
+        told = losses if collectives.sequence_place() == 0 else []
         mine = [
-            (self.data.location(row), bool(loss.isfinite())) for loss, batch in losses for row in batch.indices
+            (self.data.location(row), bool(loss.isfinite())) for loss, batch in told for row in batch.indices
         ]
         all_pairs = [pair for of_rank in collectives.gather_objects(mine) for pair in of_rank]
         pairs = [name for name, finite in all_pairs if not finite] or [name for name, _ in all_pairs]

@@ -7,6 +7,7 @@ beside it, and between precompute and train. A group's length is that of its lon
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -36,7 +37,11 @@ def tell_lengths(model: nn.Module, batch: Batch | None) -> None:
 
 
 def lengths_of(batch: Batch) -> Tensor:  # [rows, length] int64
-    """Returns for every token how long its group's longest sequence is; 0 for padding."""
+    """Returns for every token how long its group's longest sequence is; 0 for padding. Of this rank's part alone where
+    the batch is spread.
+    """
+    if batch.part is not None:
+        return batch.part.of_row(lengths_of(replace(batch, part=None)))
     if batch.segments is not None:
         spans = [(s.prompt + max(s.completions, default=0), s.end - s.start) for s in batch.segments]
         lengths, counts = torch.tensor(spans or [(1, 1)]).T

@@ -140,7 +140,11 @@ class RouterBalance:
 
     def _take_batch(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         batch = args[0] if args else kwargs.get("batch")
-        self._weights = None if batch is None else sight(batch).to(batch.input_ids.device, non_blocking=True)
+        if batch is None:
+            self._weights = None
+            return
+        seen = sight(batch) if batch.part is None else batch.part.of_row(sight(batch))
+        self._weights = seen.to(batch.input_ids.device, non_blocking=True)
 
     def _watch(self, index: int, router: nn.Module, args: tuple, outputs: Any) -> Any:
         if self._weights is None:

@@ -51,13 +51,15 @@ class BalancedObjective:
         tally = Tally.total(tallies)
         self._global = self._global or self._agreed(tally)
         load, tokens, weight = self._global
-        auxiliary = len(load) * (load * tally.probabilities).sum() / tokens
+        probabilities = collectives.reduce_sequence(tally.probabilities)
+        auxiliary = len(load) * (load * probabilities).sum() / tokens
         sums = torch.cat([sums, (auxiliary * weight)[None]])  # the trainer divides by that weight
         return self._balance.minimised(loss, load * weight, tokens), sums
 
     def _agreed(self, tally: Tally) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the global batch's load, tokens and weight. All ranks enter."""
-        own = [tally.chosen, tally.tokens[None], tally.tokens.new_tensor([self._weight])]
+        weight = self._weight if collectives.sequence_place() == 0 else 0  # tokens are spread, comparisons are not
+        own = [tally.chosen, tally.tokens[None], tally.tokens.new_tensor([weight])]
         chosen, tokens, weight = collectives.reduce_sum(torch.cat(own)).split([len(tally.chosen), 1, 1])
         return chosen / tokens, tokens[0], weight[0]
 

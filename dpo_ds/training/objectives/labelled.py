@@ -54,7 +54,7 @@ class LabelledObjective(AgainstReference):
                 for batch in mismatched:
                     logratios = self._logratios(policy, batch.to(policy.device))
                     sums += torch.stack([logratios.double().sum(), sums.new_tensor(len(logratios))])
-            total, count = collectives.reduce_sum(sums).tolist()
+            total, count = collectives.reduce_data(sums).tolist()
             kl = total / max(count, 1.0)
         self.baseline = self.loss.baseline(kl)
 
