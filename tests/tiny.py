@@ -46,3 +46,11 @@ def random_groups(sizes: Sequence[int], seed: int = 0, vocab: int = VOCAB) -> li
         better = np.array(list(itertools.combinations(range(size), 2)), np.int64).reshape(-1, 2)
         groups.append(Group(prompt, tuple(completions), masks, better, index=index))
     return groups
+
+
+def as_pairs(group: Group) -> list[Group]:
+    """A row a comparison, as the same data would be without groups."""
+    return [
+        Group.pair(group.prompt, *(part[i] for part in (group.completions, group.masks) for i in (better, worse)))
+        for better, worse in group.comparisons.tolist()
+    ]

@@ -1,4 +1,6 @@
-"""Two ranks under ZeRO-3, in both layouts, against single-process autograd on the whole batch."""
+"""Ranks under ZeRO-3, in both layouts and with tokens spread over two or four of them, against single-process autograd
+on the whole batch: uneven pairs and a group of four.
+"""
 
 import json
 
@@ -7,19 +9,25 @@ import pytest
 from tests.ranks import run_worker
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2")
+LAUNCHES = {2: ("padded", "packed"), 4: ("spread 2", "spread 4")}  # ranks: what they are asked to do
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module", params=["padded", "packed"])
-def seen(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=LAUNCHES)
+def launched(request, tmp_path_factory):
     """What one launch saw of every family."""
-    folder = tmp_path_factory.mktemp("gradients")
-    run_worker("gradients.py", 2, folder, str(folder / "out.json"), request.param, *FAMILIES)
+    folder, layouts = tmp_path_factory.mktemp("gradients"), LAUNCHES[request.param]
+    run_worker("gradients.py", request.param, folder, str(folder / "out.json"), ",".join(layouts), *FAMILIES)
     return json.loads((folder / "out.json").read_text())
 
 
+@pytest.fixture(params=[0, 1])
+def seen(request, launched):
+    return list(launched.values())[request.param]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_give_the_full_batch_gradient(seen, family):
+def test_ranks_give_the_full_batch_gradient(seen, family):
     assert seen[family]["gradient_error"] < 1e-5, seen[family]["worst"]
     for ours, oracle in (seen[family]["loss"], seen[family]["norm"]):
         assert ours == pytest.approx(oracle, rel=1e-5)

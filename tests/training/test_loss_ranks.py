@@ -1,4 +1,6 @@
-"""Every loss on two ranks under ZeRO-3, uneven micro-batches with an empty one, against autograd in one process."""
+"""Every loss on two ranks under ZeRO-3, uneven micro-batches with an empty one, against autograd in one process; each
+rank with micro-batches of its own, and both with the tokens of each spread over them.
+"""
 
 import json
 
@@ -12,11 +14,11 @@ PARTS = ("sum", "ld", "sft", "wpo", "forward_kl", "js", "alpha", "all")
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+@pytest.fixture(scope="module", params=[1, 2], ids=["apart", "spread"])
+def seen(request, tmp_path_factory):
     """What one launch saw of every loss."""
     folder = tmp_path_factory.mktemp("losses")
-    run_worker("losses.py", 2, folder, str(folder / "out.json"))
+    run_worker("losses.py", 2, folder, str(folder / "out.json"), str(request.param))
     return json.loads((folder / "out.json").read_text())
 
 

@@ -1,6 +1,6 @@
 """Every loss and everything that composes with one, two ranks under ZeRO-3 against one process that sees all pairs at
-once, and a reference that follows the policy: usage losses.py OUT. Rank 0 writes what it saw to OUT as JSON; the test
-asserts on it.
+once, and a reference that follows the policy: usage losses.py OUT SPREAD, over how many ranks each micro-batch's tokens
+are spread. Rank 0 writes what it saw to OUT as JSON; the test asserts on it.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from deepspeed.utils import safe_get_full_grad
 from transformers import AutoModelForCausalLM
 
 from dpo_ds.__main__ import end
-from dpo_ds.batch import Group, PairLogps, packed_batch
+from dpo_ds.batch import Batch, Group, PairLogps, packed_batch
 from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import LossSection, ModelSection, ReferenceSection, TrainSection
@@ -26,7 +26,7 @@ from dpo_ds.data.batching import Layout
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.losses import LOSSES, make_loss
 from dpo_ds.models.causal_lm import LogProbModel
-from dpo_ds.models.checks import settle_layout
+from dpo_ds.models.checks import settle_layout, settle_sequence
 from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.loading import load_causal_lm
@@ -35,7 +35,7 @@ from dpo_ds.training.feed import Feed
 from dpo_ds.training.objectives.labelled import LabelledObjective
 from dpo_ds.training.objectives.preference import PreferenceObjective
 from dpo_ds.training.objectives.shaping import Shaping
-from tests.tiny import VOCAB, random_groups, random_pairs
+from tests.tiny import VOCAB, as_pairs, random_groups, random_pairs
 
 CASES = {name: {"name": name} for name, loss in LOSSES.items() if not loss.of_labels} | {
     "sum": {"name": ["dpo", "aot", "orpo"], "weights": [0.5, 2.0, 0.1]},
@@ -114,17 +114,25 @@ def oracle(policy, reference, section: LossSection) -> float:
     return loss.item()
 
 
+def own_batches(shares: list[list[list[Group]]]) -> list[Batch]:
+    """This rank's micro-batches of the shares of two; ranks of one sequence group have both shares together."""
+    spread = collectives.sequence_size(), collectives.sequence_place()
+    if spread[0] == 1:
+        return [packed_batch(groups) for groups in shares[collectives.rank()]]
+    return [packed_batch(groups).spread(*spread) for share in shares for groups in share]
+
+
 def check(policy: Policy, reference, section: LossSection, models, rank: int, ranks: int) -> dict:
     loss = make_loss(section)
     objective = PreferenceObjective(loss, reference if loss.needs_reference else None, Shaping.of(section))
-    batches = [packed_batch(pairs) for pairs in SHARES[rank]]
+    batches = own_batches(SHARES)
     objective.begin(policy, batches)
     sums = 0
     for index, batch in enumerate(batches):
         loss, micro_sums = objective(policy, batch)
-        policy.backward(loss * ranks / len(PAIRS), is_last=index == 1)
+        policy.backward(loss * ranks / len(PAIRS), is_last=index == len(batches) - 1)
         sums = sums + micro_sums
-    loss = collectives.reduce_sum(sums)[0].item() / len(PAIRS)
+    loss = collectives.reduce_data(sums)[0].item() / len(PAIRS)
     gradients = {name: safe_get_full_grad(parameter) for name, parameter in policy.causal_lm.named_parameters()}
     policy.step(0.0)
     if rank != 0:
@@ -134,14 +142,6 @@ def check(policy: Policy, reference, section: LossSection, models, rank: int, ra
     return {"loss": [loss, expected], "gradient_error": worst}
 
 
-def as_pairs(group: Group) -> list[Group]:
-    """A row a comparison, as the same data would be without groups."""
-    return [
-        Group.pair(group.prompt, *(part[i] for part in (group.completions, group.masks) for i in (better, worse)))
-        for better, worse in group.comparisons.tolist()
-    ]
-
-
 def check_groups(policy: Policy, reference, section: LossSection, models, rank: int, ranks: int) -> dict:
     """The same comparisons as groups and as pairs, by two ranks, one with an empty micro-batch; of losses of whole
     groups one process is what they are held against."""
@@ -149,16 +149,17 @@ def check_groups(policy: Policy, reference, section: LossSection, models, rank: 
     objective = PreferenceObjective(loss, reference, Shaping.of(section))
     found = []
     for change in (None,) if loss.per_group else (None, as_pairs):
-        shares = [[GROUPS[:2], GROUPS[2:3]], [GROUPS[3:], []]][rank]
-        shares = [[row for g in share for row in (change(g) if change else [g])] for share in shares]
-        batches = [packed_batch(share) for share in shares]
-        weight = collectives.reduce_sum(torch.tensor([float(sum(map(objective.weight, batches)))])).item()
+        shares = [[GROUPS[:2], GROUPS[2:3]], [GROUPS[3:], []]]
+        changed = [[[row for g in groups for row in (change(g) if change else [g])] for groups in share]
+                   for share in shares]  # fmt: skip
+        batches = own_batches(changed)
+        weight = collectives.reduce_data(torch.tensor([float(sum(map(objective.weight, batches)))])).item()
         sums = 0
         for index, batch in enumerate(batches):
             value, micro_sums = objective(policy, batch)
-            policy.backward(value * ranks / weight, is_last=index == 1)
+            policy.backward(value * ranks / weight, is_last=index == len(batches) - 1)
             sums = sums + micro_sums
-        means = (collectives.reduce_sum(sums) / weight).tolist()
+        means = (collectives.reduce_data(sums) / weight).tolist()
         found.append((means, {name: safe_get_full_grad(p) for name, p in policy.causal_lm.named_parameters()}))
         policy.step(0.0)
     if loss.per_group:
@@ -203,8 +204,10 @@ def check_labelled(policy: Policy, reference, section: LossSection, models, rank
     loss = replace(loss, delta=0.3) if section.name == "bco" else loss
     objective = LabelledObjective(loss, reference)
     rows = np.array([4, 0, 6, 2, 5, 1, 3])
-    layout = Layout("packed", 24, 32)
-    with contextlib.closing(Feed([(1, rows)], data, layout, rank, ranks, policy.device, loss.needs_kl)) as feed:
+    spread = collectives.sequence_size()
+    layout = Layout("packed", 24 * spread, 32, (spread, collectives.sequence_place()))
+    where = collectives.data_rank(), collectives.data_ranks()
+    with contextlib.closing(Feed([(1, rows)], data, layout, *where, policy.device, loss.needs_kl)) as feed:
         batch = feed.following()
     objective.begin(policy, batch.micro_batches, batch.mismatched)
     sums = 0
@@ -212,7 +215,7 @@ def check_labelled(policy: Policy, reference, section: LossSection, models, rank
         value, micro_sums = objective(policy, micro_batch)
         policy.backward(value * ranks / len(rows), is_last=micro_batch is batch.micro_batches[-1])
         sums = sums + micro_sums
-    means = dict(zip(objective.names, (collectives.reduce_sum(sums) / len(rows)).tolist(), strict=True))
+    means = dict(zip(objective.names, (collectives.reduce_data(sums) / len(rows)).tolist(), strict=True))
     gradients = {name: safe_get_full_grad(p) for name, p in policy.causal_lm.named_parameters()}
     policy.step(0.0)
     if rank != 0:
@@ -272,7 +275,7 @@ def follow(policy: Policy, frozen, paths: list[str]) -> dict:
     }
 
 
-def main(out: str) -> None:
+def main(out: str, spread: str) -> None:
     place = launch.from_environment()
     quiet_libraries()
     device = enter(place)
@@ -290,6 +293,7 @@ def main(out: str) -> None:
     policy = Policy(LogProbModel(load_causal_lm(ModelSection(path=paths[0]), policy_config)), policy_config, device)
     frozen = load_frozen(ModelSection(path=paths[1]), reference_config, device)
     assert settle_layout("packed", [policy, frozen]) == ("packed", "")
+    settle_sequence(int(spread), "", [policy, frozen])
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in paths]
     reference = LiveReference(frozen, policy, ReferenceSection())
     results = {
