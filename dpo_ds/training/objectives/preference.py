@@ -105,9 +105,10 @@ class PreferenceObjective(AgainstReference):
                 rows.append(torch.stack([*sums, logps.chosen_tokens.float(), logps.rejected_tokens.float()], dim=1))
         everyones, start = collectives.gather_rows(torch.cat(rows))
         chosen, rejected, reference_chosen, reference_rejected, *counts = everyones.unbind(1)
-        leaves = (chosen.clone().requires_grad_(), rejected.clone().requires_grad_())
-        losses = self.loss(PairLogps(*leaves, *counts), PairLogps(reference_chosen, reference_rejected, *counts))
-        derivatives = torch.autograd.grad(losses.sum(), leaves)
+        with torch.enable_grad():  # an evaluation has switched it off
+            leaves = (chosen.clone().requires_grad_(), rejected.clone().requires_grad_())
+            losses = self.loss(PairLogps(*leaves, *counts), PairLogps(reference_chosen, reference_rejected, *counts))
+            derivatives = torch.autograd.grad(losses.sum(), leaves)
         own = [column.narrow(0, start, sum(map(len, rows))) for column in (losses.detach(), *derivatives)]
         sizes = [len(part) for part in rows]
         return [Share(*parts) for parts in zip(*(column.split(sizes) for column in own), strict=True)]
