@@ -26,6 +26,7 @@ START_OVER = "use another output_dir, or --checkpoint.resume never to start over
 MAY_CHANGE = (
     "train.learning_rate", "train.schedule", "train.warmup_steps", "train.max_steps", "train.epochs",
     "train.eval_every", "data.eval", "train.micro_batch_tokens", "train.layout", "train.activation_checkpointing",
+    "train.activation_memory",
     "train.sequence_parallel", "train.profile_steps", "model.attn", "model.compile", "reference.cache",
     "reward.calibration", "reward.calibration_rows",
 )  # fmt: skip

@@ -51,7 +51,7 @@ def train(
     from dpo_ds.checkpoint import shards
     from dpo_ds.data.batching import Layout
     from dpo_ds.models import export
-    from dpo_ds.models.checks import layout_notes, settle_layout, settle_sequence
+    from dpo_ds.models.checks import layout_notes, settle_layout, settle_sequence, settle_tiles
     from dpo_ds.models.engine import Policy
     from dpo_ds.models.layers.compile import settle_compilation
     from dpo_ds.reference.cached import spot_check
@@ -68,6 +68,7 @@ def train(
     say(note)
     layout_name, refusal = settle_layout(run.train.layout, [policy, *objective.frozen_models()])
     say(layout_notes("train.layout", refusal))
+    say(settle_tiles(policy))
     settle_compilation(run.model.compile, [policy, *objective.frozen_models()], say)
     ranks = settle_sequence(run.train.sequence_parallel, refusal, [policy, *objective.frozen_models()])
     spread = ranks, collectives.sequence_place()

@@ -31,10 +31,27 @@ class TrainSection(Section):
     sequence_parallel: int = Field(
         1, gt=0, description="neighbouring ranks that compute each micro-batch together, its tokens spread over them"
     )
-    activation_checkpointing: bool = Field(False, description="recompute each layer in backward")
+    activation_memory: Literal["none", "checkpoint", "offload"] = Field(
+        "none",
+        description="checkpoint: a layer keeps its input and is computed again in backward; offload: the input waits "
+        "in host memory, and long rows go through the MLP in tiles",
+    )
+    activation_checkpointing: bool = Field(False, description="true is activation_memory checkpoint")
     profile_steps: tuple[int, int] | None = Field(
         None, description="first and last step that torch's profiler records into output_dir/profile; null: none"
     )
+
+    @property
+    def activations(self) -> str:
+        """What layers keep for backward: none, checkpoint or offload, whichever key says so."""
+        is_alias = self.activation_checkpointing and self.activation_memory == "none"
+        return "checkpoint" if is_alias else self.activation_memory
+
+    @model_validator(mode="after")
+    def _says_once_what_layers_keep(self):
+        if self.activations != self.activation_memory and "activation_memory" in self.model_fields_set:
+            raise ValueError("activation_memory none contradicts activation_checkpointing true; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _spreads_packed_rows(self):

@@ -142,7 +142,7 @@ def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: d
         targets,
         torch.bfloat16 if bf16 else torch.float32,
         machine.device,
-        checkpointing=run.train.activation_checkpointing,
+        checkpointing=run.train.activations != "none",
         is_reward=run.is_classifier,
         lora=run.model.lora,
         bucket=bucket if _setting(zero, "contiguous_gradients") else 1,

@@ -15,8 +15,9 @@ from dpo_ds.cluster import collectives
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.errors import ModelError
 from dpo_ds.models import lora
-from dpo_ds.models.attention import canary_pairs, canary_tolerance, one_by_one, packed_refusal
+from dpo_ds.models.attention import PACKED_ATTENTION, canary_pairs, canary_tolerance, one_by_one, packed_refusal
 from dpo_ds.models.engine import LoadedModel
+from dpo_ds.models.layers.activations import take_tiles_away, tiles_of
 from dpo_ds.models.layers.rope import check_lengths
 from dpo_ds.models.layers.units import decoder_layers
 from dpo_ds.models.packed.backends import refused_backends
@@ -70,6 +71,27 @@ def settle_sequence(ranks: int, refusal: str, models: Sequence[LoadedModel]) -> 
                 f"{error:.1e} on average from those of one rank: its layers look at other tokens beside attention"
             )
     return ranks
+
+
+@torch.no_grad()
+def settle_tiles(model: LoadedModel) -> list[str]:
+    """Tries MLPs in tiles, where the model has any, on short rows; takes them away where that changes what comes of
+    them. Returns lines for the user. All ranks enter.
+    """
+    batch = packed_batch if model.causal_lm.config._attn_implementation == PACKED_ATTENTION else padded_batch
+    pairs = batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size)).to(model.device)
+    with tiles_of(model.causal_lm, 2) as are_there, model.evaluating(), torch.compiler.set_stance("force_eager"):
+        tiled = model.engine(pairs) if are_there else None
+    if tiled is None:
+        return []
+    with model.evaluating(), torch.compiler.set_stance("force_eager"):
+        whole = model.engine(pairs)
+    error = _difference(tiled, whole)
+    if error <= canary_tolerance(model.causal_lm, whole):
+        return []
+    take_tiles_away(model.causal_lm)
+    name = type(model.causal_lm).__name__
+    return [f"train.activation_memory offload: {name}'s MLP stays whole: by tiles of tokens it differs by {error:.1e}"]
 
 
 def layout_notes(key: str, refusal: str) -> list[str]:

@@ -98,11 +98,11 @@ class Supervised:
 
     def _adapted(self, model, peft_task: str):
         from dpo_ds.models import lora
+        from dpo_ds.models.layers.activations import save_activation_memory
 
         if self.run.model.lora.r:
             lora.add_adapters(model, self.run.model.lora, self.run.train.seed, peft_task)
-        if self.run.train.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        save_activation_memory(model, self.run.train.activations)
         return model
 
 

@@ -1,5 +1,7 @@
 """Packed attention by torch's scaled_dot_product_attention, a block a completion: for the CPU, for float32, for GPUs
-before Ampere, and for soft-caps where no kernel takes them.
+before Ampere, and for soft-caps where no kernel takes them. No mask is larger than MASK_ELEMENTS: what would need one
+goes block by block under a window, and without one in two calls that need none (`_AfterPrompt`). Soft-caps alone form
+a block's scores, [H, queries, keys].
 
 Letters: T tokens of the pack, H query heads, G key heads, D head width.
 """
@@ -12,9 +14,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from dpo_ds.models.packed.segments import SegmentTable
+
+MASK_ELEMENTS = 1 << 22  # of a mask at most: 16 MiB in float32
+BLOCK = 512  # rows that a window is shown to at a time
+
+
+class _Flash:
+    """torch's attention on a CPU, by its operators, which tell the log-sum-exps [1, H, queries]."""
+
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class ScoreRule(NamedTuple):
@@ -54,13 +67,69 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule
     """Attends in one block, causal and bottom-right: [1, H, queries, D] against [1, H, keys, D]."""
     queries, keys = query.shape[2], key.shape[2]
     window = rule.window if rule.window and rule.window < keys else None
+    if window and queries * keys > MASK_ELEMENTS and not rule.softcap:
+        return _attend_windowed(query, key, value, table, rule.scale, window)
     if rule.softcap:
         scores = rule.softcap * torch.tanh(query @ key.mT * (rule.scale / rule.softcap))
         scores = scores + table.mask(queries, keys, window, query)
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
     causal = queries == keys and window is None
+    fits = query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    if not causal and window is None and queries * keys > MASK_ELEMENTS and fits:
+        return _AfterPrompt.apply(query, key, value, rule.scale)
     mask = None if causal else table.mask(queries, keys, window, query)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=rule.scale)
+
+
+def _attend_windowed(
+    query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, scale: float, window: int
+) -> Tensor:
+    """Attends a block of rows at a time, each to the keys that its window reaches; blocks of a length share a mask."""
+    queries, before, outputs = query.shape[2], key.shape[2] - query.shape[2], []
+    for start in range(0, queries, BLOCK):
+        stop = min(start + BLOCK, queries)
+        seen = slice(max(0, before + start - window + 1), before + stop)
+        mask = table.mask(stop - start, seen.stop - seen.start, window, query)
+        rows = query[:, :, start:stop], key[:, :, seen], value[:, :, seen]
+        outputs.append(scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale))
+    return torch.cat(outputs, dim=2)
+
+
+class _AfterPrompt(torch.autograd.Function):
+    """Attends to a prompt and, causally, to what stands behind it, on a CPU: two calls of torch's kernel without masks,
+    merged by their log-sum-exps; backward as in `packed.varlen`.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        before = key.shape[2] - query.shape[2]
+        parts = [
+            _Flash.forward(query, k, v, 0.0, is_causal, scale=scale)
+            for (k, v), is_causal in _parts_of(key, value, before)
+        ]
+        (shared, shared_sums), (own, own_sums) = parts
+        log_sums = torch.logaddexp(shared_sums, own_sums)
+        weight = torch.sigmoid(own_sums - shared_sums)[..., None].to(own.dtype)
+        output = torch.lerp(shared, own, weight)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, log_sums = ctx.saved_tensors
+        shares = [
+            _Flash.backward(grad, query, k, v, output, log_sums, 0.0, is_causal, scale=ctx.scale)
+            for (k, v), is_causal in _parts_of(key, value, key.shape[2] - query.shape[2])
+        ]
+        (query_shared, *shared), (query_own, *own) = shares
+        return query_shared + query_own, *(torch.cat(both, dim=2) for both in zip(shared, own, strict=True)), None
+
+
+def _parts_of(key: Tensor, value: Tensor, before: int) -> list[tuple[tuple[Tensor, Tensor], bool]]:
+    """Returns keys and values of the prompt and of what stands behind it, and whether they are seen causally."""
+    return [((key[:, :, :before], value[:, :, :before]), False), ((key[:, :, before:], value[:, :, before:]), True)]
 
 
 def sdpa_backward(

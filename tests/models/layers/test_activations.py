@@ -1,0 +1,108 @@
+"""What layers keep for backward: the same gradients whatever it is, and less of it."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from dpo_ds.batch import packed_batch
+from dpo_ds.demo.tiny import FAMILIES, random_model, tiny_config
+from dpo_ds.memory.trace import PeakMemory
+from dpo_ds.models.attention import use_packed_attention
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.layers import activations
+from dpo_ds.models.layers.activations import save_activation_memory, take_tiles_away, tiles_of
+from dpo_ds.models.loading import switch_dropout_off
+from tests.tiny import VOCAB, random_pairs
+
+
+def model_of(family: str, how: str, **changes) -> LogProbModel:
+    config = tiny_config(family, VOCAB, hidden=32, **changes)
+    switch_dropout_off(config)
+    causal_lm = random_model(config).train()
+    assert use_packed_attention(causal_lm) is None
+    save_activation_memory(causal_lm, how)
+    return LogProbModel(causal_lm)
+
+
+def gradients(model: LogProbModel, batch) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(batch).square().sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_ways_give_the_same_gradients(family):
+    batch = packed_batch(random_pairs(5))
+    expected = gradients(model_of(family, "none"), batch)
+    for how in ("checkpoint", "offload"):
+        model = model_of(family, how)
+        with tiles_of(model.causal_lm, 7) as are_there:
+            found = gradients(model, batch)
+        assert are_there == (how == "offload" and family not in ("qwen3_moe", "gpt2"))
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def peak(how: str) -> int:
+    pairs = random_pairs(40)
+    model = model_of("llama", how, num_hidden_layers=6, intermediate_size=512)
+    with tiles_of(model.causal_lm, 32), PeakMemory([]) as meter:
+        gradients(model, packed_batch(pairs))  # the first leaves gradients
+        meter.begin("step")
+        before = meter.live
+        gradients(model, packed_batch(pairs))
+        return meter.peaks["step"] - before
+
+
+def test_less_is_kept():
+    whole, inputs, tiled = (peak(how) for how in ("none", "checkpoint", "offload"))
+    assert inputs < whole / 2 and tiled < inputs * 0.7, (whole, inputs, tiled)
+
+
+def test_an_mlp_that_looks_at_other_tokens_can_do_without_tiles():
+    model = model_of("llama", "offload")
+    batch, plain = packed_batch(random_pairs(3)), model_of("llama", "none")
+    take_tiles_away(model.causal_lm)
+    with tiles_of(model.causal_lm, 2) as are_there:
+        assert not are_there
+        torch.testing.assert_close(model(batch), plain(batch))
+
+
+class Copying(activations._Parked):
+    """Stands for a GPU: what is parked is another tensor, and the one on the device is let go."""
+
+    made = []
+
+    def __init__(self, hidden, before, stream):
+        super().__init__(hidden, before, stream)
+        self._host = hidden.detach().clone()
+        self.fetched_before = None
+        Copying.made.append(self)
+
+    def fetch(self):
+        if self._back is None:
+            self._back = self._host.clone()
+            self.order = len([one for one in Copying.made if hasattr(one, "order")])
+
+
+def test_inputs_come_back_one_layer_ahead(monkeypatch):
+    """The last layer's first, and with each the one before it."""
+    monkeypatch.setattr(activations, "_Parked", Copying)
+    Copying.made = []
+    parking, layers = activations._Parking(), [nn.Linear(4, 4) for _ in range(3)]
+    plain, x = copy.deepcopy(layers), torch.randn(5, 4)
+    hidden = x
+    for layer in layers:
+        hidden = parking.run(partial(lambda layer, h: torch.tanh(layer(h)), layer), hidden)
+        assert Copying.made[-1]._hidden is None, "it would stay on the device"
+    hidden.sum().backward()
+    expected = x
+    for layer in plain:
+        expected = torch.tanh(layer(expected))
+    expected.sum().backward()
+    assert [one.order for one in Copying.made] == [2, 1, 0]
+    for ours, theirs in zip(layers, plain, strict=True):
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
