@@ -101,8 +101,9 @@ def expected(
     pairs as long as the data section allows, up to the budget of tokens.
     """
     memory = Memory()
-    budget = (run.train if run.trains else run.precompute).micro_batch_tokens
-    segments = tuple(segments) or longest_pairs(run.data, budget, run.sides)
+    budget, spread = (run.train if run.trains else run.precompute).micro_batch_tokens, _spread(run)
+    segments = tuple(segments) or longest_pairs(run.data, budget * spread, run.sides)
+    segments = segments if spread == 1 else _part(segments, spread)
     targets = sum(sum(segment.completions) for segment in segments)
     if policy is not None:
         _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets)
@@ -113,6 +114,20 @@ def expected(
     if machine.device == "cuda":
         memory.host["processes"] = PROCESS * machine.ranks // nodes
     return memory
+
+
+def _spread(run) -> int:
+    return run.train.sequence_parallel if run.trains else 1
+
+
+def _part(segments: Sequence[Segment], ranks: int) -> tuple[Segment, ...]:
+    """Returns a row as long as what one of so many ranks has of these segments."""
+    parts, start = [], 0
+    for segment in segments:
+        lengths = [math.ceil(length / ranks) for length in (segment.prompt, *segment.completions)]
+        parts.append(Segment(start, lengths[0], tuple(lengths[1:])))
+        start = parts[-1].end
+    return tuple(parts)
 
 
 def longest_pairs(section: DataSection, budget: int, sides: tuple[str, ...]) -> tuple[Segment, ...]:
@@ -142,7 +157,7 @@ def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: d
         targets,
         torch.bfloat16 if bf16 else torch.float32,
         machine.device,
-        checkpointing=run.train.activations != "none",
+        activations=run.train.activations,
         is_reward=run.is_classifier,
         lora=run.model.lora,
         bucket=bucket if _setting(zero, "contiguous_gradients") else 1,
@@ -189,12 +204,26 @@ def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: d
         "activations kept for backward": traced["saved"],
         names[phase]: traced[phase] - traced["saved"],
     }
+    text = config.get_text_config()
+    if (spread := _spread(run)) > 1:
+        traded = how.tokens * width * _heads(text, spread)
+        memory.phases["forward and backward"]["heads, traded for tokens"] = traded
+    if run.train.activations == "offload" and machine.device == "cuda":
+        kept = text.num_hidden_layers * _pinned(how.tokens * text.hidden_size * width)
+        memory.host["layers' inputs (train.activation_memory offload)"] = kept * per_node
     if offload == "none":
         flat = 4 * max(subgroups) + (accumulation * max(subgroups) if accumulation != 4 else 0)
         norm = 8 * max(math.ceil(p.numel / ranks) for p in trained)  # norms are taken in float64
         memory.phases["optimizer step"] = {"gradients of a sub-group, flattened": max(flat, norm)}
     if machine.device == "cuda" and run.checkpoint.asynchronous:
         memory.host["checkpoint being written (checkpoint.asynchronous)"] = (12 + width) * own * per_node
+
+
+def _heads(text_config, ranks: int) -> int:
+    """Numbers that a token has in a layer's queries, keys and values, keys repeated for so many ranks."""
+    heads = text_config.num_attention_heads
+    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return width * (heads + 2 * max(getattr(text_config, "num_key_value_heads", None) or heads, ranks))
 
 
 def _add_frozen(memory: Memory, config, machine: Machine, nodes: int, ds: dict, segments, targets: int) -> None:

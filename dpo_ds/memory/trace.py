@@ -33,6 +33,7 @@ from dpo_ds.logprobs.head import install_head
 from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION
 from dpo_ds.models.causal_lm import decoder_of
+from dpo_ds.models.layers.activations import Parked, save_activation_memory
 from dpo_ds.models.layers.units import decoder_layers, with_gradients_at_the_input
 from dpo_ds.models.loading import switch_dropout_off
 from dpo_ds.models.packed.segments import forget_tables, is_merged, segment_table
@@ -45,8 +46,9 @@ class Pass:
     """How a model is run: on `device` "cuda" or "cpu" in `dtype`, on one packed row of `segments` of which `targets`
     rows are scored by the head, or, with is_reward, one row a completion by a classifier's.
 
-    bucket: elements of DeepSpeed's reduce bucket, communication its dtype; ranks that a gradient is cut for. units:
-    whether decoder layers are ZeRO-3's leaves, whose gradients are all there before the first is taken.
+    activations: what layers keep for backward, none (all), checkpoint or offload. bucket: elements of DeepSpeed's
+    reduce bucket, communication its dtype; ranks that a gradient is cut for. units: whether decoder layers are ZeRO-3's
+    leaves, whose gradients are all there before the first is taken.
     """
 
     segments: tuple[Segment, ...]
@@ -54,7 +56,7 @@ class Pass:
     dtype: torch.dtype
     device: str = "cuda"
     training: bool = True
-    checkpointing: bool = False
+    activations: str = "none"
     is_reward: bool = False
     lora: LoraSection = LoraSection()
     bucket: int = 1
@@ -170,6 +172,18 @@ class PeakMemory(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, leave)
         self.live += size
+
+
+class _Elsewhere(Parked):
+    """A layer's input that waits where it is not counted."""
+
+    def _stay(self, hidden: Tensor) -> tuple[torch.Size, torch.dtype]:
+        return hidden.shape, hidden.dtype
+
+    def fetch(self) -> None:
+        if self._back is None:
+            shape, dtype = self._host
+            self._back = torch.empty(shape, dtype=dtype)
 
 
 class _Reducer:
@@ -340,8 +354,7 @@ def _on_this_device(config, run: Pass) -> PreTrainedModel:
         return model.requires_grad_(False)
     if run.lora.r:
         lora.add_adapters(model, run.lora, 0, "SEQ_CLS" if run.is_reward else "CAUSAL_LM")
-    if run.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    save_activation_memory(model, run.activations, _Elsewhere if run.device == "cuda" else None)
     return model.train()
 
 

@@ -30,15 +30,16 @@ SMALL_BUCKETS = {
     "stage3_max_reuse_distance": 1_000_000,
 }
 SHAPE, PAIRS = (64, 32, 32), 4  # 512 tokens
-SEGMENTS = tuple(Segment(128 * i, SHAPE[0], SHAPE[1:]) for i in range(PAIRS))
 CASES = {
-    f"{model}{'-live' * live}{'-checkpointing' * checkpointing}": {
+    f"{model}{'-live' * live}-{activations}": {
         "model": MODELS[model], "ds": {"zero_optimization": SMALL_BUCKETS}, "live": live,
-        "checkpointing": checkpointing, "pairs": PAIRS, "shape": SHAPE,
+        "activations": activations, "spread": 1, "pairs": PAIRS, "shape": SHAPE,
     }
-    for model, live, checkpointing in product(MODELS, (False, True), (False, True))
+    for model, live, activations in product(MODELS, (False, True), ("none", "checkpoint"))
 }  # fmt: skip
-CASES["3M-large-buckets"] = CASES["3M"] | {"ds": {"zero_optimization": {"reduce_bucket_size": 4_000_000}}}
+CASES["3M-offload-spread"] = CASES["3M-none"] | {"activations": "offload", "spread": 2, "pairs": 4 * PAIRS}
+CASES["3M-spread"] = CASES["3M-none"] | {"spread": 2}
+CASES["3M-large-buckets"] = CASES["3M-none"] | {"ds": {"zero_optimization": {"reduce_bucket_size": 4_000_000}}}
 for name, case in CASES.items():
     case["name"] = name
 TOLERANCE = 0.10  # of the peak
@@ -61,12 +62,15 @@ def expected(case: dict) -> allocations.Memory:
     run = TrainConfig.model_validate(
         {
             "model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "o", "deepspeed": {"config": "ds"},
-            "train": {"activation_checkpointing": case["checkpointing"], "global_batch_size": 2},
+            "train": {
+                "activation_memory": case["activations"], "global_batch_size": 2, "sequence_parallel": case["spread"],
+            },
         }
     )  # fmt: skip
     policy, _ = fill_policy(case["ds"], "ds", run.train, MACHINE, config.hidden_size)
     reference = fill_reference(case["ds"], "ds", MACHINE, config.hidden_size)[0] if case["live"] else None
-    return allocations.expected(run, config, MACHINE, 1, policy, reference, segments=SEGMENTS)
+    segments = tuple(Segment(128 * i, SHAPE[0], SHAPE[1:]) for i in range(case["pairs"]))
+    return allocations.expected(run, config, MACHINE, 1, policy, reference, segments=segments)
 
 
 @pytest.mark.distributed

@@ -1,7 +1,8 @@
 """One rank: the memory of the tensors that torch's operators make in two steps of a tiny run: memory.py OUT CASE
 
-A case is a JSON object: name, model (transformers config keys), ds (DeepSpeed's JSON), live, checkpointing, pairs (how
-often the same pair stands in the batch), shape (its prompt, chosen and rejected tokens). Rank 0 writes bytes to OUT.
+A case is a JSON object: name, model (transformers config keys), ds (DeepSpeed's JSON), live, activations, spread (over
+how many ranks), pairs (how often the same pair stands in the batch), shape (its prompt, chosen and rejected tokens).
+Rank 0 writes bytes to OUT.
 """
 
 import gc
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from dpo_ds.__main__ import end
 from dpo_ds.batch import Group, packed_batch
-from dpo_ds.cluster import launch
+from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
@@ -24,6 +25,7 @@ from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models import attention
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.engine import Policy, load_frozen
+from dpo_ds.models.layers.activations import save_activation_memory
 from dpo_ds.models.loading import load_causal_lm
 
 
@@ -41,10 +43,12 @@ def measure(case: dict, folder: Path, device) -> dict[str, int]:
     tokens = {name: np.arange(1, count + 1) for name, count in lengths.items()}
     masks = {f"{side}_mask": np.ones(lengths[side], bool) for side in ("chosen", "rejected")}
     batch = packed_batch([Group.pair(**tokens, **masks)] * case["pairs"])
+    if case["spread"] > 1:
+        collectives.form_sequence_groups(case["spread"])
+        batch = batch.spread(case["spread"], collectives.sequence_place())
     with PeakMemory([]) as meter:
         model = load_causal_lm(section, policy_config)
-        if case["checkpointing"]:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        save_activation_memory(model, case["activations"])
         policy = Policy(LogProbModel(model), policy_config, device)
         models = [policy]
         if case["live"]:

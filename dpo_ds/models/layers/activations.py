@@ -25,13 +25,16 @@ MLPS = ("mlp", "feed_forward", "ffn")  # as decoder layers call it
 LEAST_TILE = 1024  # tokens: enough for products to be as fast as with all of them
 
 
-def save_activation_memory(model: PreTrainedModel, how: str) -> None:
-    """Makes the model's layers keep what `how` says: none (everything), checkpoint or offload."""
+def save_activation_memory(model: PreTrainedModel, how: str, parked: type[Parked] | None = None) -> None:
+    """Makes the model's layers keep what `how` says: none (everything), checkpoint or offload.
+
+    parked: what an input becomes that waits, Parked if not given.
+    """
     if how == "none":
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if how == "offload":
-        parking = _Parking()
+        parking = _Parking(parked or Parked)
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module._gradient_checkpointing_func = parking.run
@@ -85,8 +88,9 @@ def _tile_by_tile(tile: int, forward: Callable[[Tensor], Tensor], hidden: Tensor
 class _Parking:
     """Checkpoints layers whose inputs wait in host memory; one copy is under way while a layer is computed."""
 
-    def __init__(self):
-        self._last: Callable[[], _Parked | None] = lambda: None
+    def __init__(self, parked: type[Parked]):
+        self._parked = parked
+        self._last: Callable[[], Parked | None] = lambda: None
         self._stream: torch.cuda.Stream | None = None
 
     def run(self, layer: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
@@ -95,30 +99,34 @@ class _Parking:
             return layer(hidden, *args)
         if hidden.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(hidden.device)
-        parked = _Parked(hidden, self._last(), self._stream)
+        parked = self._parked(hidden, self._last(), self._stream)
         self._last = weakref.ref(parked)
         place = hidden.new_empty(0)  # tells torch on which device random numbers are drawn
         return checkpoint(lambda _: layer(parked.take(), *args), place, use_reentrant=False)
 
 
-class _Parked:
+class Parked:
     """A layer's input: itself when it is taken first, a copy from host memory when it is taken again. On a CPU there is
     nowhere to park it: it stays."""
 
-    def __init__(self, hidden: Tensor, before: _Parked | None, stream: torch.cuda.Stream | None):
+    def __init__(self, hidden: Tensor, before: Parked | None, stream: torch.cuda.Stream | None):
         self._hidden: Tensor | None = hidden
         self._before = None if before is None else weakref.ref(before)  # the layer before, whose turn comes next
         self._stream, self._device, self._needs_grad = stream, hidden.device, hidden.requires_grad
         self._back: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
         if stream is None:
-            self._host = hidden.detach()
+            self._host = self._stay(hidden)
             return
         self._host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(hidden.device))
         with torch.cuda.stream(stream):
             self._host.copy_(hidden.detach(), non_blocking=True)
         hidden.record_stream(stream)  # its memory is not given away before the copy is made
+
+    def _stay(self, hidden: Tensor) -> Any:
+        """Returns what `fetch` makes it of where there is no stream to copy on."""
+        return hidden.detach()
 
     def take(self) -> Tensor:
         if (hidden := self._hidden) is not None:
