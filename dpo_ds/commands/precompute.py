@@ -25,13 +25,14 @@ from dpo_ds.cluster import collectives, signals
 from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, leftovers, make_writable, refuse_foreign
-from dpo_ds.commands.preflight import check_fit, check_reference_model, prepare_data, tell_content
+from dpo_ds.commands.preflight import check_fit, check_reference_model, check_sequence, prepare_data, tell_content
 from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data import GroupDataset
 from dpo_ds.data.batching import Layout
 from dpo_ds.data.chat.template import DATE, dated, set_date, set_template, settle_template
 from dpo_ds.data.shard import SHARD_NAME, head_of, shard_files, shard_name
+from dpo_ds.errors import ConfigError
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.reference.cache import (
     FORMAT,
@@ -150,6 +151,10 @@ def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
     tokenizer = load_tokenizer(run.model, policy_config, run.model.path)
     set_template(tokenizer, run.data.chat_template)
     source, filled = run.deepspeed.reference_config or run.deepspeed.config, None
+    check_sequence("precompute", run.precompute.sequence_parallel, text_config, launch)
+    if run.precompute.sequence_parallel > 1 and source == NO_DEEPSPEED:
+        given = f"--precompute.sequence_parallel {run.precompute.sequence_parallel}"
+        raise ConfigError(f"{given}: replicas work alone; give a file to --deepspeed.config, not none")
     if source != NO_DEEPSPEED:
         key = "deepspeed.reference_config" if run.deepspeed.reference_config else "deepspeed.config"
         given = ds_config.read(source, key)
@@ -212,7 +217,7 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
     """Model, shards, manifest; all ranks together, or, as replicas, each on its own from the first shard on."""
     from dpo_ds.cluster.collectives import from_rank_0
     from dpo_ds.cluster.process_group import leave
-    from dpo_ds.models.checks import layout_notes, settle_layout
+    from dpo_ds.models.checks import layout_notes, settle_layout, settle_sequence
     from dpo_ds.models.engine import load_frozen
     from dpo_ds.models.layers.compile import settle_compilation
 
@@ -221,7 +226,10 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
     layout_name, refusal = settle_layout(run.precompute.layout, [model])
     say(layout_notes("precompute.layout", refusal))
     settle_compilation(run.model.compile, [model], say)
-    layout = Layout(layout_name, run.precompute.micro_batch_tokens, work.hidden_size)
+    ranks = settle_sequence(run.precompute.sequence_parallel, refusal, [model], "precompute")
+    # The same micro-batches, and so the same bytes, whether one rank computes them or several together.
+    spread = ranks, collectives.sequence_place() if work.engine else 0
+    layout = Layout(layout_name, run.precompute.micro_batch_tokens, work.hidden_size, spread)
 
     work.lock.share(collectives.barrier)
     of_model, folder = from_rank_0(work.identity), Path(run.reference.cache)
@@ -241,7 +249,7 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
     if work.engine is None:
         leave()  # from here on no rank waits for another
         todo = todo[launch.rank :: launch.world_size]
-    rank, ranks = (0, 1) if work.engine is None else (launch.rank, launch.world_size)
+    rank, ranks = (0, 1) if work.engine is None else (collectives.data_rank(), collectives.data_ranks())
     compute_shards(model, work, todo, layout, folder, head, rank, ranks, launch.is_first)
     if work.engine is not None:
         collectives.barrier()
@@ -266,7 +274,7 @@ def compute_shards(
         forwards = max(len(micro_batches(work.shards[shard], layout)) for shard in shards)
         rows = work.shards[shards[rank]] if rank < len(shards) else []
         computed = compute(model, work, rows, forwards, layout, progress)
-        if len(rows):
+        if len(rows) and layout.spread[1] == 0:
             SHARDS.write(work.path(folder, shards[rank]), computed, head)
     progress.close()
 

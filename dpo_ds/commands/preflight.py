@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     text_config = model_config.get_text_config()
     check_lora(run.model.lora, text_config.hidden_size)
     task.check_model(model_config)
-    _check_sequence(run.train.sequence_parallel, text_config, launch)
+    check_sequence("train", run.train.sequence_parallel, text_config, launch)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
     set_template(tokenizer, run.data.chat_template)
     machine = this_machine(launch)
@@ -201,7 +202,10 @@ def check_fit(prepared: dict[str, data.GroupDataset], text_config, say: Say) -> 
                 f"{split} data has a completion that ends at token {longest}, the model knows {positions} positions; "
                 f"cut with --data.max_length {positions}"
             )
-        say([f"{split} data is up to {longest} tokens long, the model was made for {positions}"])
+        factor = math.ceil(longest / positions)
+        remedy = f"cut with --data.max_length {positions}, or scale its positions: rope_parameters in its config.json, "
+        remedy += f"rope_type yarn with factor {factor}, say"
+        say([f"{split} data is up to {longest} tokens long, the model was made for {positions}; {remedy}"])
 
 
 def check_room(prompts: Sequence[Prompt], text_config, key: str, max_new_tokens: int, say: Say) -> None:
@@ -218,9 +222,9 @@ def check_room(prompts: Sequence[Prompt], text_config, key: str, max_new_tokens:
     say([f"{what} was made for {positions}"])
 
 
-def _check_sequence(ranks: int, text_config, launch: Launch) -> None:
-    """Raises ConfigError where so many ranks cannot compute a row together."""
-    given = f"--train.sequence_parallel {ranks}"
+def check_sequence(section: str, ranks: int, text_config, launch: Launch) -> None:
+    """Raises ConfigError where so many ranks cannot compute a row together. section: train or precompute, the key's."""
+    given = f"--{section}.sequence_parallel {ranks}"
     if launch.world_size % ranks:
         divisors = ", ".join(str(n) for n in range(1, launch.world_size + 1) if launch.world_size % n == 0)
         raise ConfigError(f"{given}: the run has {launch.world_size} ranks; take one of {divisors}")

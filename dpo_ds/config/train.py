@@ -9,6 +9,14 @@ from pydantic import Field, field_validator, model_validator
 from dpo_ds.config.section import Section
 
 
+def check_spread(section, name: str):
+    """Returns the section; ValueError where rows that are not packed would be spread over ranks."""
+    if section.sequence_parallel > 1 and section.layout != "packed":
+        given = f"{name}.sequence_parallel {section.sequence_parallel}"
+        raise ValueError(f"{given} spreads packed rows; it needs {name}.layout packed")
+    return section
+
+
 class TrainSection(Section):
     layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
     global_batch_size: int = Field(
@@ -55,11 +63,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _spreads_packed_rows(self):
-        if self.sequence_parallel > 1 and self.layout != "packed":
-            raise ValueError(
-                f"train.sequence_parallel {self.sequence_parallel} spreads packed rows; it needs train.layout packed"
-            )
-        return self
+        return check_spread(self, "train")
 
     @field_validator("profile_steps")
     @classmethod
@@ -79,8 +83,16 @@ class TrainSection(Section):
 class PrecomputeSection(Section):
     layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
     micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
+    sequence_parallel: int = Field(
+        1, gt=0, description="neighbouring ranks that compute each micro-batch together, its tokens spread over them"
+    )
     shard_rows: int = Field(512, gt=0, le=2**20, description="pairs a file: the most that a killed rank computes again")
     threads: int = Field(1, gt=0, le=1024, description="CPU threads a rank; decides last bits, so not by the ranks")
+
+
+    @model_validator(mode="after")
+    def _spreads_packed_rows(self):
+        return check_spread(self, "precompute")
 
 
 class RewardSection(Section):

@@ -20,7 +20,7 @@ from dpo_ds.data.census import Census
 from dpo_ds.data.dataset import CENSUS, GroupDataset, GroupWriter
 from dpo_ds.data.formats import Conversation, check_columns, check_name, check_renamed, detect, read
 from dpo_ds.data.gathering import gathered
-from dpo_ds.data.reading import BATCH, Intake
+from dpo_ds.data.reading import Intake
 from dpo_ds.data.rows import BadRow, Location, Row
 from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import GroupTokenizer, Tokenized, fingerprint
@@ -30,6 +30,7 @@ FORMAT_VERSION = 6  # of the cache: raise it when the same rows would give other
 EQUAL, EQUAL_IN_TEMPLATE = "equal after the cut", "equal after the chat template"
 NOTHING_LEFT = "no trained token left after the cut"
 
+TOLD = 50_000  # rows between two lines that count them
 logger = logging.getLogger(__name__)
 
 
@@ -161,7 +162,7 @@ def _gather(work: Path, census: dict[str, Any], with_margins: bool) -> None:
 
 
 def _write(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> dict[str, Any]:
-    census, ends = reader.census, []
+    census, ends, told = reader.census, [], 0
     lengths: dict[str, list[int]] = {part: [] for part in ("prompt", *PAIR)}
     with GroupWriter(work, reader.margin_column is not None) as writer:
         for i in range(len(reader.sources)):
@@ -183,7 +184,8 @@ def _write(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> dict[str, A
                         lengths[side].append(len(completion))
                 if groups:
                     writer.write(groups, locations)
-                if census.rows_read % (50 * BATCH) == 0:
+                if census.rows_read // TOLD > told:
+                    told = census.rows_read // TOLD
                     logger.info("tokenised %d rows", census.rows_read)
             ends.append(writer.rows)
     check_renamed(reader.options.columns, census.columns)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dpo_ds.data.census import Census
 from dpo_ds.data.formats import FIELDS
@@ -13,6 +12,7 @@ from dpo_ds.data.rows import BadRow, Location, Row, shorten, unreadable
 from dpo_ds.data.sources import Rows
 
 BATCH = 1000  # rows that are read, then tokenised together
+LETTERS = 1 << 23  # of a batch, but for a longer row: a tokenizer takes some 100 bytes for each
 # Columns of public data sets that change what is said, to whom, or what of it is better: never dropped in silence.
 MEANINGFUL = frozenset(
     "system system_prompt history context input tools functions images image videos video audios audio "
@@ -51,7 +51,7 @@ class Intake:
     census: Census = field(default_factory=Census)
 
     def batches(self, rows: Rows, parse: Callable[[Row], T]) -> Iterator[list[tuple[Location, T]]]:
-        """Yields what `parse` makes of BATCH rows at a time, less those that are bad.
+        """Yields what `parse` makes of BATCH rows or LETTERS at a time, less those that are bad.
 
         A row is bad too where `parse` has not read a column of MEANINGFUL that holds something.
         """
@@ -65,7 +65,7 @@ class Intake:
             self.census.see(row.values, row.used)
             return parsed
 
-        while raw := list(islice(rows, BATCH)):
+        for raw in _portions(rows):
             yield list(usable(self._without_ignored(raw), self.columns, checked, self.bad))
 
     def bad(self, location: Location, error: BadRow) -> None:
@@ -85,6 +85,29 @@ class Intake:
             if self.ignored and not isinstance(values, BadRow):
                 values = {name: None if name in self.ignored else value for name, value in values.items()}
             yield location, values
+
+
+def _portions(rows: Rows) -> Iterator[list]:
+    """Cuts rows into lists of BATCH or, where they are long, of LETTERS or a little more."""
+    portion: list = []
+    letters = 0
+    for row in rows:
+        portion.append(row)
+        letters += _letters(row[1])
+        if len(portion) == BATCH or letters >= LETTERS:
+            yield portion
+            portion, letters = [], 0
+    if portion:
+        yield portion
+
+
+def _letters(value: Any) -> int:
+    """Counts the letters of all texts within a row."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_letters, value.values()))
+    return sum(map(_letters, value)) if isinstance(value, list) else 0
 
 
 def _listed(names: list[str]) -> str:

@@ -40,7 +40,7 @@ SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}([.-].*)?")  # as `datasets` names a spl
 NAMED = re.compile(rf"({'|'.join(SPLIT_WORDS)})[._-][a-z].*")
 NUMBERS = re.compile(r"([._-]?\d+)+$")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-BATCH = 1024  # rows of Arrow data converted together
+BATCH, BATCH_BYTES = 1024, 1 << 25  # of Arrow data converted together
 UNFINISHED = "unfinished object"
 MAX_BLANK_LINES = 1_000_000  # in a row: a few bytes of gzip unpack to billions
 MAX_LINE = 1 << 28  # bytes
@@ -92,8 +92,9 @@ class HuggingFace:
             columns = data[start:stop]
             return [{name: values[i] for name, values in columns.items()} for i in range(stop - start)]
 
+        together = _together(data.data.nbytes, len(data.data))
         while number < len(data):
-            for row in _converted(read, number, min(number + BATCH, len(data)), names):
+            for row in _converted(read, number, min(number + together, len(data)), names):
                 number += 1
                 yield Location(self.name, number), row
 
@@ -244,13 +245,20 @@ def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Rows:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            for batch in file.iter_batches(BATCH, columns=_used(names, wanted)):
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            together = _together(sum(group.total_byte_size for group in groups), file.metadata.num_rows)
+            for batch in file.iter_batches(together, columns=_used(names, wanted)):
                 for row in _converted(partial(_to_python, batch), 0, len(batch), names):
                     number += 1
                     yield Location(str(path), number), row
     except (pa.ArrowException, OSError) as error:
         problem = f"{path}: broken Parquet file after row {number} ({_first_line(error)})"
         raise DataError(f"{problem}; copy or download it again") from error
+
+
+def _together(size: int, rows: int) -> int:
+    """Returns how many rows of so many bytes are converted at a time."""
+    return max(1, min(BATCH, rows * BATCH_BYTES // max(size, 1)))
 
 
 def _used(names: list[str], wanted: Collection[str] | None) -> list[str]:

@@ -45,10 +45,10 @@ def settle_layout(wanted: str, models: Sequence[LoadedModel]) -> tuple[str, str]
     return "packed", ""
 
 
-def settle_sequence(ranks: int, refusal: str, models: Sequence[LoadedModel]) -> int:
+def settle_sequence(ranks: int, refusal: str, models: Sequence[LoadedModel], section: str = "train") -> int:
     """Forms sequence groups of so many ranks, and tries a spread row on each model; returns `ranks`. All ranks enter.
 
-    refusal: why the models do not take packed rows, "" where they do.
+    section: of the key, train or precompute. refusal: why the models do not take packed rows, "" where they do.
 
     Raises:
         ModelError: they do not, or a spread row's log-probs are not those of the whole.
@@ -56,7 +56,7 @@ def settle_sequence(ranks: int, refusal: str, models: Sequence[LoadedModel]) -> 
     if ranks == 1:
         return ranks
     if refusal:
-        raise ModelError(f"train.sequence_parallel {ranks} needs the packed layout: {refusal}")
+        raise ModelError(f"{section}.sequence_parallel {ranks} needs the packed layout: {refusal}")
     collectives.form_sequence_groups(ranks)
     for model in models:
         batch = packed_batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size))
@@ -67,8 +67,8 @@ def settle_sequence(ranks: int, refusal: str, models: Sequence[LoadedModel]) -> 
         if not error <= canary_tolerance(model.causal_lm, alone):
             name = type(model.causal_lm).__name__
             raise ModelError(
-                f"train.sequence_parallel {ranks}: {name}: log-probs of a row that ranks compute together differ by "
-                f"{error:.1e} on average from those of one rank: its layers look at other tokens beside attention"
+                f"{section}.sequence_parallel {ranks}: {name}: log-probs of a row that ranks compute together differ "
+                f"by {error:.1e} on average from those of one rank: its layers look at other tokens beside attention"
             )
     return ranks
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dpo_ds.demo.tiny import random_model, save_tiny_model, special_ids, tiny_config, train_tokenizer
+from tests.ranks import ROOT
 from tests.small_jobs import make_world, run, steps, train_command
 
 pytestmark = pytest.mark.distributed
@@ -63,11 +64,24 @@ def test_together_as_alone(forks, world, way):
         assert ours == pytest.approx(theirs, rel=2e-5, abs=2e-6)
 
 
+def precompute(forks, world, cache: str, ranks: int = 2, **settings):
+    settings = {"deepspeed.config": ROOT / "ds_configs/zero3_cpu.json", **settings}
+    keys = {"model.path": world / "model", "data.train": world / "train.jsonl", "reference.cache": world / cache}
+    words = [text for key, value in (keys | settings).items() for text in (f"--{key}", str(value))]
+    return forks.run(["precompute", *words], ranks, world / "precompute.logs", DPO_DS_CACHE=str(world / "cache"))
+
+
 def test_one_cache_serves_both(forks, world):
-    given = ["--model.path", world / "model", "--data.train", world / "train.jsonl", "--deepspeed.config", "none"]
-    precompute = ["precompute", *map(str, given), "--reference.cache", str(world / "cached")]
-    codes, output = forks.run(precompute, 2, world / "precompute.logs", DPO_DS_CACHE=str(world / "cache"))
-    assert codes == [0, 0], output
+    """Filled by ranks apart or together, it has the same bytes."""
+    how = {"precompute.shard_rows": 16, "precompute.micro_batch_tokens": 700}
+    for cache, ranks, more in (("cached", 2, {}), ("cached-together", 4, {"precompute.sequence_parallel": 2})):
+        codes, output = precompute(forks, world, cache, ranks, **how, **more)
+        assert codes == [0] * ranks, output
+    shards = [sorted((world / cache).glob("shard-*")) for cache in ("cached", "cached-together")]
+    assert len(shards[0]) == len(shards[1]) > 3
+    assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
+    codes, output = precompute(forks, world, "none", **{"precompute.sequence_parallel": 2, "deepspeed.config": "none"})
+    assert codes[0] == 2 and "replicas work alone; give a file to --deepspeed.config" in output, output
     keys = {"reference__kind": "cached", "reference__cache": world / "cached"}
     for out, more in (("cached apart", {}), ("cached together", TOGETHER)):
         codes, output = job(forks, world, out, **keys, **more)

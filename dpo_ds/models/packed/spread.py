@@ -35,7 +35,7 @@ def to_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     """
     ranks = collectives.sequence_size()
     if reason := refusal(query.shape[1], key.shape[1], ranks):
-        raise ModelError(f"train.sequence_parallel {ranks}: {reason}")
+        raise ModelError(f"sequence_parallel {ranks}: {reason}")
     if key.shape[1] < ranks:
         key, value = (x.repeat_interleave(ranks // x.shape[1], dim=1) for x in (key, value))
     parts = [_by_rank(x[0].transpose(0, 1), ranks) for x in (query, key, value)]
