@@ -19,6 +19,7 @@ from dpo_ds.batch import CHOSEN_ONLY
 from dpo_ds.cluster import derived
 from dpo_ds.data import dataset, format_census, prepare, reading
 from dpo_ds.data import prepare as prepare_function
+from dpo_ds.data import tokenize as tokenize_module
 from dpo_ds.data.census import Census
 from dpo_ds.data.rows import Location
 from dpo_ds.errors import ConfigError, DataError
@@ -43,6 +44,23 @@ def no_reading(monkeypatch):
         monkeypatch.setattr(prepare_module, "_build", lambda *_: pytest.fail("read the source again"))
 
     return forbid
+
+
+def test_long_rows_are_tokenised_in_small_batches(tmp_path, monkeypatch):
+    """By their letters; the data is the same."""
+    rows = pairs(7)
+    rows[2]["prompt"] = "x" * 90
+    path = write_lines(tmp_path / "x.jsonl", rows)
+    whole = prepare(str(path), options=options(max_length=300), tokenizer=tokenizer())
+    sizes, own = [], tokenize_module.GroupTokenizer.__call__
+    monkeypatch.setattr(reading, "LETTERS", 60)
+    monkeypatch.setenv("DPO_DS_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(tokenize_module.GroupTokenizer, "__call__", lambda s, c: sizes.append(len(c)) or own(s, c))
+    cut = prepare(str(path), options=options(max_length=300), tokenizer=tokenizer())
+    assert sum(sizes) == 7 and 1 < len(sizes) and sizes[0] == 3, "two short ones, and the long one ends the batch"
+    for i in range(7):
+        parts = zip((whole[i].prompt, *whole[i].completions), (cut[i].prompt, *cut[i].completions), strict=True)
+        assert all(np.array_equal(*both) for both in parts)
 
 
 def test_pairs_come_back_as_tokenised(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ beside it, and between precompute and train. A group's length is that of its lon
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -24,7 +23,7 @@ def take_lengths(model: nn.Module) -> None:
     """Makes the model's rotary embeddings that vary heed `tell_lengths`; others are left alone."""
     model.ropes_of_length = [module for module in model.modules() if any(map(_varies, _kinds(module)))]
     for module in model.ropes_of_length:
-        module.lengths = None
+        module.lengths = module.spread = None
         module.forward = MethodType(_by_length, module)
 
 
@@ -33,15 +32,11 @@ def tell_lengths(model: nn.Module, batch: Batch | None) -> None:
     if modules := getattr(model, "ropes_of_length", None):
         lengths = None if batch is None else lengths_of(batch)
         for module in modules:
-            module.lengths = lengths
+            module.lengths, module.spread = lengths, batch if batch is not None and batch.part is not None else None
 
 
 def lengths_of(batch: Batch) -> Tensor:  # [rows, length] int64
-    """Returns for every token how long its group's longest sequence is; 0 for padding. Of this rank's part alone where
-    the batch is spread.
-    """
-    if batch.part is not None:
-        return batch.part.of_row(lengths_of(replace(batch, part=None)))
+    """Returns for every token how long its group's longest sequence is; 0 for padding."""
     if batch.segments is not None:
         spans = [(s.prompt + max(s.completions, default=0), s.end - s.start) for s in batch.segments]
         lengths, counts = torch.tensor(spans or [(1, 1)]).T
@@ -85,7 +80,15 @@ def boundary_of(module: nn.Module) -> int:
 
 
 def _by_length(module: nn.Module, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Computes cosines and sines of tokens of one length at a time, of all up to the boundary together."""
+    """Computes cosines and sines of tokens of one length at a time, of all up to the boundary together. A rank that has
+    a part of a row computes the whole row's: a part of a long sequence may not tell how long it is.
+    """
+    if (batch := module.spread) is not None:
+        module.spread = None
+        found = _by_length(module, x, batch.position_ids, *args, **kwargs)
+        module.spread = batch
+        own = [batch.part.of_row(tensor.transpose(1, -1)).transpose(1, -1) for tensor in _tensors(found)]
+        return own[0] if isinstance(found, Tensor) else tuple(own)
 
     def forward(positions: Tensor) -> Any:
         _forget(module)

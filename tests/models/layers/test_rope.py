@@ -75,6 +75,22 @@ def test_log_probs_are_the_models_own(model):
             torch.testing.assert_close(found, logps[places - 1, ids[places]], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_a_part_of_a_row_has_the_frequencies_of_the_whole(model, ranks):
+    """The first ranks have a long sequence's first positions alone."""
+    rotary = model.causal_lm.ropes_of_length[0]
+    batch, x = packed_batch(pairs(((30, 12, 7), (6, 2, 2)))), torch.zeros(1)
+    rope.tell_lengths(model.causal_lm, batch)
+    whole = rotary(x, batch.position_ids)
+    parts = []
+    for place in range(ranks):
+        spread = batch.spread(ranks, place)
+        rope.tell_lengths(model.causal_lm, spread)
+        parts.append(rotary(x, spread.part.position_ids))
+    for expected, *found in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(found, dim=1)[:, : expected.shape[1]], expected)
+
+
 def test_frequencies_of_another_kind_are_refused(model, monkeypatch):
     monkeypatch.setattr(rope, "_by_length", lambda module, *args: type(module).forward(module, *args))
     rope.take_lengths(model.causal_lm)
