@@ -11,7 +11,6 @@ WAYS = {
     "one micro-batch a rank": {"train__micro_batch_tokens": 6000},
     "several micro-batches a rank": {"train__micro_batch_tokens": 300},
     "padded and recomputed": {"train__layout": "padded", "train__activation_checkpointing": True},
-    "compiled": {"model__compile": True, "train__micro_batch_tokens": 6000},
 }
 
 
@@ -39,7 +38,7 @@ def alone(forks, world):
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_equal_one_process(forks, world, alone, way):
     codes, output = run(forks, world, way, **HEAVY, **WAYS[way])
-    assert codes == [0, 0] and "cannot be compiled" not in output, output
+    assert codes == [0, 0], output
     for ours, theirs in zip(steps(world / way), alone, strict=True):
         for key in ("loss", "router_aux_loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=2e-5), (ours["step"], key)

@@ -15,9 +15,9 @@ WAYS = {
     "preferences": ("train", {"loss__name": "[dpo, aot]", "data__eval": "eval.jsonl"}),
     "discounted and weighted": ("train", {"loss__ld_alpha": 0.3, "loss__wpo": True}),
     "parked": ("train", {"train__activation_memory": "offload"}),
-    "compiled": ("train", {"model__compile": True}),
     "adapters": ("train", {"model__lora__r": 4, "reference__kind": "adapter"}),
     "labels": ("train", {"data__train": "labels.jsonl", "loss__name": "kto"}),
+    "compiled": ("train", {}),
     "routers": ("train", {"model__path": "experts", "model__router_aux_loss": 2.0}),
     "supervised": ("sft", {}),
     "rewards": ("reward", {"data__eval": "eval.jsonl"}),
@@ -44,7 +44,8 @@ def job(forks, world, out: str, command: str = "train", ranks: int = 2, **settin
     files = {key: world / value for key, value in settings.items() if str(value) in ("experts", "labels.jsonl")}
     files |= {key: world / value for key, value in settings.items() if key == "data__eval"}
     argv = train_command(world, out, command, **{**STEPS, **settings, **files})
-    return forks.run(argv, ranks, world / f"{out}.logs", DPO_DS_CACHE=str(world / "cache"))
+    env = {"DPO_DS_CACHE": str(world / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return forks.run(argv, ranks, world / f"{out}.logs", **env)
 
 
 def told(folder) -> list[dict]:
@@ -55,7 +56,8 @@ def told(folder) -> list[dict]:
 @pytest.mark.parametrize("way", WAYS)
 def test_together_as_alone(forks, world, way):
     command, keys = WAYS[way]
-    for out, more in ((f"{way} apart", {}), (f"{way} together", TOGETHER)):
+    compiled = {"model__compile": True} if "compiled" in way else {}
+    for out, more in ((f"{way} apart", {}), (f"{way} together", TOGETHER | compiled)):
         codes, output = job(forks, world, out, command, **keys, **more)
         assert codes == [0, 0] and "cannot be compiled" not in output, output
     apart, together = (told(world / f"{way} {how}") for how in ("apart", "together"))

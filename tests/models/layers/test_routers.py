@@ -1,5 +1,8 @@
 """The routers' auxiliary loss against transformers' own, value and gradient, for families that route in other ways."""
 
+from functools import cache, partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from dpo_ds.batch import Group, packed_batch, padded_batch
 from dpo_ds.errors import ModelError
+from dpo_ds.models.attention import use_packed_attention
+from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.layers import compile as compilation
+from dpo_ds.models.layers.compile import settle_compilation
 from dpo_ds.models.layers.routers import RouterBalance, Tally, coefficient_of, sight
+from dpo_ds.models.layers.units import is_compiled
 from tests.families import pairs, tiny_config_of
 
 FAMILIES = ("mixtral", "qwen3_moe", "jetmoe", "gpt_oss", "ernie4_5_moe", "granitemoe", "laguna", "phimoe", "qwen3_next")
@@ -66,3 +74,25 @@ def test_models_without_a_loss_that_is_known(family):
     assert coefficient_of(model, None) == coefficient_of(model, 0.0) == 0.0
     with pytest.raises(ModelError, match="has no routers with an auxiliary loss"):
         coefficient_of(model, 0.01)
+
+
+def test_compiled_layers_count_and_pull_too(monkeypatch):
+    """By dynamo alone: what the hooks do stands outside of its graphs."""
+    monkeypatch.setattr(compilation, "_compiled", cache(partial(torch.compile, dynamic=True, backend="aot_eager")))
+    monkeypatch.setattr(compilation, "missing_compiler", lambda _: "")
+    batch, found = packed_batch(pairs()), []
+    for compiled in (False, True):
+        model = LogProbModel(model_of("qwen3_moe"))
+        balance = RouterBalance(model, 1.0)
+        assert use_packed_attention(model.causal_lm) is None
+        if compiled:
+            settle_compilation(True, [SimpleNamespace(causal_lm=model.causal_lm, device=torch.device("cpu"))], print)
+            assert is_compiled(model.causal_lm)
+        with balance.counting(with_gradients=True) as tallies:
+            logps = model(batch)
+        tally = Tally.total(tallies)
+        balance.minimised(logps.mean(), tally.chosen / tally.tokens, tally.tokens).backward()
+        assert not compiled or is_compiled(model.causal_lm), "it fell back"
+        found.append([len(tallies), *tally, *(parameter.grad for parameter in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
