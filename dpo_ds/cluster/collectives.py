@@ -40,7 +40,7 @@ def sequence_size() -> int:
 
 def sequence_place() -> int:
     """Returns this rank's place within its sequence group."""
-    return rank() % _sequence_size
+    return rank() % _sequence_size if _sequence_size > 1 else 0
 
 
 def data_rank() -> int:
