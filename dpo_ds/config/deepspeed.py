@@ -27,6 +27,9 @@ from dpo_ds.config.text_file import read_text
 from dpo_ds.errors import ConfigError, shorten
 
 LEAST_BUCKET = 2**24  # elements: width 4096 squared; smaller messages cost more time than they save memory
+MOST_BUCKET = 2**28  # elements, half a GiB in bf16
+LAYER = 16  # times the width squared: a little more elements than a dense decoder layer has (Llama 3: 13 to 15)
+EVERY_WEIGHT = 2**62  # elements
 SCHEDULE_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -88,7 +91,7 @@ def fill_policy(
     _take_literal(config, path, "gradient_clipping", "train.max_grad_norm", run.max_grad_norm)
     optimizer = _optimizer(config, path, run, machine)
     notes += _check_scheduler(config, path, run)
-    zero = _fill_zero(config, hidden_size)
+    zero = _fill_zero(config, hidden_size, machine)
     _check_hpz(zero, path, machine)
     _check_optimizer_offload(zero, path)
     filled = config | _batch_of_one(machine) | {"zero_optimization": zero, "optimizer": optimizer}
@@ -108,7 +111,7 @@ def fill_reference(given: dict, path: str, machine: Machine, hidden_size: int) -
     notes = _check_common(config, path, machine)
     for training_only in ("optimizer", "scheduler", "gradient_clipping", "data_types"):
         config.pop(training_only, None)
-    zero = _fill_zero(config, hidden_size)
+    zero = _fill_zero(config, hidden_size, machine)
     for training_only in ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients"):
         zero.pop(training_only, None)  # hpZ on two models in one process crashes
     if zero.get("offload_param", {}).get("nvme_path"):  # DeepSpeed empties the folder for each engine that it makes
@@ -250,12 +253,22 @@ def _check_scheduler(config: dict, path: str, run: TrainSection) -> list[str]:
     return [f"{path}: scheduler {kind[:60]} is not used; the learning rate follows train.schedule {run.schedule}"]
 
 
-def _fill_zero(config: dict, hidden_size: int) -> dict:
+def bucket_size(hidden_size: int) -> int:
+    """Returns the elements of a decoder layer of this width, roughly, and no fewer than a message is worth."""
+    return max(min(LAYER * hidden_size**2, MOST_BUCKET), hidden_size**2, LEAST_BUCKET)
+
+
+def _fill_zero(config: dict, hidden_size: int, machine: Machine) -> dict:
+    """Sizes of what is "auto". A layer is a unit: its gradients are reduced in one message, and the weights of the next
+    one are fetched in one while it computes. Of a single rank every slice is the weight itself, which stays in place.
+    """
     zero = config.pop("zero_optimization", {}) | {"stage": 3}
+    bucket = bucket_size(hidden_size)
+    stays = machine.ranks == 1 and (zero.get("offload_param") or {}).get("device", "none") == "none"
     sizes = {
-        "reduce_bucket_size": max(hidden_size**2, LEAST_BUCKET),
-        "stage3_prefetch_bucket_size": max(int(0.9 * hidden_size**2), LEAST_BUCKET),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "reduce_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_param_persistence_threshold": EVERY_WEIGHT if stays else 10 * hidden_size,
     }
     for key, size in sizes.items():
         if zero.get(key, AUTO) == AUTO:

@@ -265,8 +265,9 @@ def _place_weights(
         memory.disk[f"{whose}: weights"] = (own - in_host) * per_node
         memory.host[f"{whose}: weights (offload_param.max_in_cpu)"] = _pinned(in_host) * per_node
         memory.host[f"{whose}: buffers to the NVMe"] = _pinned(buffers) * per_node
-    threshold = _setting(zero, "param_persistence_threshold")
-    memory.state[f"{whose}: small weights, whole"] = width * sum(p.numel for p in found if p.numel <= threshold)
+    if ranks > 1 or offload != "none":  # else a weight is its slice
+        threshold = _setting(zero, "param_persistence_threshold")
+        memory.state[f"{whose}: small weights, whole"] = width * sum(p.numel for p in found if p.numel <= threshold)
 
 
 def _gathered(found: list[Parameter], zero: dict, width: int, ranks: int) -> dict[str, int]:

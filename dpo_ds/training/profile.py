@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 TRACE = "rank-0.pt.trace.json.gz"  # TensorBoard's plugin looks for this ending; Chrome and Perfetto open it, too
@@ -58,6 +59,8 @@ def table(recorded: profile, steps: int, seconds: float) -> list[str]:
     """Returns lines: the wall time of a step, and what the device (a CPU, where there is no other) did most in it."""
     averages = recorded.key_averages()
     on_device = sum(event.self_device_time_total for event in averages) > 0
+    if on_device:  # an operator has its kernels' time once more
+        averages = [event for event in averages if event.device_type != DeviceType.CPU]
     name = "self_device_time_total" if on_device else "self_cpu_time_total"
     events = sorted(averages, key=lambda event: -getattr(event, name))
     total = sum(getattr(event, name) for event in events)  # microseconds

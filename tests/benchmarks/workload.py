@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from dpo_ds.batch import PAIR
 from dpo_ds.config import DataSection
-from dpo_ds.config.deepspeed import LEAST_BUCKET
+from dpo_ds.config.deepspeed import bucket_size
 from dpo_ds.data import GroupDataset, prepare
 from dpo_ds.data.batching import global_batches
 from dpo_ds.demo.tiny import EOS, PAD, special_ids
@@ -28,12 +28,10 @@ BETA = 0.1
 SHAREGPT_LENGTHS = Path(__file__).with_name("sharegpt_lengths.json")
 WORDS = 4096  # of the tokenizer that makes a token of each word
 AUTO = "auto"
-DEEPSPEED = {  # both trainers fill what is auto, from the same hyper-parameters
+DEEPSPEED = {  # both trainers fill what is auto or absent, from the same hyper-parameters
     "zero_optimization": {
         "stage": 3,
-        "reduce_bucket_size": LEAST_BUCKET,  # what dpo_ds takes for auto; TRL is given the same
-        "stage3_prefetch_bucket_size": LEAST_BUCKET,
-        "stage3_param_persistence_threshold": AUTO,  # ten times the width in both
+        "stage3_param_persistence_threshold": AUTO,  # ten times the width in both, all in ours on a single rank
     },
     "optimizer": {
         "type": "AdamW",
@@ -133,7 +131,10 @@ class Workload:
         config.save_pretrained(self.model)
         if not self.from_config:
             self.drawn_model().save_pretrained(self.model)
-        Path(self.deepspeed).write_text(json.dumps(DEEPSPEED | {"bf16": {"enabled": self.bf16}}, indent=1))
+        bucket = bucket_size(config.hidden_size)  # TRL's auto is smaller, and slower
+        sizes = {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
+        given = DEEPSPEED | {"zero_optimization": DEEPSPEED["zero_optimization"] | sizes}
+        Path(self.deepspeed).write_text(json.dumps(given | {"bf16": {"enabled": self.bf16}}, indent=1))
         data = self.dataset()
         pairs = (data[int(row)] for rows in self.batches(data) for row in rows)
         columns = ({f"{part}_ids": getattr(pair, part).tolist() for part in ("prompt", *PAIR)} for pair in pairs)

@@ -35,9 +35,18 @@ def test_an_empty_file_is_filled_from_the_run_config():
     assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"]) == (2, 1)
 
 
-def test_a_bucket_is_the_square_of_the_width_from_4096_on():
-    zero = ds_config.fill_policy({}, "ds.json", TrainSection(), GPU, 8192)[0]["zero_optimization"]
-    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (8192**2, int(0.9 * 8192**2))
+def test_a_bucket_holds_a_layer_up_to_half_a_gib_in_bf16():
+    for width, bucket in ((64, 2**24), (2048, 16 * 2048**2), (4096, 2**28), (8192, 2**28), (20480, 20480**2)):
+        zero = ds_config.fill_policy({}, "ds.json", TrainSection(), GPU, width)[0]["zero_optimization"]
+        assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == bucket
+
+
+def test_a_single_ranks_weights_stay_in_place_unless_they_are_offloaded():
+    offloaded = {"zero_optimization": {"offload_param": {"device": "cpu"}}}
+    for given, ranks, threshold in (({}, 1, 2**62), ({}, 2, 640), (offloaded, 1, 640)):
+        machine = Machine(ranks, "cpu", False)
+        zero = ds_config.fill_policy(given, "ds.json", TrainSection(), machine, 64)[0]["zero_optimization"]
+        assert zero["stage3_param_persistence_threshold"] == threshold
 
 
 def test_bf16_follows_the_json_then_the_machine():

@@ -43,6 +43,11 @@ def save_activation_memory(model: PreTrainedModel, how: str, parked: type[Parked
             mlp.forward = partial(_in_tiles, mlp, mlp.forward)
 
 
+def inputs_stay(layer: nn.Module) -> bool:
+    """Returns whether the input of a layer that is checkpointed stays where it is until backward."""
+    return not isinstance(getattr(layer._gradient_checkpointing_func, "__self__", None), _Parking)
+
+
 def _mlps(model: PreTrainedModel) -> Iterator[nn.Module]:
     """Yields the layers' MLPs of linear layers alone: experts choose among all of their tokens."""
     for layer in decoder_layers(model):

@@ -2,12 +2,13 @@
 compiler.
 """
 
-from unittest import mock
+from functools import cache, partial
 
 import pytest
 import torch
 import torch._inductor.config
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_ds.batch import packed_batch
 from dpo_ds.demo.tiny import random_model, tiny_config
@@ -15,7 +16,7 @@ from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.engine import Replica
 from dpo_ds.models.layers import compile as compilation
-from dpo_ds.models.layers.compile import CompiledLayers, settle_compilation
+from dpo_ds.models.layers.compile import settle_compilation
 from dpo_ds.models.layers.units import is_compiled
 from tests.tiny import VOCAB, random_pairs
 
@@ -86,17 +87,42 @@ def test_a_single_token_and_a_cache_make_no_graph(pair):
     assert torch.equal(ours, theirs) and graphs() == before
 
 
-def test_checkpointing_recomputes_compiled_layers(pair):
+def test_checkpoints_of_compiled_layers_agree(pair):
     eager, compiled, _, _ = pair
     batch = packed_batch(random_pairs(4))
     compiled.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    run = CompiledLayers._run
-    with mock.patch.object(CompiledLayers, "_run", autospec=True, side_effect=run) as calls:
-        found = passes(compiled, [batch])
+    found = passes(compiled, [batch])
     compiled.causal_lm.gradient_checkpointing_disable()
     for ours, theirs in zip(found, passes(eager, [batch]), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * max(1.0, theirs.norm())
-    assert calls.call_count == 3 * 4  # four layers: without gradients, with them, and again in backward
+
+
+def test_checkpoints_keep_a_layers_input_and_compute_all_but_its_last_product_again(monkeypatch):
+    layers, width, inner = 3, 32, 96
+    model = LogProbModel(random_model(tiny_config("llama", VOCAB, hidden=width, layers=layers)))
+    use_packed_attention(model.causal_lm)
+    batch = packed_batch(random_pairs(4))
+    tokens = batch.num_tokens
+
+    def step() -> tuple[int, list[torch.Size]]:
+        saved = []
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.shape), x)[1], lambda x: x)
+        with FlopCounterMode(display=False) as flops, keep:
+            model.train()(batch).sum().backward()
+        return flops.get_total_flops(), [shape for shape in saved if tokens in shape]
+
+    all_kept, _ = step()
+    graph = partial(torch.compile, dynamic=True, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(compilation, "_compiled", cache(graph))
+    settle_compilation(True, [Replica(model, CPU)], pytest.fail)
+    model.requires_grad_(True)
+    model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, saved = step()
+    products = tokens * width * (2 * width + 2 * 16 + 2 * inner)  # query, output; key, value; gate, up
+    assert again - all_kept == layers * 2 * products
+    inputs_and_last_norm = layers + 3
+    assert sum(shape == (1, tokens, width) for shape in saved) == inputs_and_last_norm
+    assert max(shape[-1] for shape in saved if len(shape) > 2) == width
 
 
 def test_what_fails_to_compile_runs_eagerly_and_says_so_once(monkeypatch):
