@@ -13,7 +13,8 @@ import deepspeed
 import deepspeed.ops
 import deepspeed.utils.nvtx
 import torch
-from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
+from deepspeed.runtime.zero import partition_parameters, stage3
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,6 +32,16 @@ from dpo_ds.models.loading import load_causal_lm
 deepspeed.utils.nvtx.enable_nvtx = False  # ranges for Nsight alone, around each of a thousand calls a step
 # DeepSpeed describes each parameter that it fetches or frees, in text that it shows only where its source is changed.
 partition_parameters.print_rank_0 = partition_parameters.debug_param2name_id_shape_device = lambda *_, **__: None
+
+
+def _reduced(gradients: list[Tensor], group: Any = None) -> list[Tensor]:
+    """Returns a single rank's gradients, flat: DeepSpeed 0.19.8 would copy them twice and divide them by one."""
+    if collectives.world_size() == 1:
+        return [gradient.view(-1) for gradient in gradients]
+    return reduce_scatter_coalesced(gradients, group)
+
+
+stage3.reduce_scatter_coalesced = _reduced
 
 
 class LoadedModel(Protocol):
