@@ -27,10 +27,11 @@ MAY_CHANGE = (
     "train.learning_rate", "train.schedule", "train.warmup_steps", "train.max_steps", "train.epochs",
     "train.eval_every", "data.eval", "train.micro_batch_tokens", "train.layout", "train.activation_checkpointing",
     "train.activation_memory",
-    "train.sequence_parallel", "train.profile_steps", "model.attn", "model.compile", "reference.cache",
+    "train.sequence_parallel", "train.profile_steps", "train.sample_every", "train.sample_prompts", "model.attn",
+    "model.compile", "reference.cache",
     "reward.calibration", "reward.calibration_rows",
 )  # fmt: skip
-MAY_CHANGE_SECTIONS = ("checkpoint.", "deepspeed.", "output_dir")
+MAY_CHANGE_SECTIONS = ("checkpoint.", "deepspeed.", "sample.", "tracking.", "hub.", "output_dir")
 
 
 def find(output_dir: Path, resume: str) -> tuple[list[Checkpoint], list[str]]:

@@ -266,4 +266,4 @@ def default_of(field) -> str:
     default = field.get_default(call_default_factory=True)
     if default is None or isinstance(default, bool):
         return "null" if default is None else str(default).lower()
-    return str(list(default)) if isinstance(default, tuple) else str(default)
+    return f"[{', '.join(map(str, default))}]" if isinstance(default, list | tuple) else str(default)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dpo_ds.checkpoint.manifest import MANIFEST, Checkpoint, open_folder
 from dpo_ds.checkpoint.resume import find
 from dpo_ds.checkpoint.shards import ENGINE_PREFIX, Shards
-from dpo_ds.cluster.foreign import SHOWN_BY, refusing
+from dpo_ds.cluster.foreign import SHOWN_BY, refusing, told
 from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.config import ExportConfig, ModelSection
 from dpo_ds.data.chat.template import BUILT_IN, DEFAULT_CHAT_TEMPLATE, TEMPLATE, set_template
@@ -30,6 +31,7 @@ from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, wr
 from dpo_ds.models.fingerprint import MODEL, model_as_recorded
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
+from dpo_ds.training import hub
 from dpo_ds.training.output_dir import read_metrics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,6 +46,9 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
     checkpoint, target = _find(Path(run.source)), Path(run.to)
     if target.exists():
         raise ConfigError(f"--to {target}: exists already; choose a new folder")
+    if run.push:
+        for note in hub.prepare(run.push, run.private, "push"):
+            print(f"dpo-ds: {note}", flush=True)
     if damaged := checkpoint.damage():
         raise ConfigError(f"{checkpoint.path}: {', '.join(damaged)} differs from what was written (SHA-256)")
     section = _section(checkpoint, run)
@@ -87,6 +92,16 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
         write_rest(temporary, causal_lm, DTYPES[precision], tokenizer, _card(checkpoint))
     temporary.rename(target)
     print(f"dpo-ds: step {checkpoint.step} of {checkpoint.path} is now {target} ({precision})", flush=True)
+    return 0 if run.push is None else _push(target, run)
+
+
+def _push(folder: Path, run: ExportConfig) -> int:
+    """Returns the exit code: 1 where the Hub does not take the folder, which a line says."""
+    try:
+        print(f"dpo-ds: pushed to {hub.push(folder, run.push, run.private)}", flush=True)
+    except Exception as error:
+        print(f"dpo-ds: error: {hub.failure(folder, run.push, run.private, told(error))}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

@@ -29,7 +29,7 @@ from dpo_ds.config import (
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import steps_per_epoch
 from dpo_ds.data.chat.template import BUILT_IN, DATE, TEMPLATE, dated, set_date, set_template, settle_template
-from dpo_ds.data.prompts import Prompt
+from dpo_ds.data.prompts import Prompt, Prompts, read_prompts
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import file_digests
@@ -37,6 +37,7 @@ from dpo_ds.models.loading import check_model, has_table_of_positions, load_toke
 from dpo_ds.models.lora import check_lora
 from dpo_ds.models.packed import spread
 from dpo_ds.reference import cached
+from dpo_ds.training import hub
 from dpo_ds.training.tasks import Prepared, Supervised
 
 CACHE = "the cache in reference.cache"  # among what a checkpoint remembers
@@ -84,7 +85,9 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     if launch.is_first:
         for split, of_split in prepared.items():
             task.check_data(split, of_split.census)
-    notes = settle_template(tokenizer, any(pairs.census["message_lists"] for pairs in prepared.values()))
+    prompts = _prompts_to_show(run, tokenizer, text_config, say)
+    censuses = [pairs.census["message_lists"] for pairs in prepared.values()]
+    notes = settle_template(tokenizer, any([*censuses, prompts.census.message_lists]))
     say(notes)
     check_fit(prepared, text_config, say)
     _check_an_epoch(prepared["train"].sources, run)
@@ -95,8 +98,12 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     known = _check_identity(run, launch, model_config, policy_config, prepared["train"], candidates, manifest, known)
     reference = getattr(run, "reference", None)
     models = {"model.path": run.model.path, "reference.path": None if reference is None else reference.path}
-    tell_content(launch, models, tokenizer, prepared, {"DeepSpeed's configuration": policy_config})
+    texts = [prompt.text for prompt in prompts.rows]
+    others = {"DeepSpeed's configuration": policy_config, "the prompts in sample.prompts": texts}
+    tell_content(launch, models, tokenizer, prepared, others)
     rows = None if manifest is None else cached.find_rows(run, manifest, list(prepared.values()), launch)
+    if launch.is_first and run.hub.push:
+        say(hub.prepare(run.hub.push, run.hub.private, "hub.push"))
     return Prepared(
         tokenizer,
         text_config.hidden_size,
@@ -108,7 +115,21 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
         known,
         rows,
         prepared.get(CALIBRATION),
+        prompts.rows,
     )
+
+
+def _prompts_to_show(run: SftConfig, tokenizer, text_config, say: Say) -> Prompts:
+    """Returns the prompts that the policy completes while it trains, none where train.sample_every asks for none."""
+    if not run.train.sample_every:
+        return Prompts()
+    if run.is_classifier:
+        say([f"train.sample_every {run.train.sample_every}: a reward model completes nothing"])
+        return Prompts()
+    prompts = read_prompts(run.sample.prompts, options=run.data, tokenizer=tokenizer, limit=run.train.sample_prompts)
+    say([f"{run.sample.prompts}: {prompts.summary()}, completed every {run.train.sample_every} steps"])
+    check_room(prompts.rows, text_config, "sample", run.sample.max_new_tokens, say)
+    return prompts
 
 
 def _check_identity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from functools import partial
@@ -18,9 +19,10 @@ from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.commands import preflight
 from dpo_ds.config import SftConfig, to_plain
 from dpo_ds.errors import TrainingError
+from dpo_ds.training.hub import Push
 from dpo_ds.training.output_dir import keeping_status, last_metrics_of, set_aside, watched, write_config
 from dpo_ds.training.tasks import Prepared, Supervised, task_of
-from dpo_ds.training.tracking import Tracker
+from dpo_ds.training.tracking import Tracker, settings_of
 
 
 def start(run: SftConfig) -> int:
@@ -57,6 +59,7 @@ def train(
     from dpo_ds.reference.cached import spot_check
     from dpo_ds.training.objectives.balanced import with_balanced_routers
     from dpo_ds.training.profile import StepProfile
+    from dpo_ds.training.samples import Sampler
     from dpo_ds.training.trainer import EVALUATION_DUE, Trainer, total_steps
 
     run, say = task.run, speaker(launch)
@@ -94,29 +97,34 @@ def train(
         if run.checkpoint.resume == "never":
             set_aside(output_dir)
         write_config(output_dir, run, used, launch)
-        tracker = Tracker(output_dir, first_step - 1, last_step, task.watch())
-        if resume is not None:
+        described = settings_of(run, used, launch.world_size)
+        tracker = Tracker(output_dir, first_step - 1, last_step, task.watch(), run.tracking, described)
+    with tracker or contextlib.nullcontext():
+        if launch.is_first and resume is not None:
             say(set_aside_newer(output_dir, resume))
             tracker.say(f"resumed from {resume.path}")
-    tell = tracker.say if tracker else print
-    writer = CheckpointWriter(output_dir, run, prepared.identity, first_step - 1, stop.committing, tell, peers.progress)
-    profile = StepProfile(output_dir / "profile", run.train.profile_steps if launch.is_first else None, tell)
-    trainer = Trainer(
-        policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, run.checkpoint.every,
-        tracker, stop, peers, profile,
-    )  # fmt: skip
-    try:
-        trainer.train(first_step, evaluation_due)
-    except TrainingError:
-        writer.finish()  # the checkpoint that is being written stays, too
-        raise
-    say(task.finish(trainer, prepared))
-    metrics = last_metrics_of(output_dir, objective.names) | trainer.last_metrics
-    card = export.model_card(run.command, to_plain(run), metrics, used)
-    getting_on = partial(peers.progress, trainer.total_steps)
-    export.export(
-        policy.causal_lm, prepared.tokenizer, output_dir / "final", card, task.merges_adapters, getting_on
-    )
-    if tracker:
-        tracker.say(f"done: {output_dir / 'final'}")
-        tracker.close()
+        tell = tracker.say if tracker else print
+        committing, is_first = stop.committing, launch.is_first
+        writer = CheckpointWriter(output_dir, run, prepared.identity, first_step - 1, committing, tell, peers.progress)
+        profile = StepProfile(output_dir / "profile", run.train.profile_steps if is_first else None, tell)
+        sampler = Sampler(policy, prepared.tokenizer, prepared.prompts, run.sample) if prepared.prompts else None
+        trainer = Trainer(
+            policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, run.checkpoint.every,
+            tracker, stop, peers, profile, sampler,
+        )  # fmt: skip
+        try:
+            trainer.train(first_step, evaluation_due)
+        except TrainingError:
+            writer.finish()  # the checkpoint that is being written stays, too
+            raise
+        say(task.finish(trainer, prepared))
+        metrics = last_metrics_of(output_dir, objective.names) | trainer.last_metrics
+        card = export.model_card(run.command, to_plain(run), metrics, used)
+        getting_on, final = partial(peers.progress, trainer.total_steps), output_dir / "final"
+        export.export(policy.causal_lm, prepared.tokenizer, final, card, task.merges_adapters, getting_on)
+        push = Push(final, run.hub) if launch.is_first and run.hub.push else None
+        if tracker:
+            tracker.final(metrics)
+            tracker.say(f"done: {final}")
+    if push:
+        say([push.outcome(getting_on, lambda: any(stop.told()))])

@@ -16,22 +16,24 @@ from dpo_ds.config.commands import (
     VerifyConfig,
     reference_section,
 )
-from dpo_ds.config.completions import ROWS, EvaluateSection, GenerationSection, SampleSection
+from dpo_ds.config.completions import ROWS, CompletionsSection, EvaluateSection, GenerationSection, SampleSection
 from dpo_ds.config.inputs import CheckpointSection, DataSection, LoraSection, ModelSection, ReferenceSection
 from dpo_ds.config.loading import command_line, flatten, keys, load, to_plain
 from dpo_ds.config.loss import Default, LossName, LossSection
 from dpo_ds.config.section import Section, did_you_mean, is_bool, kind, path_of
-from dpo_ds.config.train import RewardSection, TrainSection
+from dpo_ds.config.train import HubSection, RewardSection, TrackingSection, TrainSection
 
 __all__ = [
     "COMMANDS",
     "CheckpointSection",
+    "CompletionsSection",
     "DataSection",
     "Default",
     "EvaluateConfig",
     "EvaluateSection",
     "ExportConfig",
     "GenerationSection",
+    "HubSection",
     "LoraSection",
     "LossName",
     "LossSection",
@@ -46,6 +48,7 @@ __all__ = [
     "SampleSection",
     "Section",
     "SftConfig",
+    "TrackingSection",
     "TrainConfig",
     "TrainSection",
     "VerifyConfig",

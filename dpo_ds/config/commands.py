@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from dpo_ds.config.completions import EvaluateSection, SampleSection
+from dpo_ds.config.completions import CompletionsSection, EvaluateSection, SampleSection
 from dpo_ds.config.inputs import (
     CheckpointSection,
     DataSection,
@@ -21,7 +21,7 @@ from dpo_ds.config.inputs import (
 )
 from dpo_ds.config.loss import ImplicitRewardSection, LossSection
 from dpo_ds.config.section import FilePath, Section
-from dpo_ds.config.train import PrecomputeSection, RewardSection, TrainSection
+from dpo_ds.config.train import HubSection, PrecomputeSection, RewardSection, TrackingSection, TrainSection, repository
 
 
 class SftConfig(Section):
@@ -37,7 +37,17 @@ class SftConfig(Section):
     train: TrainSection = TrainSection()
     deepspeed: DeepSpeedSection
     checkpoint: CheckpointSection = CheckpointSection()
+    sample: CompletionsSection = CompletionsSection()
+    tracking: TrackingSection = TrackingSection()
+    hub: HubSection = HubSection()
     output_dir: FilePath = Field(min_length=1, description="everything the run writes goes there")
+
+    @model_validator(mode="after")
+    def _has_prompts_to_complete(self):
+        if self.train.sample_every and not self.is_classifier and self.sample.prompts is None:
+            every = self.train.sample_every
+            raise ValueError(f"train.sample_every {every} shows completions of prompts; give some as sample.prompts")
+        return self
 
 
 class RewardConfig(SftConfig):
@@ -46,6 +56,7 @@ class RewardConfig(SftConfig):
     command: ClassVar[str] = "reward"
     sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     is_classifier: ClassVar[bool] = True
+    sample: ClassVar[None] = None  # a scorer completes nothing
 
     reward: RewardSection = RewardSection()
 
@@ -145,6 +156,13 @@ class ExportConfig(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="export: of the weights; auto: as trained")
     merge: bool = Field(False, description="export: LoRA's adapters into the model's own weights")
     trust_remote_code: bool = Field(False, description="export: run code that the model's folder brings")
+    push: str | None = Field(None, description="export: OWNER/NAME on the Hub to push the folder to; null: nowhere")
+    private: bool = Field(True, description="export: as hub.private")
+
+    @field_validator("push")
+    @classmethod
+    def _is_a_name(cls, given):
+        return repository(given)
 
 
 class VerifyConfig(Section):

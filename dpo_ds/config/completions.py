@@ -33,10 +33,32 @@ class GenerationSection(Section):
         return temperature
 
 
-class SampleSection(GenerationSection):
-    prompts: str | list[str | dict[str, Any]] = Field(
-        description="sample: file, folder or Hub id of prompts or preference data, or list of them with weights"
+PROMPTS = "file, folder or Hub id of prompts or preference data, or list of them with weights"
+
+
+class CompletionsSection(GenerationSection):
+    """What training shows of itself: completions of a few prompts."""
+
+    prompts: str | list[str | dict[str, Any]] | None = Field(
+        None, description=f"{PROMPTS}; sample needs them, train.sample_every shows completions of some"
     )
+
+    @field_validator("prompts")
+    @classmethod
+    def _weights(cls, source):
+        return checked_source(source)
+
+    @model_validator(mode="after")
+    def _ends_in_order(self):
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"sample.min_new_tokens {self.min_new_tokens} is above sample.max_new_tokens {self.max_new_tokens}"
+            )
+        return self
+
+
+class SampleSection(CompletionsSection):
+    prompts: str | list[str | dict[str, Any]] = Field(description=PROMPTS)
     to: FilePath = Field(min_length=1, description="sample: the folder to fill")
     n: int = Field(2, gt=0, le=65536, description="sample: completions a prompt")
     score: str | None = Field(
@@ -60,17 +82,8 @@ class SampleSection(GenerationSection):
     shard_rows: int = Field(256, gt=0, le=2**20, description="prompts a file: the most that a killed rank draws again")
     threads: int = Field(1, gt=0, le=1024, description="CPU threads a rank; decides last bits, so not by the ranks")
 
-    @field_validator("prompts")
-    @classmethod
-    def _weights(cls, source):
-        return checked_source(source)
-
     @model_validator(mode="after")
     def _can_differ(self):
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"sample.min_new_tokens {self.min_new_tokens} is above sample.max_new_tokens {self.max_new_tokens}"
-            )
         if self.score is not None and self.n < 2:
             raise ValueError(f"sample.n {self.n}: a pair needs two completions of a prompt; give 2 or more")
         if self.temperature == 0 and self.n > 1:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from dpo_ds.config.section import Section
+from dpo_ds.errors import shorten
 
 
 def check_spread(section, name: str):
@@ -48,6 +49,8 @@ class TrainSection(Section):
     profile_steps: tuple[int, int] | None = Field(
         None, description="first and last step that torch's profiler records into output_dir/profile; null: none"
     )
+    sample_every: int = Field(0, ge=0, description="steps between completions of sample.prompts to look at; 0: never")
+    sample_prompts: int = Field(8, gt=0, le=65536, description="how many of sample.prompts, the first ones, that is")
 
     @property
     def activations(self) -> str:
@@ -78,6 +81,53 @@ class TrainSection(Section):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"{list(betas)}: both must be in [0, 1)")
         return betas
+
+
+class TrackingSection(Section):
+    to: list[
+        Literal["tensorboard", "wandb", "mlflow", "trackio", "comet", "aim", "clearml", "dvclive", "swanlab"]
+    ] = Field(["tensorboard"], description="who gets the metrics beside metrics.jsonl; []: nobody")
+    project: str = Field("dpo-ds", min_length=1, description="of the trackers (mlflow's experiment)")
+    name: str | None = Field(None, min_length=1, description="of the run in trackers; null: that of output_dir")
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given):
+        return [given] if isinstance(given, str) else given
+
+    @field_validator("to")
+    @classmethod
+    def _each_once(cls, names):
+        if len(set(names)) < len(names):
+            raise ValueError(f"{names} names one twice")
+        return names
+
+
+def repository(given: str | None) -> str | None:
+    """Returns the name of a model on the Hub; raises ValueError for what cannot be one."""
+    if given is None:
+        return None
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # half a second, for those who push alone
+
+    rule = "write it as OWNER/NAME, of letters, digits, -, _ and ., at most 96"
+    try:
+        validate_repo_id(given)
+    except HFValidationError:
+        raise ValueError(f"{shorten(given)} is no name on the Hub; {rule}") from None
+    if "/" not in given:
+        raise ValueError(f"{shorten(given)} has no owner, a user or an organisation; {rule}")
+    return given
+
+
+class HubSection(Section):
+    push: str | None = Field(None, description="OWNER/NAME on the Hub to push final/ to at the end; null: nowhere")
+    private: bool = Field(True, description="who makes the repository on the Hub: seen by its owner alone")
+    timeout: float = Field(3600, gt=0, le=10**6, description="seconds that the end of the run waits for the upload")
+
+    @field_validator("push")
+    @classmethod
+    def _is_a_name(cls, given):
+        return repository(given)
 
 
 class PrecomputeSection(Section):

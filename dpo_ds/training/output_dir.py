@@ -30,7 +30,7 @@ from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import RECORDED, Section, to_plain
 from dpo_ds.errors import UserError
 
-METRICS = "metrics.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 PIDS = "pids"  # folder in output_dir: a file HOST-RANK for every running rank, for scripts that signal them
 
 
@@ -159,7 +159,7 @@ def _failed(output_dir: Path, launch: Launch, reason: str, code: int) -> None:
 
 def set_aside(output_dir: Path) -> None:
     """checkpoint.resume never in a folder that holds a run: what is there moves into a folder of its own."""
-    names = ("checkpoints", "metrics.jsonl", "config.yaml", "tensorboard", "profile", "final")
+    names = ("checkpoints", METRICS, SAMPLES, "config.yaml", "tensorboard", "trackers", "profile", "final")
     there = [output_dir / name for name in names if (output_dir / name).exists()]
     if there:
         aside = output_dir / f"before-{datetime.now():%Y%m%d-%H%M%S}"

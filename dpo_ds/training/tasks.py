@@ -5,7 +5,7 @@ A task is made from its config, before any model is loaded: deepspeed comes in o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dpo_ds.checkpoint.manifest import Checkpoint
@@ -16,6 +16,7 @@ from dpo_ds.training.tracking import ChosenFalls
 if TYPE_CHECKING:
     from torch import device as Device
 
+    from dpo_ds.data.prompts import Prompt
     from dpo_ds.models.engine import Policy
     from dpo_ds.reference import Reference
     from dpo_ds.reference.cached import CachedRows
@@ -29,7 +30,8 @@ class Prepared:
 
     candidates are the checkpoints to resume from, best first, and identity what the config's paths stand for;
     policy_config and reference_config are DeepSpeed's, filled; reference_config belongs to a live reference, cached to
-    one that was computed before. calibration_data is a reward model's own, if it has any.
+    one that was computed before. calibration_data is a reward model's own, if it has any; prompts are completed
+    while the policy trains.
     """
 
     tokenizer: object
@@ -42,6 +44,7 @@ class Prepared:
     identity: dict[str, str]
     cached: CachedRows | None
     calibration_data: object | None = None
+    prompts: list[Prompt] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Shows a run to its user, on rank 0: metrics.jsonl, TensorBoard, the progress bar, lines worth telling."""
+"""Shows a run to its user, on rank 0: metrics.jsonl, samples.jsonl, TensorBoard and other trackers, the progress bar,
+lines worth telling.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +11,68 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from tqdm import tqdm
 
 from dpo_ds.cluster import rendezvous
-from dpo_ds.training.output_dir import METRICS, keep_metrics_until
+from dpo_ds.config import Section, TrackingSection, flatten, to_plain
+from dpo_ds.errors import shorten
+from dpo_ds.training.output_dir import METRICS, SAMPLES, keep_metrics_until
+from dpo_ds.training.samples import Sample
+from dpo_ds.training.trackers.remote import RemoteTracker
 
 WINDOW = 20  # steps whose mean is judged
+SHOWN = 60  # characters of a prompt's end on the terminal
 FALL = 0.1  # of the chosen completions' log-prob where the run began
 LINE_SECONDS = 10
+TENSORBOARD = "tensorboard"
+BOARD_ALONE = TrackingSection()
 
 
 PLAIN_LINE_SECONDS = 10
 
 
 class Tracker:
-    """Writes each object to metrics.jsonl (flushed at once) and TensorBoard, and keeps the terminal up to date.
+    """Writes each object to metrics.jsonl (flushed at once) and to who else is to have it, and keeps the terminal up to
+    date. It is closed by leaving it.
 
-    `resumed_step`: lines beyond it are cut first; 0 starts an empty file.
+    `resumed_step`: lines beyond it are cut first; 0 starts an empty file. config: flat, for trackers that show it.
     """
 
-    def __init__(self, output_dir: Path, resumed_step: int, total_steps: int, watch: ChosenFalls | None = None):
-        path = output_dir / METRICS
-        keep_metrics_until(path, resumed_step)
-        self._logs = [_Lines(path), _Board(output_dir / "tensorboard", resumed_step)]
+    def __init__(
+        self, output_dir: Path, resumed_step: int, total_steps: int, watch: ChosenFalls | None = None,
+        section: TrackingSection = BOARD_ALONE, config: Mapping[str, Any] = MappingProxyType({}),
+    ):  # fmt: skip
+        for name in (METRICS, SAMPLES):
+            keep_metrics_until(output_dir / name, resumed_step)
+        self._bar = None
         self._told: set[str] = set()
         self._total, self._watch = total_steps, watch
         self._first = resumed_step
+        begin = {
+            "project": section.project, "name": section.name or output_dir.resolve().name, "config": dict(config),
+            "folder": str(output_dir.resolve()), "resumes": resumed_step > 0,
+        }  # fmt: skip
+        self._remotes = [RemoteTracker(name, output_dir, begin, self.say) for name in section.to if name != TENSORBOARD]
+        boards = [_Board(output_dir / TENSORBOARD, resumed_step)] if TENSORBOARD in section.to else []
+        self._shown = [_Lines(output_dir / SAMPLES), *boards, *self._remotes]
+        self._logs = [_Lines(output_dir / METRICS), *boards, *self._remotes]
+        for remote in self._remotes:
+            self._guarded(remote, remote.start, f"from step {resumed_step + 1} on")
         self._started = self._last_line = time.monotonic()
-        self._bar = (
-            tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True) if _is_terminal() else None
-        )
+        if _is_terminal():
+            self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.close(in_order=kind is None)
 
     def step(self, line: dict) -> None:
         """One update's metrics."""
@@ -68,6 +98,20 @@ class Tracker:
         text = "  ".join(f"{short} {line[name]:.4f}" for name, short in names.items() if name in line)
         self.say(f"step {line['step']}/{self._total}  evaluation: {text}")
 
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Shows completions by the policy as it is after `step`, the first of them on the terminal."""
+        for log in self._shown:
+            self._guarded(log, partial(log.show, step, samples), f"from step {step} on")
+        first = samples[0]
+        prompt = f"…{first.prompt[-SHOWN:]}" if len(first.prompt) > SHOWN else first.prompt
+        self.say(f"step {step}/{self._total}  sample: {prompt!r} -> {shorten(first.completion, 2 * SHOWN)}")
+
+    def final(self, metrics: dict) -> None:
+        """Gives trackers the metrics that the run ends with, under names of their own."""
+        line = {"step": self._total, **{f"final/{name}": value for name, value in metrics.items()}}
+        for remote in self._remotes:
+            self._guarded(remote, partial(remote.add, line), "at the end")
+
     def say(self, text: str) -> None:
         """A line for the user, above the bar if there is one."""
         if self._bar is not None:
@@ -75,8 +119,11 @@ class Tracker:
         else:
             print(text, flush=True)
 
-    def close(self) -> None:
-        for log in self._logs:
+    def close(self, in_order: bool = True) -> None:
+        """in_order: whether the run has come to its end, so that trackers have some seconds for their last lines."""
+        for remote in self._remotes:  # all of them at once
+            self._guarded(remote, partial(remote.finish, in_order), "at the end")
+        for log in dict.fromkeys([*self._logs, *self._shown]):
             self._guarded(log, log.close, "at the end")
         if self._bar is not None:
             self._bar.close()
@@ -85,8 +132,9 @@ class Tracker:
         for log in self._logs:
             self._guarded(log, partial(log.add, line), f"from step {line['step']} on")
 
-    def _guarded(self, log: _Lines | _Board, call: Callable[[], str | None], since: str) -> None:
-        """A full disk, or a file that somebody removes, costs lines, told once a log, and never the run."""
+    def _guarded(self, log: _Lines | _Board | RemoteTracker, call: Callable[[], str | None], since: str) -> None:
+        """A full disk, a file that somebody removes, a server that dies costs lines, told once a log, and never the
+        run."""
         try:
             problem = call()
         except OSError as error:
@@ -96,15 +144,21 @@ class Tracker:
             self.say(f"{log.name} loses lines {since} ({problem}); training goes on")
 
 
+def settings_of(run: Section, versions: Mapping[str, str], ranks: int) -> dict[str, Any]:
+    """Returns what trackers show of a run's config: dotted key -> text, number or nothing."""
+    told = {"command": run.command, **flatten(to_plain(run)), "environment.ranks": ranks}
+    told |= {f"environment.{package}": version for package, version in versions.items()}
+    return {name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in told.items()}
+
+
 GONE = "somebody has removed what was there, and a new one begins"
 
 
 class _Lines:
-    """metrics.jsonl, a line an object; no line stays half-written."""
-
-    name = METRICS
+    """A file such as metrics.jsonl, a line an object; no line stays half-written."""
 
     def __init__(self, path: Path):
+        self.name = path.name
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def add(self, line: dict) -> str | None:
@@ -119,6 +173,10 @@ class _Lines:
                 self._file.truncate(end)
             raise
         return problem
+
+    def show(self, step: int, samples: Sequence[Sample]) -> str | None:
+        problems = [self.add({"step": step, **sample._asdict()}) for sample in samples]
+        return next(filter(None, problems), None)
 
     def close(self) -> None:
         self._file.close()
@@ -147,19 +205,31 @@ class _Board:
 
     def add(self, line: dict) -> str | None:
         """Returns what went wrong although the numbers are written."""
-        problem = None
-        if not self._path.exists():
-            with contextlib.suppress(OSError):  # it cannot write what it still has
-                self._writer.close()
-            self._open(line["step"])
-            problem = GONE
+        problem = self._reopened(line["step"])
         for name, value in line.items():
             if name != "step":
                 self._writer.add_scalar(name, value, line["step"])
         return problem
 
+    def show(self, step: int, samples: Sequence[Sample]) -> str | None:
+        """Each prompt has a place of its own, whose steps can be gone through."""
+        problem = self._reopened(step)
+        for number, sample in enumerate(samples, 1):
+            text = f"prompt\n\n{_verbatim(sample.prompt)}\n\ncompletion\n\n{_verbatim(sample.completion)}"
+            self._writer.add_text(f"samples/{number}", text, step)
+        return problem
+
     def close(self) -> None:
         self._writer.close()
+
+    def _reopened(self, step: int) -> str | None:
+        """Says so where somebody has removed the file."""
+        if self._path.exists():
+            return None
+        with contextlib.suppress(OSError):  # it cannot write what it still has
+            self._writer.close()
+        self._open(step)
+        return GONE
 
     def _open(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -167,6 +237,11 @@ class _Board:
         before = set(self._folder.glob("events.*"))
         self._writer = SummaryWriter(str(self._folder), purge_step=first_step)
         (self._path,) = set(self._folder.glob("events.*")) - before
+
+
+def _verbatim(text: str) -> str:
+    """Returns Markdown that shows a text as it is."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 def _is_terminal() -> bool:

@@ -21,13 +21,14 @@ from dpo_ds.cluster.stopping import StopFlag, stop_reason
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import TrainSection
 from dpo_ds.data.batching import Layout, global_batches, steps_per_epoch
-from dpo_ds.errors import TrainingError
+from dpo_ds.errors import TrainingError, UserError
 from dpo_ds.models.engine import Policy
 from dpo_ds.training import metrics
 from dpo_ds.training.feed import Feed, LocalBatch
 from dpo_ds.training.mfu import Utilisation
 from dpo_ds.training.objectives.objective import Objective
 from dpo_ds.training.profile import StepProfile
+from dpo_ds.training.samples import Sampler
 from dpo_ds.training.tracking import Tracker
 
 EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an evaluation
@@ -68,12 +69,12 @@ class Trainer:
     def __init__(
         self, policy: Policy, objective: Objective, data, evaluation_data, layout: Layout, run: TrainSection,
         writer: CheckpointWriter, checkpoint_every: int, tracker: Tracker | None, stop: StopFlag,
-        peers: PeerWatch | Silent, profile: StepProfile,
+        peers: PeerWatch | Silent, profile: StepProfile, sampler: Sampler | None = None,
     ):  # fmt: skip
         self.policy, self.objective, self.layout, self.run = policy, objective, layout, run
         self.data, self.evaluation_data = data, evaluation_data
         self.writer, self.checkpoint_every = writer, checkpoint_every
-        self.tracker, self.stop, self.peers, self.profile = tracker, stop, peers, profile
+        self.tracker, self.stop, self.peers, self.profile, self.sampler = tracker, stop, peers, profile, sampler
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.counts = objective.counts(data)
         self.total_steps = total_steps(data.sources, run, self.counts)
@@ -100,6 +101,7 @@ class Trainer:
                 with self.profile.around(batch.step):
                     update = self.update(batch, feed)
                 self.log(batch, update, feed)
+                self.show_samples(batch.step)
                 self.evaluate_and_save(batch.step)
         self.profile.finish()
 
@@ -164,6 +166,20 @@ class Trainer:
                     "peak_memory_bytes": self.agreed.peak_memory,
                 }
             )
+
+    def show_samples(self, step: int) -> None:
+        """Hands completions by the policy to the tracker where they are due after `step`."""
+        if self.sampler is None or not _is_due(step, self.run.sample_every):
+            return
+        try:
+            samples = self.sampler(step)
+        except UserError as problem:  # on every rank
+            self.sampler = None
+            if self.tracker:
+                self.tracker.say(f"step {step}: {problem}; no completions are shown, training goes on")
+            return
+        if self.tracker:
+            self.tracker.samples(step, samples)
 
     def evaluate_and_save(self, step: int) -> None:
         """Evaluates and saves where either is due after `step`."""
