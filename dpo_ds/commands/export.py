@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dpo_ds.checkpoint.manifest import MANIFEST, Checkpoint, open_folder
 from dpo_ds.checkpoint.resume import find
 from dpo_ds.checkpoint.shards import ENGINE_PREFIX, Shards
-from dpo_ds.cluster.foreign import SHOWN_BY, refusing, told
+from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.config import ExportConfig, ModelSection
 from dpo_ds.data.chat.template import BUILT_IN, DEFAULT_CHAT_TEMPLATE, TEMPLATE, set_template
@@ -100,7 +100,7 @@ def _push(folder: Path, run: ExportConfig) -> int:
     try:
         print(f"dpo-ds: pushed to {hub.push(folder, run.push, run.private)}", flush=True)
     except Exception as error:
-        print(f"dpo-ds: error: {hub.failure(folder, run.push, run.private, told(error))}", file=sys.stderr, flush=True)
+        print(f"dpo-ds: error: {hub.failure(folder, run.push, run.private, error)}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -229,6 +230,15 @@ def write_words(folder: Path, tokenizer, card: str) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def is_on_hub(path: str) -> bool:
+    """Tells a name on the Hub from a folder: the Hub refuses a card whose base_model is no such name."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return not Path(path).exists()
+
+
 def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
     """README.md of final/: what it was made from and how, in the form that the Hub reads."""
     loss = run.get("loss", {"name": command} | run.get("reward", {}))
@@ -238,7 +248,9 @@ def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
     title = titles.get(command, f"Preference optimisation ({loss['name']})")
     adapters_alone = run["model"]["lora"]["r"] and command != "reward"
     names = loss["name"] if isinstance(loss["name"], list) else [loss["name"]]
-    front = {"library_name": "peft" if adapters_alone else "transformers", "base_model": run["model"]["path"]}
+    front = {"library_name": "peft" if adapters_alone else "transformers"}
+    if is_on_hub(run["model"]["path"]):
+        front["base_model"] = run["model"]["path"]
     return f"""---
 {yaml.safe_dump(front | {"tags": ["dpo_ds", *names]}, sort_keys=False, allow_unicode=True)}---
 # {title} of {run["model"]["path"]}

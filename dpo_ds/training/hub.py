@@ -46,10 +46,9 @@ def prepare(repository: str, private: bool, key: str) -> list[str]:
         api.create_repo(repository, private=private, exist_ok=True)
         is_public = private and not api.model_info(repository).private
     except Exception as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        if status in REFUSALS:
-            raise ConfigError(f"{given}: the Hub refuses: {told(error)}") from None
-        return [f"{given}: the Hub does not answer now ({told(error)}); the push at the end is tried all the same"]
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in REFUSALS:
+            raise ConfigError(f"{given}: the Hub refuses ({_why(error)})") from None
+        return [f"{given}: the Hub cannot be asked now ({_why(error)}); the push at the end is tried all the same"]
     if is_public:
         raise ConfigError(f"{given}: this repository is public; push there with private false, or name another one")
     return []
@@ -86,12 +85,23 @@ class Push:
         if not self._pushing.done():
             why = "the run was told to stop" if is_stopped() else f"not done after {self._section.timeout:g} s"
         elif error := self._pushing.exception():
-            why = told(error)
+            why = _why(error)
         else:
             return f"pushed to {self._pushing.result()}"
-        return failure(self._folder, self._section.push, self._section.private, why)
+        return _failure(self._folder, self._section.push, self._section.private, why)
 
 
-def failure(folder: Path, repository: str, private: bool, why: str) -> str:
+def failure(folder: Path, repository: str, private: bool, error: Exception) -> str:
     """Words a push that came to nothing."""
+    return _failure(folder, repository, private, _why(error))
+
+
+def _failure(folder: Path, repository: str, private: bool, why: str) -> str:
     return f"{folder} was not pushed to {repository} ({why}); {by_hand(folder, repository, private)}"
+
+
+def _why(error: BaseException) -> str:
+    """Returns the Hub's own words where there are some."""
+    if isinstance(error, HfHubHTTPError):
+        return f"HTTP {error.response.status_code}: {error.server_message or type(error).__name__}"
+    return told(error)

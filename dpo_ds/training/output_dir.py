@@ -23,7 +23,7 @@ from dpo_ds.cluster import collectives, rendezvous
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.process_group import speaker
 from dpo_ds.cluster.records import Count, Damaged, Record, read_record
-from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign, write_text
+from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign, write_text, write_whole
 from dpo_ds.cluster.signals import EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
 from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
@@ -65,8 +65,12 @@ def _metrics_of(line: bytes) -> dict | None:
 
 def keep_metrics_until(path: Path, step: int) -> None:
     """Cuts what was logged beyond `step`, a half-written last line included."""
-    kept = [line for line in read_metrics(path) if step and line["step"] <= step]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    write_whole(path, b"".join(as_line(line) for line in read_metrics(path) if step and line["step"] <= step))
+
+
+def as_line(values: dict) -> bytes:
+    """Returns an object as a line of JSON, its text as people read it."""
+    return (json.dumps(values, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 class StatusRecord(Record):

@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from dpo_ds.cluster import rendezvous
 from dpo_ds.config import Section, TrackingSection, flatten, to_plain
 from dpo_ds.errors import shorten
-from dpo_ds.training.output_dir import METRICS, SAMPLES, keep_metrics_until
+from dpo_ds.training.output_dir import METRICS, SAMPLES, as_line, keep_metrics_until
 from dpo_ds.training.samples import Sample
 from dpo_ds.training.trackers.remote import RemoteTracker
 
@@ -48,8 +48,8 @@ class Tracker:
         self, output_dir: Path, resumed_step: int, total_steps: int, watch: ChosenFalls | None = None,
         section: TrackingSection = BOARD_ALONE, config: Mapping[str, Any] = MappingProxyType({}),
     ):  # fmt: skip
-        for name in (METRICS, SAMPLES):
-            keep_metrics_until(output_dir / name, resumed_step)
+        for path in filter(Path.exists, (output_dir / METRICS, output_dir / SAMPLES)):
+            keep_metrics_until(path, resumed_step)
         self._bar = None
         self._told: set[str] = set()
         self._total, self._watch = total_steps, watch
@@ -60,10 +60,10 @@ class Tracker:
         }  # fmt: skip
         self._remotes = [RemoteTracker(name, output_dir, begin, self.say) for name in section.to if name != TENSORBOARD]
         boards = [_Board(output_dir / TENSORBOARD, resumed_step)] if TENSORBOARD in section.to else []
-        self._shown = [_Lines(output_dir / SAMPLES), *boards, *self._remotes]
         self._logs = [_Lines(output_dir / METRICS), *boards, *self._remotes]
+        self._galleries = [_Lines(output_dir / SAMPLES), *boards, *self._remotes]
         for remote in self._remotes:
-            self._guarded(remote, remote.start, f"from step {resumed_step + 1} on")
+            self._guarded(remote, remote.start, "from the start")
         self._started = self._last_line = time.monotonic()
         if _is_terminal():
             self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True)
@@ -72,7 +72,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self.close(in_order=kind is None)
+        self.close(in_a_hurry=kind is not None)
 
     def step(self, line: dict) -> None:
         """One update's metrics."""
@@ -100,7 +100,7 @@ class Tracker:
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Shows completions by the policy as it is after `step`, the first of them on the terminal."""
-        for log in self._shown:
+        for log in self._galleries:
             self._guarded(log, partial(log.show, step, samples), f"from step {step} on")
         first = samples[0]
         prompt = f"…{first.prompt[-SHOWN:]}" if len(first.prompt) > SHOWN else first.prompt
@@ -110,7 +110,7 @@ class Tracker:
         """Gives trackers the metrics that the run ends with, under names of their own."""
         line = {"step": self._total, **{f"final/{name}": value for name, value in metrics.items()}}
         for remote in self._remotes:
-            self._guarded(remote, partial(remote.add, line), "at the end")
+            remote.add(line)
 
     def say(self, text: str) -> None:
         """A line for the user, above the bar if there is one."""
@@ -119,11 +119,13 @@ class Tracker:
         else:
             print(text, flush=True)
 
-    def close(self, in_order: bool = True) -> None:
-        """in_order: whether the run has come to its end, so that trackers have some seconds for their last lines."""
+    def close(self, in_a_hurry: bool = False) -> None:
+        """in_a_hurry: the run has been stopped, or has failed; else trackers have some seconds for their last lines."""
         for remote in self._remotes:  # all of them at once
-            self._guarded(remote, partial(remote.finish, in_order), "at the end")
-        for log in dict.fromkeys([*self._logs, *self._shown]):
+            remote.finish(self._total)
+        for remote in self._remotes:
+            remote.close(in_a_hurry)
+        for log in {*self._logs, *self._galleries}.difference(self._remotes):
             self._guarded(log, log.close, "at the end")
         if self._bar is not None:
             self._bar.close()
@@ -155,16 +157,16 @@ GONE = "somebody has removed what was there, and a new one begins"
 
 
 class _Lines:
-    """A file such as metrics.jsonl, a line an object; no line stays half-written."""
+    """A file such as metrics.jsonl, made with its first line, a line an object; no line stays half-written."""
 
     def __init__(self, path: Path):
-        self.name = path.name
-        self._path, self._file = path, path.open("ab", buffering=0)
+        self.name, self._path = path.name, path
+        self._file: BinaryIO | None = None
 
     def add(self, line: dict) -> str | None:
         """Returns what went wrong although the line is written."""
         problem = self._reopened()
-        data, end = (json.dumps(line) + "\n").encode(), self._file.seek(0, os.SEEK_END)
+        data, end = as_line(line), self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -179,10 +181,14 @@ class _Lines:
         return next(filter(None, problems), None)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _reopened(self) -> str | None:
         """Says so where the name leads to another file, or to none, than the one that is open."""
+        if self._file is None:
+            self._file = self._path.open("ab", buffering=0)
+            return None
         own = os.fstat(self._file.fileno())
         with contextlib.suppress(FileNotFoundError):
             there = self._path.stat()

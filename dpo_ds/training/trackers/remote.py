@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,9 +35,9 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "PMI
 
 
 class RemoteTracker:
-    """Sends what it is given without waiting, and keeps what the process has not taken. Methods return a problem.
+    """Sends what it is given without waiting, and keeps what the process has not taken. What goes wrong is told once.
 
-    begin: what trackers/__main__.py wants to know of the run. say: for the line that tells where to look.
+    begin: what trackers/__main__.py wants to know of the run. say: for lines to the user.
     """
 
     def __init__(self, name: str, output_dir: Path, begin: dict[str, Any], say: Callable[[str], None]):
@@ -44,16 +45,16 @@ class RemoteTracker:
         self._begin, self._folder = begin, output_dir / FOLDER
         self._process: subprocess.Popen | None = None
         self._unsent, self._answers = bytearray(), b""
-        self._asked, self._answered = 0, 0
-        self._heard = time.monotonic()
-        self._in_vain, self._has_ended = False, False
+        self._asked: deque[int] = deque()  # the steps of what has no answer yet; 0: the beginning
+        self._heard = 0.0  # the last answer, or the first question after silence
+        self._has_failed, self._has_ended = False, False
 
-    def start(self) -> str | None:
+    def start(self) -> None:
         """Starts the process; the tracker itself comes up while training begins."""
         package = PACKAGES.get(self.name, self.name)
         if find_spec(package) is None:
-            self._has_ended = True
-            return f"it is not installed: pip install {package}"
+            self._fail(0, f"it is not installed: pip install {package}")
+            return
         self._folder.mkdir(exist_ok=True)
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
@@ -64,55 +65,51 @@ class RemoteTracker:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()], start_new_session=True,
                 env=kept | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
-        return self._send("begin", self._begin)
+        self._send("begin", self._begin, 0)
 
-    def add(self, line: dict[str, float]) -> str | None:
-        return self._send("log", line)
+    def add(self, line: dict[str, float]) -> None:
+        self._send("log", line, line["step"])
 
-    def show(self, step: int, samples: Sequence[Sample]) -> str | None:
-        return self._send("show", {"step": step, "rows": [[sample.prompt, sample.completion] for sample in samples]})
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        rows = [[sample.prompt, sample.completion] for sample in samples]
+        self._send("show", {"step": step, "rows": rows}, step)
 
-    def finish(self, in_order: bool) -> str | None:
-        """Asks for the end, which `close` waits for; in_order: whether the run has come to its own."""
-        self._in_vain |= not in_order
-        return self._send("finish", None)
+    def finish(self, step: int) -> None:
+        """Asks for the end after `step`, which `close` waits for."""
+        self._send("finish", None, step)
 
-    def close(self) -> str | None:
-        """Waits a little for what is left, and ends the process."""
+    def close(self, in_a_hurry: bool = False) -> None:
+        """Waits a little for what is left, less in a hurry or where it is in vain, and ends the process."""
         if self._process is None:
-            return None
-        seconds = IN_VAIN_SECONDS if self._in_vain else LAST_SECONDS
-        deadline, problem = time.monotonic() + seconds, None
-        while not self._has_ended and self._answered < self._asked and (left := deadline - time.monotonic()) > 0:
+            return
+        seconds = IN_VAIN_SECONDS if in_a_hurry or self._has_failed else LAST_SECONDS
+        deadline = time.monotonic() + seconds
+        while not self._has_ended and self._asked and (left := deadline - time.monotonic()) > 0:
             select.select([self._socket], [self._socket] if self._unsent else [], [], left)
-            problem = self._exchange() or problem
-        if not self._has_ended and self._answered < self._asked:
-            problem = problem or f"it did not take the last ones within {seconds} s"
+            self._exchange()
+        if not self._has_ended and self._asked:
+            self._fail(self._asked[0], f"they are not taken after {seconds} s")
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._socket.close()
-        return problem
 
-    def _send(self, kind: str, content: Any) -> str | None:
-        if self._has_ended:
-            return None
-        if self._answered == self._asked:
-            self._heard = time.monotonic()  # silence counts from the first question
+    def _send(self, kind: str, content: Any, step: int) -> None:
+        if self._process is None or self._has_ended:
+            return
+        if not self._asked:
+            self._heard = time.monotonic()
         if len(self._unsent) < LIMIT:
-            self._asked += 1
+            self._asked.append(step)
             self._unsent += (json.dumps({kind: content}) + "\n").encode()
-            problem = self._exchange()
         else:
-            problem = self._exchange() or "it takes them slower than they come"
-        if problem is None and self._answered < self._asked and time.monotonic() - self._heard > SILENT_SECONDS:
-            problem = f"it has not answered for {SILENT_SECONDS} s"
-        self._in_vain |= problem is not None
-        return problem
+            self._fail(step, "they come faster than they are taken")
+        self._exchange()
+        if self._asked and time.monotonic() - self._heard > SILENT_SECONDS:
+            self._fail(self._asked[0], f"no answer for {SILENT_SECONDS} s")
 
-    def _exchange(self) -> str | None:
+    def _exchange(self) -> None:
         """Sends what the process takes now, and reads what it has answered by now."""
-        problem = None
         try:
             with contextlib.suppress(BlockingIOError):
                 while self._unsent:
@@ -121,17 +118,23 @@ class RemoteTracker:
                 while received := self._socket.recv(1 << 16):
                     self._answers += received
                 self._has_ended = True
-        except OSError:  # as when it has died with something unread
+        except OSError:  # it has died with something unread
             self._has_ended = True
-        *lines, self._answers = self._answers.split(b"\n")
-        for line in lines:
-            problem = self._take(json.loads(line)) or problem
-        if self._has_ended and self._answered < self._asked:
-            problem = problem or f"its process has ended; see {self._folder / self.name}.log"
-        return problem
+        *answers, self._answers = self._answers.split(b"\n")
+        for answer in answers:
+            self._take(json.loads(answer), self._asked.popleft())
+        if self._has_ended and self._asked:
+            self._fail(self._asked[0], f"its process has ended, see {self._folder / self.name}.log")
 
-    def _take(self, answer: dict[str, Any]) -> str | None:
-        self._answered, self._heard = self._answered + 1, time.monotonic()
-        if "id" in answer:
+    def _take(self, answer: dict[str, Any], step: int) -> None:
+        self._heard = time.monotonic()
+        if answer["problem"] is not None:
+            self._fail(step, answer["problem"])
+        elif step == 0:
             self._say(f"{self.name}: run {self._begin['name']}, {answer['address'] or answer['id']}")
-        return answer["problem"]
+
+    def _fail(self, step: int, why: str) -> None:
+        if not self._has_failed:
+            what = f"loses lines from step {step} on" if step else "shows nothing of this run"
+            self._say(f"{self.name} {what} ({why}); metrics.jsonl has them all")
+        self._has_failed = True

@@ -86,6 +86,14 @@ def _show_swanlab(tracker: GeneralTracker, step: int, rows: list[list[str]], run
     tracker.log({"samples": [swanlab.Text("\n\n".join(row)) for row in rows]}, step=step)
 
 
+def _mlflow_address(own) -> str | None:
+    import mlflow
+
+    server = mlflow.get_tracking_uri()
+    is_a_page = server.startswith("http")
+    return f"{server}/#/experiments/{own.info.experiment_id}/runs/{own.info.run_id}" if is_a_page else None
+
+
 def _begin_wandb(own, run: Run) -> None:
     own.define_metric("step")
     own.define_metric("*", step_metric="step")
@@ -117,7 +125,8 @@ SERVICES: dict[str, Service] = {
         lambda own: own.id, lambda own: own.url, _begin_wandb, _show_wandb, repeats=False,
     ),
     "mlflow": Service(
-        lambda run: {"run_name": run.name, "run_id": run.id}, lambda own: own.info.run_id, show=_show_mlflow
+        lambda run: {"run_name": run.name, "run_id": run.id}, lambda own: own.info.run_id, _mlflow_address,
+        show=_show_mlflow,
     ),
     "trackio": Service(
         lambda run: {"name": run.id or run.name, "resume": "must" if run.id else "never", "embed": False},
