@@ -60,6 +60,8 @@ class Hub(Handler):
         return wanted | {"actions": {"upload": upload}}
 
     def _of_model(self, name: str, what: list[str], body: bytes) -> tuple[int, Any]:
+        if name not in self.private:
+            return 404, {"error": "Repository not found"}
         if not what:
             return 200, REPOSITORY | {"id": name, "private": self.private[name]}
         if what[0] == "preupload":
