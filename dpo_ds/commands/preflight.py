@@ -51,6 +51,8 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
         UserError: the first mistake found.
     """
     run, say = task.run, speaker(launch)
+    if launch.is_first and run.hub.push:
+        hub.check_token(run.hub.push, "hub.push")
     torch.set_num_threads(launch.threads)
     given = ds_config.read(run.deepspeed.config)
     model_config = check_model(run.model, run.model.path, classifier=run.is_classifier)
@@ -80,12 +82,12 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     if candidates:
         say(resume.check_config(candidates[0], run, launch.world_size))
     set_date(tokenizer, recorded, None if manifest is None else manifest.values)
+    prompts = _prompts_to_show(run, tokenizer, text_config, say)
 
     prepared = prepare_data(run.data, tokenizer, run.sides, launch, task.margin_column, task.calibration)
     if launch.is_first:
         for split, of_split in prepared.items():
             task.check_data(split, of_split.census)
-    prompts = _prompts_to_show(run, tokenizer, text_config, say)
     censuses = [pairs.census["message_lists"] for pairs in prepared.values()]
     notes = settle_template(tokenizer, any([*censuses, prompts.census.message_lists]))
     say(notes)

@@ -50,7 +50,7 @@ class TrainSection(Section):
         None, description="first and last step that torch's profiler records into output_dir/profile; null: none"
     )
     sample_every: int = Field(0, ge=0, description="steps between completions of sample.prompts to look at; 0: never")
-    sample_prompts: int = Field(8, gt=0, le=65536, description="how many of sample.prompts, the first ones, that is")
+    sample_prompts: int = Field(8, gt=0, le=65536, description="how many prompts are completed, the first of them")
 
     @property
     def activations(self) -> str:
@@ -121,7 +121,7 @@ def repository(given: str | None) -> str | None:
 
 class HubSection(Section):
     push: str | None = Field(None, description="OWNER/NAME on the Hub to push final/ to at the end; null: nowhere")
-    private: bool = Field(True, description="who makes the repository on the Hub: seen by its owner alone")
+    private: bool = Field(True, description="a repository that the push makes is seen by its owner alone")
     timeout: float = Field(3600, gt=0, le=10**6, description="seconds that the end of the run waits for the upload")
 
     @field_validator("push")

@@ -28,6 +28,13 @@ def by_hand(folder: Path, repository: str, private: bool) -> str:
     return shlex.join(["hf", "upload", repository, str(folder), ".", privacy])
 
 
+def check_token(repository: str, key: str) -> None:
+    """Raises ConfigError where a push cannot come to anything. key: by which the user gave the repository."""
+    if not constants.HF_HUB_OFFLINE and get_token() is None:
+        remedy = f"hf auth login, set HF_TOKEN, or leave --{key} out"
+        raise ConfigError(f"--{key} {repository}: there is no token for the Hub; {remedy}")
+
+
 def prepare(repository: str, private: bool, key: str) -> list[str]:
     """Makes the repository before the work begins: at its end it would be too late to hear that it may not be made.
 
@@ -39,8 +46,7 @@ def prepare(repository: str, private: bool, key: str) -> list[str]:
     given = f"--{key} {repository}"
     if constants.HF_HUB_OFFLINE:
         return [f"{given}: HF_HUB_OFFLINE is set, so nothing is pushed from here; the end has the command to do it"]
-    if get_token() is None:
-        raise ConfigError(f"{given}: there is no token for the Hub; hf auth login, set HF_TOKEN, or leave --{key} out")
+    check_token(repository, key)
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from dpo_ds.cluster import rendezvous
+from dpo_ds.cluster.signals import Stopped
 from dpo_ds.config import Section, TrackingSection, flatten, to_plain
 from dpo_ds.errors import shorten
 from dpo_ds.training.output_dir import METRICS, SAMPLES, as_line, keep_metrics_until
@@ -72,7 +73,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self.close(in_a_hurry=kind is not None)
+        self.close(in_a_hurry=kind is not None, has_failed=kind not in (None, Stopped))
 
     def step(self, line: dict) -> None:
         """One update's metrics."""
@@ -119,10 +120,10 @@ class Tracker:
         else:
             print(text, flush=True)
 
-    def close(self, in_a_hurry: bool = False) -> None:
+    def close(self, in_a_hurry: bool = False, has_failed: bool = False) -> None:
         """in_a_hurry: the run has been stopped, or has failed; else trackers have some seconds for their last lines."""
         for remote in self._remotes:  # all of them at once
-            remote.finish(self._total)
+            remote.finish(self._total, has_failed)
         for remote in self._remotes:
             remote.close(in_a_hurry)
         for log in {*self._logs, *self._galleries}.difference(self._remotes):

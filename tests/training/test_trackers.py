@@ -104,6 +104,17 @@ def test_a_tracker_that_is_not_there_or_not_to_be(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_run_that_dies_has_failed(tmp_path, capsys, mlflow, monkeypatch):
+    server = new_mlflow()
+    with serving(server) as at:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address(at))
+        tracker = Tracker(tmp_path, 0, 9, section=SECTION)
+        told(tracker, capsys, "mlflow: run n")
+        (own,) = tracker._remotes
+        own._socket.close()  # as the kernel does it
+        assert own._process.wait(30) == 0 and server.status == "FAILED"
+
+
 def test_a_process_that_dies_costs_a_line(tmp_path, capsys, mlflow, monkeypatch):
     monkeypatch.setattr(remote.sys, "executable", "/bin/false")
     with Tracker(tmp_path, 0, 9, section=SECTION) as tracker:

@@ -54,8 +54,11 @@ class Served:
         if self._service.show is not None:
             self._service.show(self._tracker, samples["step"], samples["rows"], self._run)
 
-    def finish(self, _: Any) -> None:
-        self._tracker.finish()
+    def finish(self, has_failed: bool) -> None:
+        if has_failed:
+            self._service.fail(self._tracker)
+        else:
+            self._tracker.finish()
 
 
 def serve(name: str, own: socket.socket) -> None:
@@ -78,7 +81,7 @@ def serve(name: str, own: socket.socket) -> None:
         if is_done:
             return
     signal.alarm(ORPHAN_SECONDS)
-    served.finish(None)
+    served.finish(has_failed=True)
 
 
 def main(name: str, descriptor: str) -> None:

@@ -74,9 +74,9 @@ class RemoteTracker:
         rows = [[sample.prompt, sample.completion] for sample in samples]
         self._send("show", {"step": step, "rows": rows}, step)
 
-    def finish(self, step: int) -> None:
-        """Asks for the end after `step`, which `close` waits for."""
-        self._send("finish", None, step)
+    def finish(self, step: int, has_failed: bool = False) -> None:
+        """Asks for the end after `step`, which `close` waits for; has_failed: what is said of the run."""
+        self._send("finish", has_failed, step)
 
     def close(self, in_a_hurry: bool = False) -> None:
         """Waits a little for what is left, less in a hurry or where it is in vain, and ends the process."""

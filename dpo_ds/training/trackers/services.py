@@ -30,7 +30,8 @@ class Service(NamedTuple):
     options(run): keyword arguments of accelerate's class. Of the service's own object: identity(own), what finds the
     run again; address(own), where it is looked at, None where nobody says; begin(own, run), what is left to do once it
     has started. show(tracker, step, rows, run): rows of a prompt and a completion; None: the service shows no text.
-    repeats: whether a step may come again, as it does after a resumption; else the step is a metric of its own.
+    fail(tracker): ends a run that has failed. repeats: whether a step may come again, as it does after a resumption;
+    else the step is a metric of its own.
     """
 
     options: Callable[[Run], dict[str, Any]]
@@ -38,6 +39,7 @@ class Service(NamedTuple):
     address: Callable[[Any], str | None] = lambda own: None
     begin: Callable[[Any, Run], None] = lambda own, run: None
     show: Callable[[GeneralTracker, int, list[list[str]], Run], None] | None = None
+    fail: Callable[[GeneralTracker], None] = lambda tracker: tracker.finish()
     repeats: bool = True
 
 
@@ -94,6 +96,12 @@ def _mlflow_address(own) -> str | None:
     return f"{server}/#/experiments/{own.info.experiment_id}/runs/{own.info.run_id}" if is_a_page else None
 
 
+def _fail_mlflow(tracker: GeneralTracker) -> None:
+    import mlflow
+
+    mlflow.end_run("FAILED")
+
+
 def _begin_wandb(own, run: Run) -> None:
     own.define_metric("step")
     own.define_metric("*", step_metric="step")
@@ -122,11 +130,12 @@ CLASSES = {"comet": "comet_ml"}  # where accelerate calls it otherwise
 SERVICES: dict[str, Service] = {
     "wandb": Service(
         lambda run: {"name": run.name, "dir": str(run.folder), "id": run.id, "resume": "allow" if run.id else None},
-        lambda own: own.id, lambda own: own.url, _begin_wandb, _show_wandb, repeats=False,
+        lambda own: own.id, lambda own: own.url, _begin_wandb, _show_wandb,
+        lambda tracker: tracker.tracker.finish(exit_code=1), repeats=False,
     ),
     "mlflow": Service(
         lambda run: {"run_name": run.name, "run_id": run.id}, lambda own: own.info.run_id, _mlflow_address,
-        show=_show_mlflow,
+        show=_show_mlflow, fail=_fail_mlflow,
     ),
     "trackio": Service(
         lambda run: {"name": run.id or run.name, "resume": "must" if run.id else "never", "embed": False},

@@ -48,8 +48,8 @@ def log_artifact(local_path, artifact_path):
         urllib.request.urlopen(urllib.request.Request(url, file.read(), method="PUT"))
 
 
-def end_run():
-    _ask("runs/update", run_id=_run.info.run_id, status="FINISHED")
+def end_run(status="FINISHED"):
+    _ask("runs/update", run_id=_run.info.run_id, status=status)
 
 
 def _ask(what, method="POST", **asked):
