@@ -47,8 +47,7 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
     if target.exists():
         raise ConfigError(f"--to {target}: exists already; choose a new folder")
     if run.push:
-        for note in hub.prepare(run.push, run.private, "push"):
-            print(f"dpo-ds: {note}", flush=True)
+        hub.check_token(run.push, "push")
     if damaged := checkpoint.damage():
         raise ConfigError(f"{checkpoint.path}: {', '.join(damaged)} differs from what was written (SHA-256)")
     section = _section(checkpoint, run)
@@ -75,6 +74,8 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
     precision = checkpoint.manifest["identity"]["the precision"] if run.dtype == "auto" else run.dtype
     for left in leftovers(target.parent, re.escape(target.name)) if target.parent.is_dir() else ():
         shutil.rmtree(left)
+    for note in hub.prepare(run.push, run.private, "push") if run.push else ():
+        print(f"dpo-ds: {note}", flush=True)
     temporary = temporary_beside(target)
     temporary.mkdir(parents=True)
     if merge:

@@ -56,10 +56,11 @@ class Tracker:
         self._total, self._watch = total_steps, watch
         self._first = resumed_step
         begin = {
-            "project": section.project, "name": section.name or output_dir.resolve().name, "config": dict(config),
+            "project": section.project, "name": section.name or output_dir.resolve().name,
             "folder": str(output_dir.resolve()), "resumes": resumed_step > 0,
         }  # fmt: skip
-        self._remotes = [RemoteTracker(name, output_dir, begin, self.say) for name in section.to if name != TENSORBOARD]
+        others = [name for name in section.to if name != TENSORBOARD]
+        self._remotes = [RemoteTracker(name, output_dir, begin, dict(config), self.say) for name in others]
         boards = [_Board(output_dir / TENSORBOARD, resumed_step)] if TENSORBOARD in section.to else []
         self._logs = [_Lines(output_dir / METRICS), *boards, *self._remotes]
         self._galleries = [_Lines(output_dir / SAMPLES), *boards, *self._remotes]

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class Served:
     """A tracker at work. Each method takes what a message holds under its name."""
 
     def __init__(self, name: str, begin: dict[str, Any]):
-        """Starts it. begin: project, name, folder; config: logged once, where the run begins; resumes: whether it goes
-        on, with the id that is kept in trackers/NAME.json.
+        """Starts it. begin: project, name, folder; resumes: whether the run goes on, with the id that is kept in
+        trackers/NAME.json.
         """
         self._service = SERVICES[name]
         folder = Path(begin["folder"])
@@ -41,8 +42,11 @@ class Served:
         own = self._tracker.tracker
         self.found = {"id": self._service.identity(own), "address": self._service.address(own)}
         write_text(kept, json.dumps(self.found) + "\n")
-        if known is None:
-            self._tracker.store_init_configuration(begin["config"])
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Shows the run's config, where it is not shown yet."""
+        if self._run.id is None:
+            self._tracker.store_init_configuration(config)
 
     def log(self, line: dict[str, float]) -> None:
         if self._service.repeats:
@@ -61,11 +65,18 @@ class Served:
             self._tracker.finish()
 
 
+def messages(own: socket.socket) -> Iterator[tuple[str, Any]]:
+    """Yields what the run says, until it says no more."""
+    with contextlib.suppress(ConnectionError):  # it has died before it has read an answer
+        for line in own.makefile("r", encoding="utf-8"):
+            if line.endswith("\n"):
+                yield from json.loads(line).items()
+
+
 def serve(name: str, own: socket.socket) -> None:
     """Answers message by message until there is none, or the tracker is finished."""
-    lines, served, is_done = own.makefile("r", encoding="utf-8"), None, False
-    for line in lines:
-        ((kind, content),) = json.loads(line).items()
+    served = None
+    for kind, content in messages(own):
         answer: dict[str, Any] = {"problem": None}
         try:
             if kind == "begin":
@@ -75,10 +86,9 @@ def serve(name: str, own: socket.socket) -> None:
                 getattr(served, kind)(content)
         except (Exception, SystemExit) as error:
             answer["problem"] = told(error)
-        is_done = kind == "finish" or served is None
         with contextlib.suppress(OSError):  # the run has died; its lines are still here
             own.sendall((json.dumps(answer) + "\n").encode())
-        if is_done:
+        if kind == "finish" or served is None:
             return
     signal.alarm(ORPHAN_SECONDS)
     served.finish(has_failed=True)

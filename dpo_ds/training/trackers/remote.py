@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_ds.training.samples import Sample
+from dpo_ds.training.trackers.services import CLASSES
 
 FOLDER = "trackers"  # in output_dir: what each prints, and its own id of the run
-PACKAGES = {"comet": "comet_ml"}  # where it is not called like the tracker
 LIMIT = 16 << 20  # bytes that may wait for the process to take them
 SILENT_SECONDS = 60  # without an answer, after which the user is told
 LAST_SECONDS = 30  # for the last lines, at the end of the run
@@ -37,23 +37,26 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "PMI
 class RemoteTracker:
     """Sends what it is given without waiting, and keeps what the process has not taken. What goes wrong is told once.
 
-    begin: what trackers/__main__.py wants to know of the run. say: for lines to the user.
+    begin: what trackers/__main__.py wants to know of the run, beside its config. say: for lines to the user.
     """
 
-    def __init__(self, name: str, output_dir: Path, begin: dict[str, Any], say: Callable[[str], None]):
+    def __init__(
+        self, name: str, output_dir: Path, begin: dict[str, Any], config: dict[str, Any], say: Callable[[str], None]
+    ):
         self.name, self._say = name, say
-        self._begin, self._folder = begin, output_dir / FOLDER
+        self._begin, self._config, self._folder = begin, config, output_dir / FOLDER
         self._process: subprocess.Popen | None = None
         self._unsent, self._answers = bytearray(), b""
-        self._asked: deque[int] = deque()  # the steps of what has no answer yet; 0: the beginning
+        self._asked: deque[str] = deque()  # of what has no answer yet: what it means if it gets none
         self._heard = 0.0  # the last answer, or the first question after silence
         self._has_failed, self._has_ended = False, False
 
     def start(self) -> None:
         """Starts the process; the tracker itself comes up while training begins."""
-        package = PACKAGES.get(self.name, self.name)
-        if find_spec(package) is None:
-            self._fail(0, f"it is not installed: pip install {package}")
+        package, nothing = CLASSES.get(self.name, self.name), "shows nothing of this run"
+        found = find_spec(package)
+        if found is None or found.origin is None:  # None: a folder of this name, as wandb makes one
+            self._fail(nothing, f"it is not installed: pip install {package}")
             return
         self._folder.mkdir(exist_ok=True)
         self._socket, theirs = socket.socketpair()
@@ -65,18 +68,19 @@ class RemoteTracker:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()], start_new_session=True,
                 env=kept | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
-        self._send("begin", self._begin, 0)
+        self._send("begin", self._begin, nothing)
+        self._send("configure", self._config, "lacks the run's config")
 
     def add(self, line: dict[str, float]) -> None:
-        self._send("log", line, line["step"])
+        self._send("log", line, _without(line["step"]))
 
     def show(self, step: int, samples: Sequence[Sample]) -> None:
         rows = [[sample.prompt, sample.completion] for sample in samples]
-        self._send("show", {"step": step, "rows": rows}, step)
+        self._send("show", {"step": step, "rows": rows}, _without(step))
 
     def finish(self, step: int, has_failed: bool = False) -> None:
         """Asks for the end after `step`, which `close` waits for; has_failed: what is said of the run."""
-        self._send("finish", has_failed, step)
+        self._send("finish", has_failed, _without(step))
 
     def close(self, in_a_hurry: bool = False) -> None:
         """Waits a little for what is left, less in a hurry or where it is in vain, and ends the process."""
@@ -94,16 +98,16 @@ class RemoteTracker:
         self._process.wait()
         self._socket.close()
 
-    def _send(self, kind: str, content: Any, step: int) -> None:
+    def _send(self, kind: str, content: Any, otherwise: str) -> None:
         if self._process is None or self._has_ended:
             return
         if not self._asked:
             self._heard = time.monotonic()
         if len(self._unsent) < LIMIT:
-            self._asked.append(step)
+            self._asked.append(otherwise)
             self._unsent += (json.dumps({kind: content}) + "\n").encode()
         else:
-            self._fail(step, "they come faster than they are taken")
+            self._fail(otherwise, "they come faster than they are taken")
         self._exchange()
         if self._asked and time.monotonic() - self._heard > SILENT_SECONDS:
             self._fail(self._asked[0], f"no answer for {SILENT_SECONDS} s")
@@ -126,15 +130,18 @@ class RemoteTracker:
         if self._has_ended and self._asked:
             self._fail(self._asked[0], f"its process has ended, see {self._folder / self.name}.log")
 
-    def _take(self, answer: dict[str, Any], step: int) -> None:
+    def _take(self, answer: dict[str, Any], otherwise: str) -> None:
         self._heard = time.monotonic()
         if answer["problem"] is not None:
-            self._fail(step, answer["problem"])
-        elif step == 0:
+            self._fail(otherwise, answer["problem"])
+        elif "id" in answer:
             self._say(f"{self.name}: run {self._begin['name']}, {answer['address'] or answer['id']}")
 
-    def _fail(self, step: int, why: str) -> None:
+    def _fail(self, what: str, why: str) -> None:
         if not self._has_failed:
-            what = f"loses lines from step {step} on" if step else "shows nothing of this run"
-            self._say(f"{self.name} {what} ({why}); metrics.jsonl has them all")
+            self._say(f"{self.name} {what} ({why}); output_dir has it all")
         self._has_failed = True
+
+
+def _without(step: int) -> str:
+    return f"loses lines from step {step} on"
