@@ -21,7 +21,7 @@ from accelerate import PartialState
 from dpo_ds.cluster.foreign import told
 from dpo_ds.cluster.shared_files import write_text
 from dpo_ds.cluster.signals import SIGNALS
-from dpo_ds.training.trackers.services import SERVICES, Run, start
+from dpo_ds.training.trackers.services import FOLDER, SERVICES, Run, start
 
 ORPHAN_SECONDS = 30  # to end a tracker whose run has died
 
@@ -35,7 +35,7 @@ class Served:
         """
         self._service = SERVICES[name]
         folder = Path(begin["folder"])
-        kept = folder / "trackers" / f"{name}.json"
+        kept = folder / FOLDER / f"{name}.json"
         known = json.loads(kept.read_text(encoding="utf-8"))["id"] if begin["resumes"] and kept.is_file() else None
         self._run = Run(begin["project"], begin["name"], folder, known)
         self._tracker = start(name, self._run)

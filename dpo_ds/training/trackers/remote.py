@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_ds.training.samples import Sample
-from dpo_ds.training.trackers.services import CLASSES
+from dpo_ds.training.trackers.services import CLASSES, FOLDER
 
-FOLDER = "trackers"  # in output_dir: what each prints, and its own id of the run
 LIMIT = 16 << 20  # bytes that may wait for the process to take them
 SILENT_SECONDS = 60  # without an answer, after which the user is told
 LAST_SECONDS = 30  # for the last lines, at the end of the run

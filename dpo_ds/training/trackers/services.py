@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from dpo_ds.training.output_dir import SAMPLES
+
+FOLDER = "trackers"  # in output_dir: what each keeps and prints, and its own id of the run
 COLUMNS = ["prompt", "completion"]
 
 
@@ -22,6 +26,11 @@ class Run(NamedTuple):
     name: str
     folder: Path
     id: str | None
+
+    @property
+    def own(self) -> str:
+        """Where trackers keep what they have."""
+        return str(self.folder / FOLDER)
 
 
 class Service(NamedTuple):
@@ -62,7 +71,7 @@ def _show_wandb(tracker: GeneralTracker, step: int, rows: list[list[str]], run: 
 
 
 def _show_mlflow(tracker: GeneralTracker, step: int, rows: list[list[str]], run: Run) -> None:
-    tracker.log_artifact(str(run.folder / "samples.jsonl"))
+    tracker.log_artifact(str(run.folder / SAMPLES))
 
 
 def _show_trackio(tracker: GeneralTracker, step: int, rows: list[list[str]], run: Run) -> None:
@@ -91,9 +100,11 @@ def _show_swanlab(tracker: GeneralTracker, step: int, rows: list[list[str]], run
 def _mlflow_address(own) -> str | None:
     import mlflow
 
-    server = mlflow.get_tracking_uri()
-    is_a_page = server.startswith("http")
-    return f"{server}/#/experiments/{own.info.experiment_id}/runs/{own.info.run_id}" if is_a_page else None
+    server = urlsplit(mlflow.get_tracking_uri())
+    if not server.scheme.startswith("http"):
+        return None
+    host = server.netloc.rpartition("@")[2]  # without the password that may stand before it
+    return f"{server.scheme}://{host}{server.path}/#/experiments/{own.info.experiment_id}/runs/{own.info.run_id}"
 
 
 def _fail_mlflow(tracker: GeneralTracker) -> None:
@@ -123,13 +134,13 @@ def _clearml_options(run: Run) -> dict[str, Any]:
 
 def _swanlab_options(run: Run) -> dict[str, Any]:
     again = {"id": run.id, "resume": "must"} if run.id else {}
-    return {"name": run.name, "log_dir": str(run.folder / "swanlog"), **again}
+    return {"name": run.name, "log_dir": f"{run.own}/swanlog", **again}
 
 
 CLASSES = {"comet": "comet_ml"}  # where accelerate calls it otherwise
 SERVICES: dict[str, Service] = {
     "wandb": Service(
-        lambda run: {"name": run.name, "dir": str(run.folder), "id": run.id, "resume": "allow" if run.id else None},
+        lambda run: {"name": run.name, "dir": run.own, "id": run.id, "resume": "allow" if run.id else None},
         lambda own: own.id, lambda own: own.url, _begin_wandb, _show_wandb,
         lambda tracker: tracker.tracker.finish(exit_code=1), repeats=False,
     ),
@@ -153,7 +164,7 @@ SERVICES: dict[str, Service] = {
         _clearml_options, lambda own: own.id, lambda own: own.get_output_log_web_page(), show=_show_table
     ),
     "dvclive": Service(
-        lambda run: {"dir": str(run.folder / "dvclive"), "resume": run.id is not None}, lambda own: own.dir
+        lambda run: {"dir": f"{run.own}/dvclive", "resume": run.id is not None}, lambda own: own.dir
     ),
     "swanlab": Service(
         _swanlab_options, lambda own: own.id, show=_show_swanlab
