@@ -19,7 +19,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dpo_ds", "dpo_ds.*"]),
-    package_data={"dpo_ds.commands.evaluate": ["*.jinja"]},
+    package_data={"dpo_ds.commands.evaluate": ["*.jinja"], "dpo_ds.config.peers": ["*.yaml"]},
     entry_points={"console_scripts": ["dpo-ds = dpo_ds.__main__:program"]},
     install_requires=[
         "torch>=2.11",  # the lowest that is tested

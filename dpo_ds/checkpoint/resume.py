@@ -24,7 +24,8 @@ PAIRS = 256  # pairs whose tokens an old checkpoint's identity is of
 START_OVER = "use another output_dir, or --checkpoint.resume never to start over"
 # Keys that may differ between a run and its resumption; all others decide what is computed.
 MAY_CHANGE = (
-    "train.learning_rate", "train.schedule", "train.warmup_steps", "train.max_steps", "train.epochs",
+    "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",
+    "train.min_lr_ratio", "train.decay_ratio", "train.max_steps", "train.epochs",
     "train.eval_every", "data.eval", "train.micro_batch_tokens", "train.layout", "train.activation_checkpointing",
     "train.activation_memory",
     "train.sequence_parallel", "train.profile_steps", "train.sample_every", "train.sample_prompts", "model.attn",

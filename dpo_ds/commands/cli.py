@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
         key = arg.split("=", 1)[0].lstrip("-")
         known = config.keys(config.COMMANDS[command])
         if arg.startswith("--"):
-            raise ConfigError(f"unknown key --{key}; {config.did_you_mean(key, known)}")
+            raise ConfigError(f"unknown key --{key}; {config.known_instead(key, known)}")
         raise ConfigError(f"unexpected argument {arg!r}; settings are given as --section.key value")
     overrides = vars(given)
     yaml_path, print_config = overrides.pop("config"), overrides.pop("print_config")

@@ -18,7 +18,7 @@ from dpo_ds.config.commands import (
 )
 from dpo_ds.config.completions import ROWS, CompletionsSection, EvaluateSection, GenerationSection, SampleSection
 from dpo_ds.config.inputs import CheckpointSection, DataSection, LoraSection, ModelSection, ReferenceSection
-from dpo_ds.config.loading import command_line, flatten, keys, load, to_plain
+from dpo_ds.config.loading import command_line, flatten, keys, known_instead, load, to_plain
 from dpo_ds.config.loss import Default, LossName, LossSection
 from dpo_ds.config.section import Section, did_you_mean, is_bool, kind, path_of
 from dpo_ds.config.train import HubSection, RewardSection, TrackingSection, TrainSection
@@ -58,6 +58,7 @@ __all__ = [
     "is_bool",
     "keys",
     "kind",
+    "known_instead",
     "load",
     "path_of",
     "reference_section",

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dpo_ds.config import yaml_file
 from dpo_ds.config.commands import COMMANDS, RECORDED
+from dpo_ds.config.peers.names import answer_to
 from dpo_ds.config.section import Section, did_you_mean, is_section, kind
 from dpo_ds.errors import ConfigError, shorten
 
@@ -44,7 +45,7 @@ def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tupl
     known, in_file = keys(config), set(_dotted(values))
     for key, text in overrides.items():
         if key not in known:
-            raise ConfigError(f"unknown key --{key}; {did_you_mean(key, known)}")
+            raise ConfigError(f"unknown key --{key}; {known_instead(key, known)}")
         *sections, leaf = key.split(".")
         node = values
         for section in sections:
@@ -61,6 +62,16 @@ def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tupl
     except ValidationError as error:
         given = {key: f"{yaml_path}: {key}" for key in in_file} | {key: f"--{key}" for key in overrides}
         raise ConfigError(_first_line(error, known, given)) from None
+
+
+def known_instead(key: str, known: typing.Collection[str], also: typing.Collection[str] = ()) -> str:
+    """Returns what to write in the place of a key that nobody knows: what another trainer's key is here, else the
+    nearest of the known ones. also: names of sections, for keys without a dot.
+    """
+    answer = answer_to(key)
+    if answer is None:
+        return did_you_mean(key, known if "." in key or not also else also)
+    return str(answer) if not answer.key or answer.key in known else f"{answer}, which this command does not have"
 
 
 def to_plain(config: Section) -> dict:
@@ -112,8 +123,8 @@ def _read_yaml(command: str, config: type[Section], path: Path) -> tuple[dict, l
             continue
         if key in keys(config):
             raise ConfigError(f"{path}: {key!r} is written with a dot; nest it: {key.replace('.', ': {', 1)}: ...}}")
-        known = keys(config) if "." in key else config.model_fields
-        raise ConfigError(f"{path}: unknown key {shorten(key)}; {did_you_mean(key, known)}")
+        instead = known_instead(key, keys(config), also=config.model_fields)
+        raise ConfigError(f"{path}: unknown key {shorten(key)}; {instead}")
     return values, [f"{path}: {command} does not use {', '.join(unused)}"] if unused else []
 
 

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from dpo_ds.config.section import Section
 from dpo_ds.errors import shorten
 
+LEAST_RATIO = 0.1
+
 
 def check_spread(section, name: str):
     """Returns the section; ValueError where rows that are not packed would be spread over ranks."""
@@ -29,8 +31,15 @@ class TrainSection(Section):
     epochs: float = Field(1, gt=0, le=10**6, description="passes over the data")
     max_steps: int | None = Field(None, gt=0, description="given: it alone decides, epochs repeat as needed")
     learning_rate: float = Field(5e-7, ge=0, description="peak learning rate of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_min_lr", "wsd", "inverse_sqrt"] = Field(
+        "linear", description="after the warm-up; wsd: constant, then down at the end"
+    )
     warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="the same as a share of all steps, rounded up")
+    min_lr_ratio: float | None = Field(
+        None, ge=0, le=1, description=f"cosine_with_min_lr and wsd: the last rate over the peak; {LEAST_RATIO} if null"
+    )
+    decay_ratio: float = Field(0.1, gt=0, le=1, description="wsd: share of all steps in which the rate goes down")
     weight_decay: float = Field(0.0, ge=0, le=100, description="on matrices, not on biases and norms")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm; 0: off")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
@@ -57,6 +66,26 @@ class TrainSection(Section):
         """What layers keep for backward: none, checkpoint or offload, whichever key says so."""
         is_alias = self.activation_checkpointing and self.activation_memory == "none"
         return "checkpoint" if is_alias else self.activation_memory
+
+    @property
+    def least_ratio(self) -> float:
+        """The last rate over the peak, of the schedules that have one."""
+        return LEAST_RATIO if self.min_lr_ratio is None else self.min_lr_ratio
+
+    @model_validator(mode="after")
+    def _schedule_has_what_is_given(self):
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError(
+                f"train.warmup_ratio {self.warmup_ratio} and train.warmup_steps {self.warmup_steps} both say how long "
+                "the warm-up is; leave one out"
+            )
+        for key, schedules in (("min_lr_ratio", ("cosine_with_min_lr", "wsd")), ("decay_ratio", ("wsd",))):
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default and self.schedule not in schedules:
+                raise ValueError(
+                    f"train.{key} {value} is of train.schedule {' and '.join(schedules)}, not of {self.schedule}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _says_once_what_layers_keep(self):

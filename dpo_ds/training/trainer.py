@@ -29,6 +29,7 @@ from dpo_ds.training.mfu import Utilisation
 from dpo_ds.training.objectives.objective import Objective
 from dpo_ds.training.profile import StepProfile
 from dpo_ds.training.samples import Sampler
+from dpo_ds.training.schedule import learning_rate
 from dpo_ds.training.tracking import Tracker
 
 EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an evaluation
@@ -127,9 +128,7 @@ class Trainer:
             losses.append((loss, micro_batch))
         feed.prepare_next()
         host_seconds = time.perf_counter() - started
-        rate = learning_rate(
-            batch.step, self.run.learning_rate, self.run.schedule, self.run.warmup_steps, self.total_steps
-        )
+        rate = learning_rate(batch.step, self.run, self.total_steps)
         grad_norm = self.policy.step(rate)
         self._agree(sums, feed.following())
         means = [total / agreed.weight for total in self.agreed.sums]
@@ -303,19 +302,3 @@ def total_steps(
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """The rate of update `step` (1 is the first), as transformers' schedulers of the same names give it.
-
-    Linear from 0 over `warmup_steps`, then constant, or to 0 at `total_steps` linearly or as half a cosine.
-    """
-    done = step - 1
-    if done < warmup_steps:
-        return peak * done / warmup_steps
-    if schedule == "constant":
-        return peak
-    progress = (done - warmup_steps) / max(1, total_steps - warmup_steps)
-    if schedule == "linear":
-        return peak * max(0.0, 1 - progress)
-    return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))

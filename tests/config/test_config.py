@@ -47,7 +47,7 @@ def test_help_lists_every_key_with_its_default(capsys):
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        ("train", "--train.schedule {constant,linear,cosine}\n"),
+        ("train", "--train.layout {packed,padded}\n"),
         ("train", "--train.max_steps int >= 1 or null\n"),
         ("train", "--loss.label_smoothing 0 <= float < 0.5\n"),
         ("train", "--train.adam_betas [float, float]\n"),
@@ -55,6 +55,7 @@ def test_help_lists_every_key_with_its_default(capsys):
         ("train", "--data.train text or list of (text or mapping)\n"),
         ("train", "--model.from_config [{true,false}]\n"),
         ("train", "add up: {dpo, dpop,"),
+        ("train", "wsd, inverse_sqrt} (default linear)"),
         ("sample", "--sample.top_p 0 < float <= 1\n"),
         ("export", "--dtype {auto,fp32,bf16}\n"),
     ],
@@ -195,7 +196,7 @@ def test_one_file_serves_sft_and_train_and_says_what_is_unused(tmp_path):
         (["trian"], ["unknown command 'trian'", "did you mean 'train'?"]),
         (["train", *REQUIRED[2:]], ["model.path is required"]),
         (["train", *REQUIRED, "--train.learning_rte", "1"], ["--train.learning_rte", "'train.learning_rate'?"]),
-        (["train", *REQUIRED, "--learning_rate=1"], ["--learning_rate", "'train.learning_rate'?"]),
+        (["train", *REQUIRED, "--learning_rate=1"], ["--learning_rate", "here: --train.learning_rate"]),
         (["train", *REQUIRED, "stray"], ["unexpected argument 'stray'"]),
         (["train", *REQUIRED, "--train.epochs"], ["--train.epochs"]),
         (["train", *REQUIRED, "--train.max_steps", "3.5"], ["--train.max_steps", "'3.5'", "integer"]),
