@@ -41,9 +41,11 @@ COMMANDS = {
     "evaluate": Command("accuracy, KL, rewards and win rates, with a report", "evaluate.command:start"),
     "export": Command("a sharded checkpoint as a Hugging Face model", "export:start"),
     "sample": Command("completions of prompts, scored and ranked into pairs", "sample.command:start"),
+    "convert": Command("a config of TRL, LLaMA-Factory or Axolotl as one of ours", "convert:start"),
     "precompute": Command("the reference's log-probs, stored for reference.kind cached", "precompute:start"),
 }
 VERIFY, VERIFY_START = "precompute --verify", "precompute:start_verify"
+POSITIONAL = {"export": ("source", "CHECKPOINT"), "convert": ("file", "FILE")}  # a key that needs no flag
 LONGEST_KIND = 48  # characters of a key's type behind its flag; a longer one is told below
 
 
@@ -70,9 +72,10 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     if command == "precompute":
         what = "check every hash of a finished cache, print a summary and stop"
         parser.add_argument("--verify", metavar="FOLDER", default=argparse.SUPPRESS, help=what)
-    if command == "export":
-        what = "the same as --source"
-        parser.add_argument("source", nargs="?", metavar="CHECKPOINT", default=argparse.SUPPRESS, help=what)
+    if command in POSITIONAL:
+        key, metavar = POSITIONAL[command]
+        what = f"the same as --{key}"
+        parser.add_argument(key, nargs="?", metavar=metavar, default=argparse.SUPPRESS, help=what)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config as YAML and stop")
     for key, field in config.keys(settings).items():
         default = "required" if field.is_required() else f"default {default_of(field)}"

@@ -6,6 +6,7 @@ It imports no torch, so that `dpo-ds train --help` answers at once. README's tab
 from dpo_ds.config.commands import (
     COMMANDS,
     RECORDED,
+    ConvertConfig,
     EvaluateConfig,
     ExportConfig,
     PrecomputeConfig,
@@ -18,7 +19,7 @@ from dpo_ds.config.commands import (
 )
 from dpo_ds.config.completions import ROWS, CompletionsSection, EvaluateSection, GenerationSection, SampleSection
 from dpo_ds.config.inputs import CheckpointSection, DataSection, LoraSection, ModelSection, ReferenceSection
-from dpo_ds.config.loading import command_line, flatten, keys, known_instead, load, to_plain
+from dpo_ds.config.loading import check, command_line, flatten, keys, known_instead, load, to_plain
 from dpo_ds.config.loss import Default, LossName, LossSection
 from dpo_ds.config.section import Section, did_you_mean, is_bool, kind, path_of
 from dpo_ds.config.train import HubSection, RewardSection, TrackingSection, TrainSection
@@ -27,6 +28,7 @@ __all__ = [
     "COMMANDS",
     "CheckpointSection",
     "CompletionsSection",
+    "ConvertConfig",
     "DataSection",
     "Default",
     "EvaluateConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "TrainConfig",
     "TrainSection",
     "VerifyConfig",
+    "check",
     "command_line",
     "did_you_mean",
     "flatten",

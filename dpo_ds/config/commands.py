@@ -165,6 +165,13 @@ class ExportConfig(Section):
         return repository(given)
 
 
+class ConvertConfig(Section):
+    """A config file of TRL, LLaMA-Factory or Axolotl as one of ours, with a list of what could not be translated."""
+
+    file: FilePath = Field(description="convert: the file")
+    gpus: int = Field(1, gt=0, description="convert: of the run, for a batch size that is given for one of them")
+
+
 class VerifyConfig(Section):
     """`dpo-ds precompute --verify FOLDER`: every hash of a finished cache, and a summary."""
 
@@ -179,5 +186,6 @@ COMMANDS: dict[str, type[Section]] = {
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "convert": ConvertConfig,
 }
 RECORDED = "environment"  # config.yaml's record of versions and machine; not a key, ignored when the file is used again

@@ -57,11 +57,20 @@ def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tupl
                     f"{yaml_path}: {section}: {shorten(node)} is no section, so --{key} has no place in it"
                 )
         node[leaf] = _from_text(text, known[key].annotation, key)
+    given = {key: f"{yaml_path}: {key}" for key in in_file} | {key: f"--{key}" for key in overrides}
+    return _validated(config, values, given), notes
+
+
+def check(command: str, values: dict, file: str) -> None:
+    """Raises ConfigError, as `load` does, where nested values from a file make no config of `command`."""
+    _validated(COMMANDS[command], values, {key: f"{file}: {key}" for key in _dotted(values)})
+
+
+def _validated(config: type[Section], values: dict, given: dict[str, str]) -> Section:
     try:
-        return config.model_validate(values), notes
+        return config.model_validate(values)
     except ValidationError as error:
-        given = {key: f"{yaml_path}: {key}" for key in in_file} | {key: f"--{key}" for key in overrides}
-        raise ConfigError(_first_line(error, known, given)) from None
+        raise ConfigError(_first_line(error, keys(config), given)) from None
 
 
 def known_instead(key: str, known: typing.Collection[str], also: typing.Collection[str] = ()) -> str:

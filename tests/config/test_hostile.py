@@ -204,6 +204,7 @@ NASTY = [
 NEEDED = {
     "train": REQUIRED, "sft": REQUIRED, "reward": REQUIRED, "evaluate": EVALUATE, "sample": SAMPLE,
     "export": ["--source", "s", "--to", "t"],
+    "convert": ["--file", "f"],
     "precompute": [*REQUIRED[:-2], "--reference.cache", "r"],
 }  # fmt: skip
 
