@@ -60,6 +60,8 @@ class Guide(NamedTuple):
             words = shlex.split(line, comments=True)
             while words and re.match(r"[A-Z_]+=", words[0]):
                 words = words[1:]
+            if ">" in words:  # the shell's
+                words = words[: words.index(">")]
             found += [words] if words else []
         return found
 
