@@ -35,6 +35,7 @@ setup(
         "pydantic>=2",
         "PyYAML",
         "safetensors",
+        "shtab",  # dpo-ds --completion
         "tensorboard",
         "tokenizers",
         "tqdm",

@@ -105,6 +105,13 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
     if argv[0] in ("-V", "--version"):
         print(f"dpo-ds {__version__}")
         raise SystemExit(EXIT_DONE)
+    if argv[0].split("=")[0] == "--completion":
+        from dpo_ds.commands import completion
+
+        shell = " ".join([*argv[0].split("=")[1:], *argv[1:]])
+        parsers = {name: parser_for(name) for name in COMMANDS}
+        print(completion.script(shell, parsers, {name: command.summary for name, command in COMMANDS.items()}))
+        raise SystemExit(EXIT_DONE)
     command = argv[0]
     if command not in config.COMMANDS:
         raise ConfigError(f"unknown command {command!r}; {config.did_you_mean(command, config.COMMANDS)}")
@@ -262,6 +269,7 @@ def _print_overview() -> None:
     for name, command in COMMANDS.items():
         print(f"  {name:<12}{command.summary}")
     print("\n`dpo-ds COMMAND --help` lists the keys of a command.")
+    print("`dpo-ds --completion {bash,zsh,fish}` prints a script for your shell that completes them.")
 
 
 def default_of(field) -> str:
