@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dpo_ds.batch import PairLogps
-from dpo_ds.config import Default, LossName, LossSection, ReferenceSection, TrainConfig
+from dpo_ds.config import Default, LossName, LossSection, ReferenceSection, RlConfig, TrainConfig
 from dpo_ds.errors import ConfigError
 
 
@@ -504,6 +504,17 @@ def with_reference_of_loss(run: TrainConfig) -> TrainConfig:
             "reference, or set reference.kind none alone"
         )
     return run.model_copy(update={"reference": ReferenceSection(kind="none")})
+
+
+def check_online(run: RlConfig) -> None:
+    """Raises ConfigError for a loss that cannot be of a prompt's best and worst completion, or as `make_loss` does."""
+    loss, named = make_loss(run.loss), f"loss.name {', '.join(run.loss.names)}"
+    if loss.of_labels:
+        raise ConfigError(f"{named}: is of single completions; rl.algorithm online_dpo has pairs, dpo is for them")
+    if run.loss.margin_column is not None:
+        raise ConfigError(f"loss.margin_column {run.loss.margin_column}: completions that are drawn have no columns")
+    if loss.needs_reference and run.reference.kind == "none":
+        raise ConfigError(f"reference.kind none: {named} needs one: live or adapter")
 
 
 def rewards(beta: float, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:

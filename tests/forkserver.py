@@ -27,7 +27,8 @@ IMPORTS = """
     deepspeed transformers.integrations transformers.models.llama.modeling_llama torch.utils.tensorboard peft
     dpo_ds.commands.cli dpo_ds.commands.train dpo_ds.commands.precompute dpo_ds.commands.sample.command
     dpo_ds.commands.evaluate.command dpo_ds.commands.evaluate.plots dpo_ds.models.export dpo_ds.checkpoint.shards
-    dpo_ds.training.trainer dpo_ds.reference.live dpo_ds.reference.adapter
+    dpo_ds.training.trainer dpo_ds.reference.live dpo_ds.reference.adapter dpo_ds.commands.rl.command
+    dpo_ds.training.rl.trainer
 """.split() + """
     deepspeed.module_inject.auto_ep_layer deepspeed.runtime.zero.muon.original_muon deepspeed.ops.op_builder.all_ops
     torch._functorch.aot_autograd torch._inductor.codecache networkx

@@ -15,12 +15,13 @@ POINTS = (  # in the order in which a save passes them; the third is between two
     "save-begun", "shard-half-written", "still-writing", "shards-written", "manifest-written", "renamed",
     "pointer-replaced", "old-half-deleted",
 )  # fmt: skip
+PHASES = ("batch-drawn", "completions-drawn", "completions-scored", "before-update")  # of an iteration of dpo-ds rl
 _arrivals: Counter[str] = Counter()
 
 
 def reach(point: str) -> None:
     """Does nothing unless the variable names this place."""
-    assert point in POINTS, point
+    assert point in POINTS + PHASES, point
     _arrivals[point] += 1
     if os.environ.get(VARIABLE) == f"{point}:{_arrivals[point]}":
         os.kill(os.getpid(), signal.SIGKILL)

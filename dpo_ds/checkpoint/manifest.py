@@ -77,9 +77,16 @@ class CheckpointRecord(Record):
         return self
 
 
-def shard_suffix(kind: str, rank: int) -> str:
-    """Returns how DeepSpeed's name of a rank's shard ends; bf16 runs put a word in front."""
-    return f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+def shard_suffix(kind: str, rank: int, part: str = "") -> str:
+    """Returns how the name of a rank's shard ends: as DeepSpeed calls it (bf16 runs put a word in front), and which
+    model beside the policy it is of.
+    """
+    return in_part(f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt", part)
+
+
+def in_part(name: str, part: str) -> str:
+    """Returns the name of a file of another engine than the first; `part` is "" for that one."""
+    return f"{name}.{part}" if part else name
 
 
 def step_folders(folder: Path) -> list[Path]:

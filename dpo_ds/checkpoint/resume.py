@@ -30,7 +30,8 @@ MAY_CHANGE = (
     "train.activation_memory",
     "train.sequence_parallel", "train.profile_steps", "train.sample_every", "train.sample_prompts", "model.attn",
     "model.compile", "reference.cache",
-    "reward.calibration", "reward.calibration_rows",
+    "reward.calibration", "reward.calibration_rows", "rl.batch_size", "rl.critic_learning_rate", "rl.eval_prompts",
+    "rl.replica", "rl.samples_every", "rl.score_timeout",
 )  # fmt: skip
 MAY_CHANGE_SECTIONS = ("checkpoint.", "deepspeed.", "sample.", "tracking.", "hub.", "output_dir")
 
@@ -172,9 +173,16 @@ def identity_of(
     recorded: a checkpoint's, in whose form digests are given: older ones read samples of the bytes.
     """
     is_old = len(recorded.get(DATA, "")) == 16
+    of_data = {DATA: data_id(dataset) if is_old else dataset.content()}
+    return identity_of_models(run, model_config, policy_config, recorded) | of_data
+
+
+def identity_of_models(
+    run: Section, model_config, policy_config: dict, recorded: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """Returns the part of `identity_of` that is of no data."""
     known = {
         MODEL: model_as_recorded(recorded.get(MODEL), run.model.path, model_config),
-        DATA: data_id(dataset) if is_old else dataset.content(),
         "the precision": "bf16" if is_bf16(policy_config) else "fp32",
     }
     reference = getattr(run, "reference", None)

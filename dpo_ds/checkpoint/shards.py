@@ -39,10 +39,13 @@ class Slices:
 
 
 class Shards:
-    """Reads any part of all ranks' shards of a checkpoint; a byte is read when it is asked for."""
+    """Reads any part of all ranks' shards of a checkpoint; a byte is read when it is asked for.
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    part: the engine beside the policy's that they are of, as it was saved.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, part: str = ""):
+        self.checkpoint, self.part = checkpoint, part
         self.ranks = checkpoint.world_size
         self._optimizers: dict[int, dict] = {}
 
@@ -109,7 +112,7 @@ class Shards:
         return self._optimizers[rank]
 
     def _open(self, kind: str, rank: int) -> dict:
-        suffix = shard_suffix(kind, rank)
+        suffix = shard_suffix(kind, rank, self.part)
         path = self.checkpoint.path / next(name for name in self.checkpoint.manifest["files"] if name.endswith(suffix))
         try:
             with torch.serialization.safe_globals(_known_classes()):
@@ -123,8 +126,10 @@ class Shards:
             ) from error
 
 
-def load(engine, checkpoint: Checkpoint) -> list[dict]:
+def load(engine, checkpoint: Checkpoint, part: str = "") -> list[dict]:
     """Weights, Adam's state and random numbers into a fresh engine of any number of ranks. All ranks enter.
+
+    part: of an engine beside the policy's, as it was saved.
 
     Each rank reads the slices that are its own now. At the checkpoint's number of ranks all is bit-equal; at another,
     random numbers start anew.
@@ -134,7 +139,7 @@ def load(engine, checkpoint: Checkpoint) -> list[dict]:
     Raises:
         ConfigError: the parameters are not the checkpoint's.
     """
-    shards, optimizer = Shards(checkpoint), engine.optimizer
+    shards, optimizer = Shards(checkpoint, part), engine.optimizer
     with collectives.raising_together():  # a file that one rank refuses ends all of them
         state = _own_state(engine, shards)
         extra = [shards.extra(saved) for saved in range(shards.ranks)]

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import torch
 
 from dpo_ds.checkpoint import faultpoints, manifest
 from dpo_ds.checkpoint.disk import HashingFile, Written
 from dpo_ds.checkpoint.host_copy import Content, HostCopy, capture, free_memory
-from dpo_ds.checkpoint.manifest import LATEST, MANIFEST, step_folder, step_folders
+from dpo_ds.checkpoint.manifest import LATEST, MANIFEST, in_part, step_folder, step_folders
 from dpo_ds.cluster import collectives, launch, shared_files
 from dpo_ds.cluster.shared_files import in_background
+from dpo_ds.cluster.signals import Stopped
 from dpo_ds.config import Section, to_plain
+from dpo_ds.errors import TrainingError
 
+NO_OTHERS: Mapping[str, Any] = MappingProxyType({})
 LOOK_SECONDS = 1.0  # between two looks at a save that all ranks wait for
 
 
@@ -48,7 +53,9 @@ class CheckpointWriter:
         self._committing, self._say, self._progress = committing, say, progress
         self._record = {"config": to_plain(run), "versions": manifest.versions(), "identity": identity}
 
-    def save(self, engine, step: int, extra: dict | None = None, *, wait: bool = False) -> None:
+    def save(
+        self, engine, step: int, extra: dict | None = None, *, wait: bool = False, beside: Mapping[str, Any] = NO_OTHERS
+    ) -> None:
         """Begins a complete `step-N/` and, with `wait` or without a copy, ends it; the save before is ended first.
 
         `newest` tells whether it came through. Where the disk is full or broken, there is a line, and the previous ones
@@ -56,12 +63,13 @@ class CheckpointWriter:
 
         Args:
             extra: what this rank wants back beside the engine's state (elastic.load): plain values and tensors.
+            beside: other engines that are trained, by the name that their files get.
         """
         from dpo_ds.checkpoint.shards import random_state
 
         self.finish()
         temporary = (self.folder / step_folder(step)).with_suffix(".tmp")
-        needed = _state_bytes(engine) + collectives.world_size() * _tensor_bytes(extra)
+        needed = sum(map(_state_bytes, (engine, *beside.values()))) + collectives.world_size() * _tensor_bytes(extra)
         problem = self._prepare(temporary, needed) if collectives.rank() == 0 else None
         if _first(problem):
             self._failed(step, problem)
@@ -70,10 +78,28 @@ class CheckpointWriter:
             self._make_room(needed)
         copy = None if wait else self._copy
         faultpoints.reach("save-begun")
-        state = {"step": step, "random_state": random_state(), "extra": extra or {}}
-        self._writing = _Writing(step, temporary, capture(engine, temporary, state, copy), engine.device)
+        state = {"step": step, "random_state": random_state()}
+        files = capture(engine, temporary, state | {"extra": extra or {}}, copy)
+        for part, other in beside.items():
+            files |= {in_part(name, part): written for name, written in capture(other, temporary, state, copy).items()}
+        self._writing = _Writing(step, temporary, files, engine.device)
         if copy is None:
             self.finish()
+
+    def save_and_stop(
+        self, engine, step: int, extra: dict, reason: str, *, beside: Mapping[str, Any] = NO_OTHERS
+    ) -> NoReturn:
+        """Ends the run between two steps, with all that was done until `step` in a checkpoint; step 0 needs none.
+
+        Raises:
+            Stopped: always, unless that could not be saved: TrainingError.
+        """
+        self.finish()
+        if self.newest < step:
+            self.save(engine, step, extra, wait=True, beside=beside)
+        if self.newest < step:
+            raise TrainingError(f"{reason}, and the checkpoint of step {step} could not be saved")
+        raise Stopped(reason, step)
 
     def commit_if_written(self) -> None:
         """Commits the save under way if all ranks have written their shards; to be called between two steps."""

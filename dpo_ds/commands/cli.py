@@ -38,6 +38,7 @@ COMMANDS = {
     "sft": Command("supervised fine-tuning on chosen completions", "train:start"),
     "reward": Command("a Bradley-Terry reward model on pairs", "train:start"),
     "train": Command("preference optimisation on pairs (DPO)", "train:start"),
+    "rl": Command("reinforcement learning from a score (PPO and others)", "rl.command:start"),
     "evaluate": Command("accuracy, KL, rewards and win rates, with a report", "evaluate.command:start"),
     "export": Command("a sharded checkpoint as a Hugging Face model", "export:start"),
     "sample": Command("completions of prompts, scored and ranked into pairs", "sample.command:start"),
@@ -132,6 +133,10 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
         from dpo_ds.losses import with_reference_of_loss
 
         run = with_reference_of_loss(run)
+    if command == "rl" and run.rl.algorithm == "online_dpo":
+        from dpo_ds.losses import check_online
+
+        check_online(run)
     return command, run, notes, print_config
 
 

@@ -34,6 +34,8 @@ from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
 from dpo_ds.training import hub
 from dpo_ds.training.output_dir import read_metrics
 
+COMMAND_OF = {"rl": "rl", "loss": "train", "reward": "reward"}  # a section of the run's config -> who has it; else sft
+TOLD = ("loss", "score", "kl", "entropy", "completion_tokens", "unfinished")  # in the model card, beside grouped ones
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -217,6 +219,6 @@ def _card(checkpoint: Checkpoint) -> str:
     run = checkpoint.manifest["config"]
     log = checkpoint.path.parent.parent / "metrics.jsonl"
     line = next((metrics for metrics in read_metrics(log) if metrics["step"] == checkpoint.step), {})
-    shown = {name: value for name, value in line.items() if name == "loss" or "/" in name}
-    command = next((name for section, name in (("loss", "train"), ("reward", "reward")) if section in run), "sft")
+    shown = {name: value for name, value in line.items() if name in TOLD or "/" in name}
+    command = next((name for section, name in COMMAND_OF.items() if section in run), "sft")
     return model_card(command, run, shown, checkpoint.manifest["versions"])

@@ -22,6 +22,7 @@ from dpo_ds.cluster.process_group import Say, speaker, this_machine
 from dpo_ds.config import (
     DataSection,
     PrecomputeConfig,
+    RlConfig,
     SftConfig,
     TrainConfig,
     reference_section,
@@ -71,7 +72,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     if task.reference is not None:
         reference_text_config = check_reference_model(run, text_config)
         if task.reference.kind == "live":
-            reference_config = _reference_config(run, reference_text_config, given, machine, policy_config, say)
+            reference_config = fill_reference(run, reference_text_config, given, machine, policy_config, say)
         if task.reference.kind == "cached":
             manifest = cached.check_cache(run, tokenizer, launch)
 
@@ -94,7 +95,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     check_fit(prepared, text_config, say)
     _check_an_epoch(prepared["train"].sources, run)
     if launch.is_first:
-        _write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
+        write_census({split: pairs.census for split, pairs in prepared.items()}, output_dir)
     known = {TEMPLATE: BUILT_IN} if notes and prepared["train"].census["message_lists"] else {}
     known |= dated(tokenizer) if DATE in recorded or not candidates else {}
     known = _check_identity(run, launch, model_config, policy_config, prepared["train"], candidates, manifest, known)
@@ -266,7 +267,7 @@ def _check_an_epoch(sources, run: SftConfig) -> None:
         raise ConfigError(f"data.train: the weights {[weight for *_, weight in sources]} leave no pair in an epoch")
 
 
-def check_reference_model(run: TrainConfig | PrecomputeConfig, policy_config):
+def check_reference_model(run: TrainConfig | RlConfig | PrecomputeConfig, policy_config):
     """The reference's text config.
 
     Raises:
@@ -283,8 +284,8 @@ def check_reference_model(run: TrainConfig | PrecomputeConfig, policy_config):
     return config
 
 
-def _reference_config(
-    run: TrainConfig, config, given: dict, machine: ds_config.Machine, policy_config: dict, say: Say
+def fill_reference(
+    run: TrainConfig | RlConfig, config, given: dict, machine: ds_config.Machine, policy_config: dict, say: Say
 ) -> dict:
     """DeepSpeed's config of the reference's engine: its own file's, else derived from the policy's."""
     source = run.deepspeed.reference_config or run.deepspeed.config
@@ -298,7 +299,7 @@ def _reference_config(
     return filled
 
 
-def _write_census(census: dict[str, dict], output_dir: Path) -> None:
+def write_census(census: dict[str, dict], output_dir: Path) -> None:
     (output_dir / "data_census.json").write_text(
         json.dumps(census, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
     )

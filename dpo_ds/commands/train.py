@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from functools import partial
 from pathlib import Path
 
 from dpo_ds.checkpoint.manifest import versions
-from dpo_ds.checkpoint.resume import choose, set_aside_newer
-from dpo_ds.checkpoint.writer import CheckpointWriter
+from dpo_ds.checkpoint.resume import choose
 from dpo_ds.cluster import collectives, stopping
 from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker
 from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.commands import preflight
+from dpo_ds.commands.opening import opened_output
 from dpo_ds.config import SftConfig, to_plain
 from dpo_ds.errors import TrainingError
 from dpo_ds.training.hub import Push
-from dpo_ds.training.output_dir import keeping_status, last_metrics_of, set_aside, watched, write_config
+from dpo_ds.training.output_dir import keeping_status, last_metrics_of, watched
 from dpo_ds.training.tasks import Prepared, Supervised, task_of
-from dpo_ds.training.tracking import Tracker, settings_of
 
 
 def start(run: SftConfig) -> int:
@@ -58,7 +56,6 @@ def train(
     from dpo_ds.models.layers.compile import settle_compilation
     from dpo_ds.reference.cached import spot_check
     from dpo_ds.training.objectives.balanced import with_balanced_routers
-    from dpo_ds.training.profile import StepProfile
     from dpo_ds.training.samples import Sampler
     from dpo_ds.training.trainer import EVALUATION_DUE, Trainer, total_steps
 
@@ -85,35 +82,20 @@ def train(
             objective.load_state([of_rank["objective"] for of_rank in saved])
         evaluation_due = saved[0].get(EVALUATION_DUE, False)
         del saved  # it maps files that will be deleted
-    first_step = 1 if resume is None else resume.step + 1
 
     used = versions()
     last_step = total_steps(prepared.data.sources, run.train, objective.counts(prepared.data))
-    if first_step > last_step:
-        more = "raise train.max_steps or train.epochs to go on from there, or start over with --checkpoint.resume never"
-        say([f"nothing left to do: step {first_step - 1} of {last_step} is saved; {more}"])
-    tracker = None
-    if launch.is_first:
-        if run.checkpoint.resume == "never":
-            set_aside(output_dir)
-        write_config(output_dir, run, used, launch)
-        described = settings_of(run, used, launch.world_size)
-        tracker = Tracker(output_dir, first_step - 1, last_step, task.watch(), run.tracking, described)
-    with tracker or contextlib.nullcontext():
-        if launch.is_first and resume is not None:
-            say(set_aside_newer(output_dir, resume))
-            tracker.say(f"resumed from {resume.path}")
-        tell = tracker.say if tracker else print
-        committing, is_first = stop.committing, launch.is_first
-        writer = CheckpointWriter(output_dir, run, prepared.identity, first_step - 1, committing, tell, peers.progress)
-        profile = StepProfile(output_dir / "profile", run.train.profile_steps if is_first else None, tell)
+    with opened_output(
+        run, prepared.identity, launch, output_dir, resume, last_step, used, stop, peers, task.watch()
+    ) as output:
+        tracker, writer = output.tracker, output.writer
         sampler = Sampler(policy, prepared.tokenizer, prepared.prompts, run.sample) if prepared.prompts else None
         trainer = Trainer(
             policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, run.checkpoint.every,
-            tracker, stop, peers, profile, sampler,
+            tracker, stop, peers, output.profile, sampler,
         )  # fmt: skip
         try:
-            trainer.train(first_step, evaluation_due)
+            trainer.train(output.first_step, evaluation_due)
         except TrainingError:
             writer.finish()  # the checkpoint that is being written stays, too
             raise

@@ -11,16 +11,28 @@ from dpo_ds.config.commands import (
     ExportConfig,
     PrecomputeConfig,
     RewardConfig,
+    RlConfig,
     SampleConfig,
     SftConfig,
     TrainConfig,
     VerifyConfig,
+    critic_section,
     reference_section,
 )
-from dpo_ds.config.completions import ROWS, CompletionsSection, EvaluateSection, GenerationSection, SampleSection
+from dpo_ds.config.completions import (
+    FUNCTION,
+    REGEX,
+    ROWS,
+    CompletionsSection,
+    EvaluateSection,
+    GenerationSection,
+    SampleSection,
+    names_model,
+)
 from dpo_ds.config.inputs import CheckpointSection, DataSection, LoraSection, ModelSection, ReferenceSection
 from dpo_ds.config.loading import check, command_line, flatten, keys, known_instead, load, to_plain
 from dpo_ds.config.loss import Default, LossName, LossSection
+from dpo_ds.config.rl import RlSection
 from dpo_ds.config.section import Section, did_you_mean, is_bool, kind, path_of
 from dpo_ds.config.train import HubSection, RewardSection, TrackingSection, TrainSection
 
@@ -34,6 +46,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluateSection",
     "ExportConfig",
+    "FUNCTION",
     "GenerationSection",
     "HubSection",
     "LoraSection",
@@ -42,10 +55,13 @@ __all__ = [
     "ModelSection",
     "PrecomputeConfig",
     "RECORDED",
+    "REGEX",
     "ROWS",
     "ReferenceSection",
     "RewardConfig",
     "RewardSection",
+    "RlConfig",
+    "RlSection",
     "SampleConfig",
     "SampleSection",
     "Section",
@@ -56,6 +72,7 @@ __all__ = [
     "VerifyConfig",
     "check",
     "command_line",
+    "critic_section",
     "did_you_mean",
     "flatten",
     "is_bool",
@@ -63,6 +80,7 @@ __all__ = [
     "kind",
     "known_instead",
     "load",
+    "names_model",
     "path_of",
     "reference_section",
     "to_plain",

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_ds.config.completions import CompletionsSection, EvaluateSection, SampleSection
+from dpo_ds.config.completions import CompletionsSection, EvaluateSection, SampleSection, names_model
 from dpo_ds.config.inputs import (
     CheckpointSection,
     DataSection,
@@ -20,6 +20,7 @@ from dpo_ds.config.inputs import (
     SampleModelSection,
 )
 from dpo_ds.config.loss import ImplicitRewardSection, LossSection
+from dpo_ds.config.rl import RlSection, check_parts
 from dpo_ds.config.section import FilePath, Section
 from dpo_ds.config.train import HubSection, PrecomputeSection, RewardSection, TrackingSection, TrainSection, repository
 
@@ -72,28 +73,59 @@ class TrainConfig(SftConfig):
 
     @model_validator(mode="after")
     def _reference_fits(self):
-        wanted = self.reference
-        if wanted.update_every and (wanted.kind != "live" or self.model.lora.r):
-            why = f"reference.kind {wanted.kind}" if wanted.kind != "live" else "LoRA"
-            raise ValueError(
-                f"reference.update_every {wanted.update_every}: only a whole, live reference can follow the policy; "
-                f"this run has {why}"
-            )
-        if wanted.update_every and wanted.path not in (None, self.model.path):
-            raise ValueError(
-                f"reference.update_every {wanted.update_every}: policy and reference must be one model; leave out "
-                f"reference.path {wanted.path}"
-            )
-        if self.reference.kind == "cached" and self.reference.cache is None:
-            raise ValueError("reference.kind cached needs --reference.cache, a folder filled by dpo-ds precompute")
-        if self.reference.kind == "adapter" and not self.model.lora.r:
-            raise ValueError("reference.kind adapter is the policy without adapters; it needs --model.lora.r above 0")
-        if self.reference.kind == "adapter" and self.reference.path not in (None, self.model.path):
-            raise ValueError(
-                f"reference.kind adapter is model.path {self.model.path} itself; leave out reference.path "
-                f"{self.reference.path}, or use reference.kind live"
-            )
+        _check_reference(self)
         return self
+
+
+class RlConfig(Section):
+    """Reinforcement learning from a score: a policy draws completions of prompts and is updated with them (PPO)."""
+
+    command: ClassVar[str] = "rl"
+    is_classifier: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+
+    model: ModelSection
+    data: SampleDataSection = SampleDataSection()
+    rl: RlSection
+    loss: LossSection = LossSection()
+    reference: ReferenceSection = ReferenceSection()
+    train: TrainSection = TrainSection()
+    deepspeed: DeepSpeedSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+    hub: HubSection = HubSection()
+    output_dir: FilePath = Field(min_length=1, description="everything the run writes goes there")
+
+    @model_validator(mode="after")
+    def _sections_fit(self):
+        check_parts(self)
+        _check_reference(self)
+        return self
+
+
+def _check_reference(run: TrainConfig | RlConfig) -> None:
+    """Raises ValueError for a reference that this run cannot have."""
+    wanted = run.reference
+    if wanted.update_every and (wanted.kind != "live" or run.model.lora.r):
+        why = f"reference.kind {wanted.kind}" if wanted.kind != "live" else "LoRA"
+        raise ValueError(
+            f"reference.update_every {wanted.update_every}: only a whole, live reference can follow the policy; "
+            f"this run has {why}"
+        )
+    if wanted.update_every and wanted.path not in (None, run.model.path):
+        raise ValueError(
+            f"reference.update_every {wanted.update_every}: policy and reference must be one model; leave out "
+            f"reference.path {wanted.path}"
+        )
+    if run.reference.kind == "cached" and run.reference.cache is None:
+        raise ValueError("reference.kind cached needs --reference.cache, a folder filled by dpo-ds precompute")
+    if run.reference.kind == "adapter" and not run.model.lora.r:
+        raise ValueError("reference.kind adapter is the policy without adapters; it needs --model.lora.r above 0")
+    if run.reference.kind == "adapter" and run.reference.path not in (None, run.model.path):
+        raise ValueError(
+            f"reference.kind adapter is model.path {run.model.path} itself; leave out reference.path "
+            f"{run.reference.path}, or use reference.kind live"
+        )
 
 
 class PrecomputeConfig(Section):
@@ -115,11 +147,25 @@ class PrecomputeConfig(Section):
         return self
 
 
-def reference_section(run: TrainConfig | PrecomputeConfig) -> ModelSection:
+def reference_section(run: TrainConfig | RlConfig | PrecomputeConfig) -> ModelSection:
     """Returns the section that the reference is loaded by; model.revision is of model.path alone."""
     if run.reference.path in (None, run.model.path):
         return run.model
     return run.model.model_copy(update={"path": run.reference.path, "revision": None})
+
+
+def critic_section(run: RlConfig) -> ModelSection | None:
+    """Returns the section that the critic is loaded by: of rl.critic, rl.score's reward model, or model.path; None for
+    an algorithm without one.
+    """
+    rl, model = run.rl, run.model
+    if rl.algorithm != "ppo":
+        return None
+    path = rl.critic or (rl.score if names_model(rl.score) else model.path)
+    changes = {"lora": model.lora.model_copy(update={"r": 0})}
+    if path != model.path:
+        changes |= {"path": path, "revision": None, "from_config": False}
+    return model.model_copy(update=changes)
 
 
 class SampleConfig(Section):
@@ -182,6 +228,7 @@ COMMANDS: dict[str, type[Section]] = {
     "sft": SftConfig,
     "reward": RewardConfig,
     "train": TrainConfig,
+    "rl": RlConfig,
     "precompute": PrecomputeConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,9 @@ from dpo_ds.config.section import FilePath, Section, above_zero, checked_source
 from dpo_ds.errors import shorten
 
 LEAST_TEMPERATURE = 1e-3
+# A score is a pattern, a function, or else a reward model's folder or Hub id.
+REGEX = "regex:"
+FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
 class GenerationSection(Section):
@@ -89,6 +93,11 @@ class SampleSection(CompletionsSection):
         if self.temperature == 0 and self.n > 1:
             raise ValueError(f"sample.temperature 0 draws {self.n} equal completions; give it --sample.n 1")
         return self
+
+
+def names_model(score: str) -> bool:
+    """Tells whether a score is a reward model, and neither a function nor a pattern."""
+    return not score.startswith(REGEX) and FUNCTION.fullmatch(score) is None
 
 
 class PolicyChoice(NamedTuple):

@@ -102,8 +102,12 @@ def fill_policy(
     return with_defaults(_without_auto(filled), MATHEMATICS), notes
 
 
-def fill_reference(given: dict, path: str, machine: Machine, hidden_size: int) -> tuple[dict, list[str]]:
+def fill_reference(
+    given: dict, path: str, machine: Machine, hidden_size: int, name: str = "reference"
+) -> tuple[dict, list[str]]:
     """Returns what the reference's engine gets: partitioned weights and nothing that belongs to training.
+
+    name: what the model is, where it is another one that only answers.
 
     With `optimizer` left in, DeepSpeed would silently build a second full ZeRO-3 optimizer.
     """
@@ -114,12 +118,28 @@ def fill_reference(given: dict, path: str, machine: Machine, hidden_size: int) -
     zero = _fill_zero(config, hidden_size, machine)
     for training_only in ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients"):
         zero.pop(training_only, None)  # hpZ on two models in one process crashes
-    if zero.get("offload_param", {}).get("nvme_path"):  # DeepSpeed empties the folder for each engine that it makes
-        zero["offload_param"] = zero["offload_param"] | {"nvme_path": f"{zero['offload_param']['nvme_path']}/reference"}
+    _give_own_folder(zero, name)
     filled = config | _batch_of_one(machine) | {"zero_optimization": zero}
     _fill_precision(filled, machine)
     filled.pop("data_types", None)
     return with_defaults(_without_auto(filled), MATHEMATICS), notes
+
+
+def fill_critic(given: dict, path: str, run: TrainSection, machine: Machine, hidden_size: int) -> dict:
+    """Returns what the engine of a model gets that is trained beside the policy, whose notes hold for it, too.
+
+    Raises:
+        ConfigError: as `fill_policy`.
+    """
+    filled, _ = fill_policy(given, path, run, machine, hidden_size)
+    _give_own_folder(filled["zero_optimization"], "critic")
+    return filled
+
+
+def _give_own_folder(zero: dict, name: str) -> None:
+    """DeepSpeed empties the folder on NVMe for each engine that it makes."""
+    if zero.get("offload_param", {}).get("nvme_path"):
+        zero["offload_param"] = zero["offload_param"] | {"nvme_path": f"{zero['offload_param']['nvme_path']}/{name}"}
 
 
 def _check_optimizer_offload(zero: dict, path: str) -> None:

@@ -25,11 +25,14 @@ class TrainSection(Section):
     global_batch_size: int = Field(
         64,
         gt=0,
-        description="comparisons an update, a pair is one (plackett_luce: groups; kto, bco: completions; sft: rows)",
+        description="comparisons an update, a pair is one "
+        "(plackett_luce: groups; kto, bco: completions; sft: rows; rl: prompts)",
     )
     micro_batch_tokens: int = Field(8192, gt=0, description="tokens a rank holds in one forward, padding included")
     epochs: float = Field(1, gt=0, le=10**6, description="passes over the data")
-    max_steps: int | None = Field(None, gt=0, description="given: it alone decides, epochs repeat as needed")
+    max_steps: int | None = Field(
+        None, gt=0, description="given: it alone decides, epochs repeat as needed; rl: iterations"
+    )
     learning_rate: float = Field(5e-7, ge=0, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine", "cosine_with_min_lr", "wsd", "inverse_sqrt"] = Field(
         "linear", description="after the warm-up; wsd: constant, then down at the end"

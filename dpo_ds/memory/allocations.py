@@ -17,15 +17,18 @@ from itertools import groupby
 import torch
 
 from dpo_ds.batch import Segment
-from dpo_ds.config import DataSection, Section, load
+from dpo_ds.config import DataSection, RlConfig, Section, critic_section, load, names_model
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError, UserError, shorten
 from dpo_ds.losses import with_reference_of_loss
+from dpo_ds.memory.drawing import drawing, longest_groups
 from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
 from dpo_ds.models.loading import check_model
+from dpo_ds.models.scoring import REWARD_BATCH
 
 GIB = 1 << 30
+GATHERED = "weights gathered for a while"
 OVERHEAD = 2 * GIB  # of a GPU: CUDA context, NCCL, cuBLAS workspaces, fragmentation; assumed, not measured
 PROCESS = 4 * GIB  # of a host, for every rank: Python, torch, CUDA's part, data; assumed, not measured
 DEFAULTS = {  # DeepSpeedZeroConfig's, kept equal by a test
@@ -106,11 +109,15 @@ def expected(
     segments = segments if spread == 1 else _part(segments, spread)
     targets = sum(sum(segment.completions) for segment in segments)
     if policy is not None:
-        _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets)
+        _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets, run.is_classifier)
     if reference is not None:
         _add_frozen(memory, reference_config or model_config, machine, nodes, reference, segments, targets)
     elif not run.trains:
         _add_replica(memory, reference_config or model_config, machine, segments, targets)
+    if policy is not None and run.command == "rl":
+        gathered = memory.phases["forward and backward"].get(GATHERED, 0)
+        drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
+        memory.phases["drawing"] = {GATHERED: gathered} | drawn
     if machine.device == "cuda":
         memory.host["processes"] = PROCESS * machine.ranks // nodes
     return memory
@@ -145,7 +152,9 @@ def longest_pairs(section: DataSection, budget: int, sides: tuple[str, ...]) -> 
     return tuple(segments)
 
 
-def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: dict, segments, targets: int) -> None:
+def _add_policy(
+    memory: Memory, run, config, machine: Machine, nodes: int, ds: dict, segments, targets: int, is_reward: bool
+) -> None:
     zero, ranks = ds["zero_optimization"], machine.ranks
     bf16 = ds_config.is_bf16(ds)
     width = 2 if bf16 else 4
@@ -158,7 +167,7 @@ def _add_policy(memory: Memory, run, config, machine: Machine, nodes: int, ds: d
         torch.bfloat16 if bf16 else torch.float32,
         machine.device,
         activations=run.train.activations,
-        is_reward=run.is_classifier,
+        is_reward=is_reward,
         lora=run.model.lora,
         bucket=bucket if _setting(zero, "contiguous_gradients") else 1,
         communication={2: torch.bfloat16, 4: torch.float32}[communication],
@@ -226,16 +235,19 @@ def _heads(text_config, ranks: int) -> int:
     return width * (heads + 2 * max(getattr(text_config, "num_key_value_heads", None) or heads, ranks))
 
 
-def _add_frozen(memory: Memory, config, machine: Machine, nodes: int, ds: dict, segments, targets: int) -> None:
+def _add_frozen(
+    memory: Memory, config, machine: Machine, nodes: int, ds: dict, segments, targets: int, whose: str = "reference",
+    is_reward: bool = False,
+) -> None:  # fmt: skip
     zero, ranks = ds["zero_optimization"], machine.ranks
     bf16 = ds_config.is_bf16(ds)
     width = 2 if bf16 else 4
     dtype, units = torch.bfloat16 if bf16 else torch.float32, "leaf_module" not in zero
-    how = Pass(segments, targets, dtype, machine.device, training=False, units=units)
+    how = Pass(segments, targets, dtype, machine.device, training=False, units=units, is_reward=is_reward)
     found = parameters(config, how)
-    _place_weights(memory, "reference", found, zero, width, ranks, ranks // nodes)
+    _place_weights(memory, whose, found, zero, width, ranks, ranks // nodes)
     gathered = _gathered(found, zero, width, ranks)
-    memory.phases["reference's forward"] = gathered | {"operators of the forward": peaks(config, how)["forward"]}
+    memory.phases[f"{whose}'s forward"] = gathered | {"operators of the forward": peaks(config, how)["forward"]}
 
 
 def _add_replica(memory: Memory, config, machine: Machine, segments, targets: int) -> None:
@@ -292,7 +304,7 @@ def _gathered(found: list[Parameter], zero: dict, width: int, ranks: int) -> dic
         if count > 1:
             fetch = max(fetch, total)
     return {
-        "weights gathered for a while": int(width * min(sum(sizes), limit)),
+        GATHERED: int(width * min(sum(sizes), limit)),
         "their transfer buffer": int(width * fetch),
     }
 
@@ -336,7 +348,7 @@ def _pinned(size: int) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dpo_ds.memory", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="a run config, as for --config")
-    parser.add_argument("--command", default="train", choices=("train", "sft", "reward", "precompute"))
+    parser.add_argument("--command", default="train", choices=("train", "sft", "reward", "rl", "precompute"))
     parser.add_argument("--ranks", type=int, default=1, help="GPUs in all")
     parser.add_argument("--nodes", type=int, default=1, help="that they are spread over evenly")
     given = parser.parse_args(argv)
@@ -371,4 +383,40 @@ def of_run(run: Section, ranks: int, nodes: int, model_config, reference_config=
         source = run.deepspeed.reference_config or name
         width = (reference_config or model_config).get_text_config().hidden_size
         frozen, _ = ds_config.fill_reference(ds_config.read(source), source, machine, width)
-    return expected(run, model_config, machine, nodes, policy, frozen, reference_config=reference_config)
+    segments = longest_groups(run) if run.command == "rl" else ()
+    memory = expected(
+        run, model_config, machine, nodes, policy, frozen, reference_config=reference_config, segments=segments
+    )
+    if run.command == "rl":
+        _add_critic_and_reward(memory, run, model_config, machine, nodes, segments)
+    return memory
+
+
+def _add_critic_and_reward(
+    memory: Memory, run: RlConfig, model_config, machine: Machine, nodes: int, segments
+) -> None:
+    """Adds the models that dpo-ds rl has beside policy and reference, as far as it has them."""
+    name, targets = run.deepspeed.config, sum(sum(segment.completions) for segment in segments)
+    given = ds_config.read(name)
+    if run.rl.replica:
+        how = Pass(segments, targets, torch.bfloat16, machine.device, training=False)
+        memory.state["replica: weights"] = 2 * sum(p.numel for p in parameters(model_config, how))
+        memory.phases["drawing"].pop(GATHERED)
+    if (section := critic_section(run)) is not None:
+        config = model_config
+        if section.path != run.model.path:
+            config = check_model(section.model_copy(update={"from_config": True}), section.path, "rl.critic", True)
+        filled = ds_config.fill_critic(given, name, run.train, machine, config.get_text_config().hidden_size)
+        own, whole = Memory(), run.model_copy(update={"model": section})
+        _add_policy(own, whole, config, machine, nodes, filled, segments, targets, is_reward=True)
+        for part in ("state", "phases", "host", "disk"):
+            found = {f"critic: {what.removeprefix('policy: ')}": size for what, size in getattr(own, part).items()}
+            getattr(memory, part).update(found)
+    if names_model(run.rl.score):
+        section = run.model.model_copy(update={"path": run.rl.score, "revision": None, "from_config": True})
+        config = check_model(section, run.rl.score, "rl.score", True)
+        width = config.get_text_config().hidden_size
+        filled, _ = ds_config.fill_reference(given, name, machine, width, "reward")
+        length = run.data.max_prompt_length + run.rl.max_new_tokens
+        texts = tuple(Segment(row * length, length, ()) for row in range(REWARD_BATCH))
+        _add_frozen(memory, config, machine, nodes, filled, texts, REWARD_BATCH, "reward model", is_reward=True)

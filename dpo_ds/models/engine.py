@@ -185,6 +185,14 @@ class Replica:
     def evaluating(self):
         return contextlib.nullcontext()
 
+    @torch.no_grad()
+    def follow(self, policy: Policy) -> None:
+        """weights <- the policy's, gathered one parameter at a time. All ranks enter."""
+        own = dict(self.causal_lm.named_parameters())
+        for name, parameter in policy.causal_lm.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                own[name].copy_(parameter)
+
 
 def load_frozen(section: ModelSection, ds_config: dict | None, device: torch.device) -> FrozenModel | Replica:
     """Loads a model that only answers: its weights over the ranks by `ds_config`, or, with None, whole on each of them,

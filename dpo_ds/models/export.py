@@ -242,9 +242,13 @@ def is_on_hub(path: str) -> bool:
 def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
     """README.md of final/: what it was made from and how, in the form that the Hub reads."""
     loss = run.get("loss", {"name": command} | run.get("reward", {}))
+    source = run["data"].get("train")
+    if command == "rl":
+        loss, source = {"name": run["rl"]["algorithm"]} | run["rl"], run["rl"]["prompts"]
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
-    titles = {"sft": "Supervised fine-tuning", "reward": "Reward model"}
+    rl = f"Reinforcement learning ({loss['name']})"
+    titles = {"sft": "Supervised fine-tuning", "reward": "Reward model", "rl": rl}
     title = titles.get(command, f"Preference optimisation ({loss['name']})")
     adapters_alone = run["model"]["lora"]["r"] and command != "reward"
     names = loss["name"] if isinstance(loss["name"], list) else [loss["name"]]
@@ -255,7 +259,7 @@ def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
 {yaml.safe_dump(front | {"tags": ["dpo_ds", *names]}, sort_keys=False, allow_unicode=True)}---
 # {title} of {run["model"]["path"]}
 
-Trained by dpo_ds {__version__} on {run["data"]["train"]}.
+Trained by dpo_ds {__version__} on {source}.
 {SCORING if command == "reward" else ""}
 | last metric | value |
 | --- | --- |

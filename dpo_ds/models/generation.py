@@ -40,7 +40,7 @@ class Completion(NamedTuple):
 
 
 class Generator:
-    """`model` is a Replica or a FrozenModel (models.engine); together: its weights are spread over the ranks (ZeRO-3).
+    """`model` is any LoadedModel (models.engine); together: its weights are spread over the ranks (ZeRO-3).
 
     Then all ranks call it equally often, a rank without work with no prompts; they need not take as many steps.
     """
@@ -57,10 +57,14 @@ class Generator:
         Raises:
             ModelError: logits that are not finite, or a model without a key-value cache.
         """
+        return self.draw(prompts, n, [(self.settings.seed, first_row + row) for row in range(len(prompts))])
+
+    def draw(self, prompts: Sequence[np.ndarray], n: int, seeds: Sequence[tuple[int, ...]]) -> list[list[Completion]]:
+        """As a call; seeds: what the draws of each prompt depend on."""
         with torch.no_grad(), self._padded_attention():
             drawn, mistake = {}, None
             try:
-                drawn = self._all_batches(prompts, n, first_row)
+                drawn = self._all_batches(prompts, n, seeds)
             except ModelError as error:
                 mistake = error
             while self.together and self._anyone(False):
@@ -70,9 +74,12 @@ class Generator:
         own = [[drawn[row, i] for i in range(n)] for row in range(len(prompts))]
         return [as_completions(self.tokenizer, self.stops, *pair) for pair in zip(prompts, own, strict=True)]
 
-    def _all_batches(self, prompts: Sequence[np.ndarray], n: int, first_row: int) -> dict[tuple[int, int], np.ndarray]:
+    def _all_batches(
+        self, prompts: Sequence[np.ndarray], n: int, seeds: Sequence[tuple[int, ...]]
+    ) -> dict[tuple[int, int], np.ndarray]:
         """Token ids of each completion by (index in prompts, which of the n)."""
-        uniforms = [self._uniforms(first_row + row, n) for row in range(len(prompts))]
+        length = self.settings.max_new_tokens
+        uniforms = [np.random.default_rng(seed).random((n, length)) for seed in seeds]  # float64 in [0, 1)
         order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))  # like lengths share a batch
         places = [(row, i) for row in order for i in range(n)]
         drawn: dict[tuple[int, int], np.ndarray] = {}
@@ -92,9 +99,6 @@ class Generator:
         causal_lm.set_attn_implementation(self.model.padded_attention)
         yield
         causal_lm.set_attn_implementation(usual)
-
-    def _uniforms(self, row: int, n: int) -> np.ndarray:  # [n, max_new_tokens] float64 in [0, 1)
-        return np.random.default_rng([self.settings.seed, row]).random((n, self.settings.max_new_tokens))
 
     def _batch(self, prompts: list[np.ndarray], uniforms: Tensor) -> list[np.ndarray]:
         """Token ids of one completion each, up to a stop token. The same prompt again and again is read once."""

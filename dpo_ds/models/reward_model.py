@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -17,7 +17,7 @@ from dpo_ds.cluster import collectives
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ModelError
 from dpo_ds.models.adapters import folder_of
-from dpo_ds.models.causal_lm import hidden_states
+from dpo_ds.models.causal_lm import decoder_of, hidden_states
 from dpo_ds.models.layers.rope import take_lengths, tell_lengths
 from dpo_ds.models.loading import CLASSIFIER, load_model
 from dpo_ds.models.packed.spread import whole
@@ -78,6 +78,28 @@ class RewardModel(nn.Module):
         return torch.cat(scores)[:, 0].float()
 
 
+class ValueModel(RewardModel):
+    """A reward model's architecture read at every token: the value of the state before each target, of prompt and the
+    tokens so far; the critic of PPO.
+    """
+
+    def forward(self, batch: Batch, own_logits: bool = False) -> Tensor:  # [N] float32
+        """Values in the order of targets; `own_logits`: of the sequences of a padded batch one by one, as a check."""
+        if own_logits:
+            return self._own_values(batch)
+        return self.causal_lm.score(hidden_states(self.causal_lm, batch)[batch.target_rows])[:, 0]
+
+    def _own_values(self, batch: Batch) -> Tensor:
+        tell_lengths(self.causal_lm, None)
+        width, decoder = batch.input_ids.shape[1], decoder_of(self.causal_lm)
+        lengths = batch.attention_mask.sum(1).tolist()
+        states = [
+            pad(decoder(input_ids=ids[None, :length]).last_hidden_state[0], (0, 0, 0, width - length))
+            for ids, length in zip(batch.input_ids, lengths, strict=True)
+        ]
+        return self.causal_lm.score(torch.cat(states)[batch.target_rows])[:, 0]
+
+
 def last_rows(batch: Batch) -> Tensor:  # [sequences]
     """The rows of the flattened hidden states that belong to the completions' last tokens, in the order of
     `target_counts`: after the last one that predicts a target.
@@ -90,17 +112,17 @@ def last_rows(batch: Batch) -> Tensor:  # [sequences]
     return rows[: len(batch.target_counts)]  # an empty batch has one row, of nobody
 
 
-def check_reward_model(section: ModelSection, config) -> None:
+def check_reward_model(section: ModelSection, config, key: str = "model.path") -> None:
     """Raises ModelError: transformers has no such classifier, or the folder is a classifier of several labels."""
     remote = section.trust_remote_code and AUTO_CLASS in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:
         raise ModelError(
-            f"--model.path {section.path}: transformers has no sequence classification for model_type "
+            f"--{key} {section.path}: transformers has no sequence classification for model_type "
             f"{config.model_type!r}, so it cannot become a reward model"
         )
     if is_classifier(config) and config.num_labels != 1:
         raise ModelError(
-            f"--model.path {section.path}: a classifier of {config.num_labels} labels; a reward model has 1: start "
+            f"--{key} {section.path}: a classifier of {config.num_labels} labels; a reward model has 1: start "
             "from a causal language model or from a classifier of one label"
         )
 

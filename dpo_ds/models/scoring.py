@@ -29,7 +29,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dpo_ds.cluster.foreign import SHOWN_BY, Limit, Raised, guarded, refusing, time_limit
-from dpo_ds.config import ModelSection, did_you_mean
+from dpo_ds.config import FUNCTION, REGEX, ModelSection, did_you_mean
 from dpo_ds.data.formats import Conversation
 from dpo_ds.data.rows import shorten
 from dpo_ds.data.tokenize import GroupTokenizer, Tokenized
@@ -38,8 +38,6 @@ from dpo_ds.models.fingerprint import weights_digest
 from dpo_ds.models.loading import check_complete, check_folder, load_tokenizer
 from dpo_ds.models.reward_model import REWARD_MEAN, RewardHead
 
-REGEX = "regex:"
-FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 REWARD_BATCH = 32
 NO_LIMIT = 1 << 20  # tokens, for a model that names no number of positions
 
@@ -144,28 +142,36 @@ class ScoringModel:
 
     def __init__(self, path: str, key: str):
         self.path = path
-        self._section = ModelSection(path=path)
-        config = _classifier_config(path, key)
-        tokenizer = load_tokenizer(self._section, config, path, key)
+        self.section = ModelSection(path=path)
+        self.config = config = _classifier_config(path, key)
+        tokenizer = load_tokenizer(self.section, config, path, key)
         self._tokenize = GroupTokenizer(tokenizer, NO_LIMIT, NO_LIMIT - 1)
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
         self._mean = float(getattr(config, REWARD_MEAN, 0.0))
         self._model = None
         self._has_cut = False
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+    def tokens(self, prompts: Sequence[str], completions: Sequence[str]) -> list[np.ndarray]:
+        """Returns each text as the model reads it."""
         conversations = [Conversation.of(*texts) for texts in zip(prompts, completions, strict=True)]
         whole = self._tokenize(conversations) if conversations else []
-        ids = [self._fitting(*both) for both in zip(conversations, whole, strict=True)]
+        return [self._fitting(*both) for both in zip(conversations, whole, strict=True)]
+
+    def scores(self, outputs: np.ndarray, completions: Sequence[str]) -> np.ndarray:
+        """Returns the model's outputs as scores: their mean is taken off. UserError where one is not finite."""
+        return as_scores(outputs - self._mean, self.path, completions)
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        ids = self.tokens(prompts, completions)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # like lengths share a forward
         scores = np.zeros(len(ids))
         for start in range(0, len(ids), REWARD_BATCH):
             rows = order[start : start + REWARD_BATCH]
-            scores[rows] = self._forward([ids[row] for row in rows]) - self._mean
-        return as_scores(scores, self.path, completions)
+            scores[rows] = self._forward([ids[row] for row in rows])
+        return self.scores(scores, completions)
 
     def identity(self) -> str:
-        return f"{self.path} {weights_digest(self._section, self.path)[:12]} mean {self._mean!r}"
+        return f"{self.path} {weights_digest(self.section, self.path)[:12]} mean {self._mean!r}"
 
     def _fitting(self, conversation: Conversation, whole: Tokenized) -> np.ndarray:
         group = whole.group

@@ -163,7 +163,7 @@ def _failed(output_dir: Path, launch: Launch, reason: str, code: int) -> None:
 
 def set_aside(output_dir: Path) -> None:
     """checkpoint.resume never in a folder that holds a run: what is there moves into a folder of its own."""
-    names = ("checkpoints", METRICS, SAMPLES, "config.yaml", "tensorboard", "trackers", "profile", "final")
+    names = ("checkpoints", METRICS, SAMPLES, "samples", "config.yaml", "tensorboard", "trackers", "profile", "final")
     there = [output_dir / name for name in names if (output_dir / name).exists()]
     if there:
         aside = output_dir / f"before-{datetime.now():%Y%m%d-%H%M%S}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dpo_ds.checkpoint.manifest import Checkpoint
-from dpo_ds.config import ReferenceSection, RewardConfig, SftConfig, TrainConfig, reference_section
+from dpo_ds.config import ReferenceSection, RewardConfig, RlConfig, SftConfig, TrainConfig, reference_section
 from dpo_ds.errors import ConfigError
 from dpo_ds.training.tracking import ChosenFalls
 
@@ -179,7 +179,9 @@ class Preference(Supervised):
         from dpo_ds.training.objectives.preference import PreferenceObjective
         from dpo_ds.training.objectives.shaping import Shaping
 
-        loss, reference = make_loss(self.run.loss), self._reference(policy, prepared, device)
+        loss, reference = make_loss(self.run.loss), None
+        if self.reference is not None:
+            reference = load_reference(self.run, policy, prepared.reference_config, device, prepared.cached)
         if loss.of_labels:
             return LabelledObjective(loss, reference)
         return PreferenceObjective(loss, reference, Shaping.of(self.run.loss))
@@ -187,21 +189,26 @@ class Preference(Supervised):
     def watch(self) -> ChosenFalls | None:
         return ChosenFalls(self.run.loss.beta, self.reference is not None)
 
-    def _reference(self, policy: Policy, prepared: Prepared, device: Device) -> Reference | None:
-        """Returns the strategy that reference.kind names. All ranks enter."""
-        from dpo_ds.models.engine import load_frozen
-        from dpo_ds.reference.adapter import AdapterReference
-        from dpo_ds.reference.cached import CachedReference
-        from dpo_ds.reference.live import LiveReference
 
-        if self.reference is None:
-            return None
-        if self.reference.kind == "cached":
-            return CachedReference(prepared.cached, device)
-        if self.reference.kind == "adapter":
-            return AdapterReference(policy)
-        frozen = load_frozen(reference_section(self.run), prepared.reference_config, device)
-        return LiveReference(frozen, policy, self.reference)
+def load_reference(
+    run: TrainConfig | RlConfig, policy: Policy, reference_config: dict | None, device: Device,
+    rows: CachedRows | None = None,
+) -> Reference:  # fmt: skip
+    """Returns the strategy that reference.kind names, which is not none. All ranks enter.
+
+    reference_config: DeepSpeed's, of a live one; rows: of one that was computed before.
+    """
+    from dpo_ds.models.engine import load_frozen
+    from dpo_ds.reference.adapter import AdapterReference
+    from dpo_ds.reference.cached import CachedReference
+    from dpo_ds.reference.live import LiveReference
+
+    if run.reference.kind == "cached":
+        return CachedReference(rows, device)
+    if run.reference.kind == "adapter":
+        return AdapterReference(policy)
+    frozen = load_frozen(reference_section(run), reference_config, device)
+    return LiveReference(frozen, policy, run.reference)
 
 
 def _require_comparisons(split: str, census: dict) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
@@ -38,6 +38,19 @@ BOARD_ALONE = TrackingSection()
 PLAIN_LINE_SECONDS = 10
 
 
+class Shown(NamedTuple):
+    """Says what a line on the terminal tells: short names of metrics, in order, of a step and of an evaluation."""
+
+    step: dict[str, str]
+    evaluation: dict[str, str]
+
+
+OF_PAIRS = Shown(
+    {"loss": "loss", "accuracy": "rewards/accuracies", "pairs/s": "pairs_per_second"},
+    {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"},
+)
+
+
 class Tracker:
     """Writes each object to metrics.jsonl (flushed at once) and to who else is to have it, and keeps the terminal up to
     date. It is closed by leaving it.
@@ -48,12 +61,13 @@ class Tracker:
     def __init__(
         self, output_dir: Path, resumed_step: int, total_steps: int, watch: ChosenFalls | None = None,
         section: TrackingSection = BOARD_ALONE, config: Mapping[str, Any] = MappingProxyType({}),
+        shown: Shown = OF_PAIRS,
     ):  # fmt: skip
         for path in filter(Path.exists, (output_dir / METRICS, output_dir / SAMPLES)):
             keep_metrics_until(path, resumed_step)
         self._bar = None
         self._told: set[str] = set()
-        self._total, self._watch = total_steps, watch
+        self._total, self._watch, self._shown = total_steps, watch, shown
         self._first = resumed_step
         begin = {
             "project": section.project, "name": section.name or output_dir.resolve().name,
@@ -81,8 +95,8 @@ class Tracker:
         self._record(line)
         if self._watch is not None and (text := self._watch.observe(line)):
             self.say(text)
-        shown = {"loss": line["loss"], "accuracy": line.get("rewards/accuracies"), "pairs/s": line["pairs_per_second"]}
-        text = " ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
+        shown = self._shown.step.items()
+        text = " ".join(f"{short} {line[name]:.4g}" for short, name in shown if name in line)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
@@ -96,8 +110,8 @@ class Tracker:
     def evaluation(self, line: dict) -> None:
         """One evaluation's metrics, keys prefixed eval_."""
         self._record(line)
-        names = {"eval_loss": "loss", "eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin"}
-        text = "  ".join(f"{short} {line[name]:.4f}" for name, short in names.items() if name in line)
+        shown = self._shown.evaluation.items()
+        text = "  ".join(f"{short} {line[name]:.4f}" for short, name in shown if name in line)
         self.say(f"step {line['step']}/{self._total}  evaluation: {text}")
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:

@@ -168,7 +168,7 @@ class Trainer:
 
     def show_samples(self, step: int) -> None:
         """Hands completions by the policy to the tracker where they are due after `step`."""
-        if self.sampler is None or not _is_due(step, self.run.sample_every):
+        if self.sampler is None or not is_due(step, self.run.sample_every):
             return
         try:
             samples = self.sampler(step)
@@ -183,7 +183,7 @@ class Trainer:
     def evaluate_and_save(self, step: int) -> None:
         """Evaluates and saves where either is due after `step`."""
         is_last = step == self.total_steps
-        evaluates = self.evaluation_data is not None and (is_last or _is_due(step, self.run.eval_every))
+        evaluates = self.evaluation_data is not None and (is_last or is_due(step, self.run.eval_every))
         if evaluates:
             started = time.perf_counter()
             try:
@@ -196,7 +196,7 @@ class Trainer:
                 pairs = len(self.evaluation_data) if counts is None else int(counts.sum())
                 size = {"eval_pairs": pairs, "eval_seconds": time.perf_counter() - started}
                 self.tracker.evaluation({"step": step, "epoch": step / self.per_epoch, **evaluation, **size})
-        saves = is_last or _is_due(step, self.checkpoint_every)
+        saves = is_last or is_due(step, self.checkpoint_every)
         if saves:
             self.writer.save(self.policy.engine, step, self._state(), wait=is_last)
         if (evaluates or saves) and not is_last:  # both take their time: another signal may have come
@@ -240,12 +240,7 @@ class Trainer:
 
     def _save_and_stop(self, step: int, reason: str, evaluation_due: bool = False) -> None:
         """Ends the run between two steps, with all that was done until `step` in a checkpoint."""
-        self.writer.finish()
-        if self.writer.newest < step:
-            self.writer.save(self.policy.engine, step, self._state(evaluation_due), wait=True)
-        if self.writer.newest < step:
-            raise TrainingError(f"{reason}, and the checkpoint of step {step} could not be saved")
-        raise Stopped(reason, step)
+        self.writer.save_and_stop(self.policy.engine, step, self._state(evaluation_due), reason)
 
     def _feed(self, batches: Iterable[tuple[int, np.ndarray]], data) -> Feed:
         mismatches = self.objective.needs_mismatches
@@ -300,5 +295,5 @@ def total_steps(
     return max(1, math.ceil(round(steps, 6)))  # 1.1 x 10 is a little more than 11
 
 
-def _is_due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0

@@ -129,9 +129,19 @@ def outcomes(tmp_path_factory):
         "missing calibration data": {"reward.calibration": folder / "calibrate.jsonl"},
     }
     (folder / "p.jsonl").write_bytes(rows(GOOD | {"gap": -1}).splitlines(keepends=True)[-1])
+    draws = {key: value for key, value in base.items() if key != "data.train"}
+    draws |= {"rl.prompts": base["data.train"], "rl.score": "regex:yes"}
+    from_draws = {
+        "critic of three labels": {"rl.critic": folder / "three_labels"},
+        "critic of another vocabulary": {"rl.critic": folder / "other"},
+        "prompts that do not fit": {"model.path": folder / "few_positions", "rl.max_new_tokens": 4},
+        "score that is not there": {"rl.score": "no_such_module:score"},
+        "missing prompts": {"rl.prompts": folder / "goood.jsonl"},
+        "prompts whose eval is wrong": {"rl.eval_prompts": folder / "h.jsonl"},
+    }
     argv = {
-        name: [command, *(text for key, value in (base | settings).items() for text in (f"--{key}", str(value)))]
-        for command, named in (("train", cases), ("reward", rewards))
+        name: [command, *(text for key, value in (given | settings).items() for text in (f"--{key}", str(value)))]
+        for command, given, named in (("train", base, cases), ("reward", base, rewards), ("rl", draws, from_draws))
         for name, settings in named.items()
     }
     (folder / "cases.json").write_text(json.dumps(argv))
@@ -171,6 +181,12 @@ PARTS = {name: parts for name, (_, _, parts) in DATA.items()} | {
     "no column of margins": ["good.jsonl:1", "lacks 'gaps'"],
     "margin below 0": ["p.jsonl:1", "'gap' is -1", "between 0 and", "on_bad_row skip"],
     "missing calibration data": ["calibrate.jsonl"],
+    "critic of three labels": ["--rl.critic", "three_labels", "3 labels", "causal language model"],
+    "critic of another vocabulary": ["--rl.critic", "280", "300", "give --rl.critic"],
+    "prompts that do not fit": ["rl.max_new_tokens", "8 positions", "--data.max_prompt_length 4"],
+    "score that is not there": ["--rl.score no_such_module:score", "PYTHONPATH"],
+    "missing prompts": ["goood.jsonl", "good.jsonl"],
+    "prompts whose eval is wrong": ["h.jsonl:4"],
 }
 
 

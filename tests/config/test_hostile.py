@@ -205,6 +205,7 @@ NEEDED = {
     "train": REQUIRED, "sft": REQUIRED, "reward": REQUIRED, "evaluate": EVALUATE, "sample": SAMPLE,
     "export": ["--source", "s", "--to", "t"],
     "convert": ["--file", "f"],
+    "rl": [*REQUIRED[:2], *REQUIRED[4:], "--rl.prompts", "p", "--rl.score", "m:f"],
     "precompute": [*REQUIRED[:-2], "--reference.cache", "r"],
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from dpo_ds.config import DataSection, TrainConfig, load
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.memory import allocations, trace
+from dpo_ds.memory.drawing import drawing, longest_groups
 from tests.ranks import ROOT
 
 MACHINE = Machine(2, "cpu", False)
@@ -219,13 +220,13 @@ CLAIM = r"# expected: ([\d.]+) GiB a GPU, ([\d.]+) GiB of host memory a node \((
 def test_recipes_say_what_the_function_says(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = path.read_text()
-    run, notes = load("train", str(path), {})
+    script, command = re.search(r"(launch_scripts/\w+\.sh) (?:HOSTFILE )?(\w+)", text).groups()
+    run, notes = load(command, str(path), {})
     device, host, ranks, nodes, name = re.search(CLAIM, text).groups()
     found = allocations.of_run(run, int(ranks), int(nodes), shape(name))
     expected = tuple(f"{size / allocations.GIB:.1f}" for size in (found.device, sum(found.host.values())))
     assert expected == (device, host)
     assert notes == [] or "precompute" in notes[0]
-    script = re.search(r"launch_scripts/\w+\.sh", text).group()
     assert (ROOT / script).exists() and f"launch_scripts/recipes/{path.name}" in text
     for file in (run.deepspeed.config, run.deepspeed.reference_config):
         assert file is None or Path(file).is_file()
@@ -249,6 +250,21 @@ def test_the_command_prints_a_table_and_names_mistakes(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == f"{path}: expected on 2 GPUs, not measured"
         assert lines[2].endswith("reference: weights" if command == "precompute" else "policy: weights")
+    own = config.replace("kind: cached, cache: folder", "kind: live")
+    Path(path).write_text(f"{own}\n    rl: {{prompts: p, score: 'm:f', n: 3, max_new_tokens: 32, batch_size: 100}}")
+    allocations.main([path, "--ranks", "2", "--command", "rl"])
+    table = capsys.readouterr().out
+    assert all(f"  {what}" in table for what in ("policy: weights", "reference: weights", "critic: Adam's moments"))
+    size = 2 * 2 * 2 * 2 * 16 * 100 * 64  # keys and values, 2 bytes, 2 layers, 2 heads of 16, 100 of 64 tokens
+    drawn = drawing(load("rl", path, {})[0], tiny_config("llama", 300), 2)
+    assert list(drawn.values()) == [size, 3 * 4 * 100 * 300]
+    random_model(tiny_config("llama", 300)).save_pretrained(tmp_path / "judge")
+    judged = {"rl.score": str(tmp_path / "judge"), "rl.replica": "true", "rl.critic": str(tmp_path / "model")}
+    found = allocations.of_run(load("rl", path, judged)[0], 2, 1, tiny_config("llama", 300))
+    assert {"replica: weights", "reward model: weights", "critic: weights"} <= found.state.keys()
+    assert found.state["replica: weights"] == pytest.approx(2 * found.state["policy: weights"], rel=0.01)
+    segments = longest_groups(load("rl", path, {})[0])
+    assert segments == (Segment(0, 32, (32, 32, 32)),), "128 tokens, as train.micro_batch_tokens"
     with pytest.raises(SystemExit) as stopped:
         allocations.main([path, "--ranks", "3", "--nodes", "2"])
     assert stopped.value.code == 2 and "not a multiple of --nodes 2" in capsys.readouterr().err

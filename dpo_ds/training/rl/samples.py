@@ -1,0 +1,26 @@
+"""Completions of an iteration, kept in the output folder for whoever wants to read what the numbers mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_ds.cluster.shared_files import write_text
+from dpo_ds.training.rl.rollouts import Rollout
+
+SAMPLES = "samples"  # folder in output_dir
+
+
+def keep_samples(output_dir: Path, step: int, rollouts: Sequence[Rollout]) -> None:
+    """Writes samples/step-N.jsonl, a line a completion, best of a prompt first. Rank 0 alone."""
+    folder = output_dir / SAMPLES
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for rollout in rollouts:
+        of_prompt = zip(rollout.completions, rollout.scores.tolist(), strict=True)
+        for completion, score in sorted(of_prompt, key=lambda pair: -pair[1]):
+            row = {"row": rollout.row, "prompt": rollout.prompt.text, "completion": completion.text, "score": score}
+            row |= {"finished": completion.finished, "tokens": len(completion.ids)}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(folder / f"step-{step:08d}.jsonl", "".join(lines))
