@@ -1,13 +1,15 @@
 """The sentiment experiment's parts; the whole of it in miniature is tests/experiments/test_sentiment_small.py."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from dpo_ds.commands import cli
 from launch_scripts.recipes.sentiment import corpus
 from launch_scripts.recipes.sentiment.outcome import Outcome, mean_and_error
-from launch_scripts.recipes.sentiment.plan import FULL, SMALL, Plan, Policy
+from launch_scripts.recipes.sentiment.plan import FULL, SCORE, SMALL, Plan, Policy
 from launch_scripts.recipes.sentiment.runner import Runner, Step, StepFailed, shown
 
 
@@ -77,6 +79,18 @@ def test_a_step_comes_behind_what_it_needs_and_every_policy_is_evaluated(tmp_pat
         assert set(step.needs) <= {before.name for before in steps[:place]}
     assert len({step.name for step in steps}) == len(steps)
     assert set(steps[-1].needs) == {f"seed-1/{policy.name}" for policy in size.policies}
+
+
+def test_a_learned_reward_is_learned_from_the_pairs_before_it_is_asked(tmp_path):
+    size = replace(SMALL, policies=[Policy("ppo", 1e-3, beta=0.5, learned=True), Policy("rloo", 1e-3, beta=0.1)])
+    steps = {step.name: step for step in Plan(tmp_path, size, [3]).steps()}
+    assert steps["seed-3/reward"].needs == ("seed-3/sample",)
+    learned, true = steps["seed-3/ppo-0.5-learned"], steps["seed-3/rloo-0.1"]
+    assert learned.needs == ("seed-3/reward",) and true.needs == ("reference",)
+    for step, score in ((learned, f"{tmp_path}/seed-3/reward/final"), (true, SCORE)):
+        command, run, _, _ = cli.parse(step.argv)
+        assert (command, run.rl.score, run.rl.prompts) == ("rl", score, f"{tmp_path}/data/train_prompts.jsonl")
+        assert run.train.max_steps == 24, "the miniature's"
 
 
 def test_a_step_that_is_done_is_not_run_again_unless_something_before_it_changed(tmp_path, capsys):

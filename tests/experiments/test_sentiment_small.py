@@ -25,9 +25,15 @@ def test_dpo_raises_the_reward_well_above_the_reference(outcome):
     assert reward["DPO, β 0.1"] > reward["π_ref"] + 0.15
 
 
+def test_ppo_raises_it_by_asking_the_reward_itself(outcome):
+    row = next(row for row in outcome["rows"] if row["title"] == "PPO, β 0.03")
+    assert row["reward"][0] > outcome["rows"][0]["reward"][0] + 0.15
+    assert row["kl"][0] < 10
+
+
 def test_dpo_has_more_reward_than_sft_on_preferred_at_its_kl(outcome):
     """At the end of SFT, whose reward stays where that of the preferred completions is while its KL grows."""
-    at = outcome["at_equal_kl"][-1]
+    at = next(at for at in outcome["at_equal_kl"] if at["title"].startswith("SFT"))
     largest = max(row["kl"][0] for row in outcome["rows"] if row["title"].startswith("DPO"))
     assert at["kl"][0] < 2 * largest  # else DPO's last point stands for it, at a KL that is not comparable
     assert at["difference"][0] > 0.05

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from launch_scripts.recipes.sentiment.plan import Policy
+from launch_scripts.recipes.sentiment.plan import REINFORCED, Policy
 
 PICTURE, RESULTS = "frontier.png", "results.json"
-TITLES = {"dpo": "DPO", "ipo": "IPO", "orpo": "ORPO", "preferred": "SFT on preferred"}
+TITLES = {
+    "dpo": "DPO", "ipo": "IPO", "orpo": "ORPO", "preferred": "SFT on preferred", "ppo": "PPO", "rloo": "RLOO",
+    "online_dpo": "online DPO",
+}  # fmt: skip
+COMPARED = ("preferred", *REINFORCED)  # with DPO, at their KL
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Row:
         if self.policy is None:
             return "π_ref"
         beta, rate = self.policy.beta, self.policy.learning_rate
-        return f"{TITLES[self.policy.loss]}, {f'learning rate {rate:g}' if beta is None else f'β {beta:g}'}"
+        return f"{series(self.policy)}, {f'learning rate {rate:g}' if beta is None else f'β {beta:g}'}"
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,10 @@ class Outcome:
         return cls([row(policy) for policy in [None, *policies]])
 
     def at_equal_kl(self) -> list[EqualKL]:
-        """SFT on the preferred completions, at every learning rate."""
+        """SFT on the preferred completions, at every learning rate, and what draws for itself."""
         line = [row for row in self.rows if row.policy is None or row.policy.loss == "dpo"]
-        sft = [row for row in self.rows if row.policy is not None and row.policy.loss == "preferred"]
-        return [EqualKL(row.title, row.kl, row.reward, _read_off(line, row.kl)) for row in sft]
+        others = [row for row in self.rows if row.policy is not None and row.policy.loss in COMPARED]
+        return [EqualKL(row.title, row.kl, row.reward, _read_off(line, row.kl)) for row in others]
 
     def table(self) -> str:
         """Markdown; ± is a standard error over the seeds."""
@@ -95,6 +99,11 @@ class Outcome:
         plots.frontier_png([_point(row) for row in self.rows], folder / PICTURE, "mean reward, p(positive)")
 
 
+def series(policy: Policy) -> str:
+    """Returns what its curve is called."""
+    return TITLES[policy.loss] + (" of a learned reward" if policy.learned else "")
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Over seeds; no error of one."""
     error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
@@ -118,5 +127,5 @@ def _point(row: Row) -> dict:
     (kl, kl_se), (reward, reward_se) = mean_and_error(row.kl), mean_and_error(row.reward)
     point = {"name": "reference", "kl": kl, "kl_se": kl_se, "reward": reward, "reward_se": reward_se}
     if row.policy is not None:
-        point |= {"name": row.title, "series": TITLES[row.policy.loss], "beta": row.policy.beta}
+        point |= {"name": row.title, "series": series(row.policy), "beta": row.policy.beta}
     return point

@@ -17,17 +17,24 @@ COMMANDS = {"reference": "sft", "preferred": "sft"}  # YAML file -> command, whe
 OUTPUT_KEYS = {"sample": "sample.to", "precompute": "reference.cache"}  # else output_dir
 
 
+REINFORCED = ("ppo", "rloo", "online_dpo")  # what rl trains
+
+
 @dataclass(frozen=True)
 class Policy:
-    """What is trained and evaluated. beta: of a preference loss; without one: SFT on the preferred completions."""
+    """What is trained and evaluated. loss: a preference loss, or an algorithm of rl; beta: of it; without one: SFT on
+    the preferred completions. learned: rl asks a reward model of the pairs, and not the ground truth.
+    """
 
     loss: str
     learning_rate: float
     beta: float | None = None
+    learned: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.loss}-{self.learning_rate if self.beta is None else self.beta:g}"
+        name = f"{self.loss}-{self.learning_rate if self.beta is None else self.beta:g}"
+        return f"{name}-learned" if self.learned else name
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,13 @@ FULL = Size(
         Policy("preferred", 1e-4),
         Policy("preferred", 4e-4),
         Policy("preferred", 1.6e-3),
+        Policy("ppo", 5e-4, beta=0.3),
+        Policy("ppo", 5e-4, beta=0.1),
+        Policy("ppo", 5e-4, beta=0.03),
+        Policy("ppo", 5e-4, beta=0.01),
+        Policy("ppo", 5e-4, beta=0.3, learned=True),
+        Policy("rloo", 5e-4, beta=0.03),
+        Policy("online_dpo", 5e-4, beta=0.1),
     ),
 )
 SMALL = Size(
@@ -70,12 +84,18 @@ SMALL = Size(
     layers=2,
     prompts=400,
     held_out=200,
-    policies=(Policy("dpo", 6e-4, beta=0.1), Policy("dpo", 6e-4, beta=1.0), Policy("preferred", 2e-3)),
+    policies=(
+        Policy("dpo", 6e-4, beta=0.1),
+        Policy("dpo", 6e-4, beta=1.0),
+        Policy("preferred", 2e-3),
+        Policy("ppo", 2e-3, beta=0.03),
+    ),
     changes={
         "reference": {"train.max_steps": 150},
         "preferred": {"train.epochs": 4},
         "sample": {"sample.max_new_tokens": 48, "sample.n": 3},
         "evaluate": {"evaluate.max_new_tokens": 48, "evaluate.n": 4},
+        "rl": {"rl.max_new_tokens": 48, "train.max_steps": 24},
     },
 )
 
@@ -105,6 +125,10 @@ class Plan:
         asked = (data / "train_prompts.jsonl", *self._scored_by)
         for seed in self.seeds:
             yield self._step(f"seed-{seed}/sample", "sample", ("reference",), drawn | {"sample.seed": seed}, asked)
+        if any(policy.learned for policy in self.size.policies):
+            for seed in self.seeds:
+                of_seed = {"data.train": self.folder / f"seed-{seed}/sample/pairs", "train.seed": seed}
+                yield self._step(f"seed-{seed}/reward", "reward", (f"seed-{seed}/sample",), pi_ref | of_seed)
         pairs = {seed: pi_ref | {"data.train": self.folder / f"seed-{seed}/sample/pairs"} for seed in self.seeds}
         for seed in self.seeds:
             yield self._step(f"seed-{seed}/precompute", "precompute", (f"seed-{seed}/sample",), pairs[seed])
@@ -114,6 +138,8 @@ class Plan:
             yield self._evaluation(f"seed-{seed}", {"evaluate.seed": seed, "evaluate.against": pi_ref["model.path"]})
 
     def _training(self, at: str, policy: Policy, keys: Mapping[str, Any]) -> Step:
+        if policy.loss in REINFORCED:
+            return self._reinforcement(at, policy, keys)
         needs, name = f"{at}/sample", f"{at}/{policy.name}"
         keys = keys | {"train.learning_rate": policy.learning_rate}
         if policy.beta is None:
@@ -123,6 +149,16 @@ class Plan:
             needs = f"{at}/precompute"
             keys |= {"reference.kind": "cached", "reference.cache": self.folder / needs}
         return self._step(name, "train", (needs,), keys)
+
+    def _reinforcement(self, at: str, policy: Policy, keys: Mapping[str, Any]) -> Step:
+        prompts, judge = self.data / "train_prompts.jsonl", self.folder / f"{at}/reward/final"
+        keys = {
+            "model.path": keys["model.path"], "train.seed": keys["train.seed"], "rl.prompts": prompts,
+            "rl.algorithm": policy.loss, "rl.beta": policy.beta, "rl.score": judge if policy.learned else SCORE,
+            "train.learning_rate": policy.learning_rate,
+        }  # fmt: skip
+        needs = (f"{at}/reward",) if policy.learned else ("reference",)
+        return self._step(f"{at}/{policy.name}", "rl", needs, keys, (prompts, *self._scored_by))
 
     def _evaluation(self, at: str, keys: Mapping[str, Any]) -> Step:
         names = [policy.name for policy in self.size.policies]
