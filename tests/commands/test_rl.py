@@ -87,6 +87,9 @@ def test_what_a_run_writes(whole, world):
     assert sorted(path.name for path in (whole / "samples").iterdir()) == ["step-00000002.jsonl", "step-00000004.jsonl"]
     samples = [json.loads(line) for line in (whole / "samples/step-00000002.jsonl").read_text().splitlines()]
     assert len(samples) == 18 and samples[0]["score"] >= samples[1]["score"] >= samples[2]["score"]
+    shown = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in shown] == [2] * 4 + [4] * 2, "of four prompts, and of the two of the last batch"
+    assert shown[0]["completion"] == samples[0]["completion"], "the best one"
     assert json.loads((whole / "data_census.json").read_text())["train"]["rows_read"] == 20
     assert yaml.safe_load((whole / "config.yaml").read_text())["rl"]["algorithm"] == "ppo"
     assert "Reinforcement learning (ppo)" in (whole / "final/README.md").read_text()

@@ -8,8 +8,19 @@ from pathlib import Path
 
 from dpo_ds.cluster.shared_files import write_text
 from dpo_ds.training.rl.rollouts import Rollout
+from dpo_ds.training.samples import Sample
 
 SAMPLES = "samples"  # folder in output_dir
+TO_SHOW = 4  # prompts of an iteration
+
+
+def best_of(rollouts: Sequence[Rollout]) -> list[Sample]:
+    """Returns the best completion of each of the first few prompts, for trackers."""
+    found = []
+    for rollout in rollouts[:TO_SHOW]:
+        best = rollout.completions[int(rollout.scores.argmax())]
+        found.append(Sample(rollout.prompt.text, best.text, best.finished, len(best.ids)))
+    return found
 
 
 def keep_samples(output_dir: Path, step: int, rollouts: Sequence[Rollout]) -> None:

@@ -32,7 +32,7 @@ from dpo_ds.training.rl.experience import NATS, Measured, Models, micro_batches
 from dpo_ds.training.rl.kl import AdaptiveKL, FixedKL
 from dpo_ds.training.rl.learners import Learner
 from dpo_ds.training.rl.rollouts import Rollout, Sampler, penalised
-from dpo_ds.training.rl.samples import keep_samples
+from dpo_ds.training.rl.samples import best_of, keep_samples
 from dpo_ds.training.tracking import Tracker
 from dpo_ds.training.trainer import is_due, learning_rate, total_steps
 
@@ -179,6 +179,7 @@ class RlTrainer:
         self.tracker.step({"step": step, **line})
         if is_due(step, self.run.rl.samples_every):
             keep_samples(self.writer.folder.parent, step, collected.rollouts)
+            self.tracker.samples(step, best_of(collected.rollouts))
 
     def evaluate_and_save(self, step: int) -> None:
         """Evaluates and saves where either is due after `step`."""
