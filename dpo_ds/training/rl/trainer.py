@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,9 @@ from dpo_ds.training.rl.kl import AdaptiveKL, FixedKL
 from dpo_ds.training.rl.learners import Learner
 from dpo_ds.training.rl.rollouts import Rollout, Sampler, penalised
 from dpo_ds.training.rl.samples import best_of, keep_samples
+from dpo_ds.training.schedule import learning_rate
 from dpo_ds.training.tracking import Tracker
-from dpo_ds.training.trainer import is_due, learning_rate, total_steps
+from dpo_ds.training.trainer import is_due, total_steps
 
 TOLD = ("score", "reward", "kl", "entropy", "completion_tokens", "unfinished")  # what a model card tells of a run
 CRITIC = "critic"  # in the names of its files in a checkpoint
@@ -137,9 +137,10 @@ class RlTrainer:
         counts = torch.tensor([self.learner.weight(own) for own in minibatches], device=self.policy.device)
         weights = collectives.reduce_data(counts).tolist()
         train, found = self.run.train, []
-        rate_of = partial(
-            learning_rate, step, schedule=train.schedule, warmup_steps=train.warmup_steps, total_steps=self.total_steps
-        )
+
+        def rate_of(peak: float) -> float:
+            return learning_rate(step, train.model_copy(update={"learning_rate": peak}), self.total_steps)
+
         for epoch in range(self.run.rl.epochs):
             for place in np.random.default_rng([train.seed, step, epoch, 1]).permutation(len(minibatches)).tolist():
                 if not weights[place]:
