@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from dpo_ds.batch import Batch
 from dpo_ds.cluster import launch, process_group
-from dpo_ds.commands import cli, train
+from dpo_ds.commands import cli, opening
 from dpo_ds.data import GroupDataset
 from dpo_ds.data.batching import Layout, Lengths, plan
 from dpo_ds.models import attention, checks
@@ -45,7 +45,7 @@ def ours(
     """`dpo-ds train` itself; the stopwatch stands in for its tracker. It is ended before it saves anything."""
     watch = Stopwatch(work, results)
     replaced = {
-        (train, "Tracker"): lambda *_: watch,
+        (opening, "Tracker"): lambda *_: watch,
         (checks, "layout_notes"): partial(no_other_layout, checks.layout_notes),
     }
     if reference == "cached" and work.from_config:

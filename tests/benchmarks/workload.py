@@ -7,6 +7,7 @@ import json
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -166,7 +167,7 @@ def rows_of_lengths(lengths: Iterable[tuple[int, int, int]]) -> Iterator[dict[st
         yield {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
 
 
-class Stopwatch:
+class Stopwatch(AbstractContextManager):
     """Cuts training into rounds; it stands where the trainer has its tracker.
 
     Memory counts from where it is made: all is imported, no model is loaded yet.
@@ -199,6 +200,9 @@ class Stopwatch:
 
     def say(self, text: str) -> None:
         print(text, flush=True)
+
+    def __exit__(self, *_) -> None:
+        """Keeps nothing open."""
 
     def _start(self) -> None:
         self.losses: list[float] = []
