@@ -158,6 +158,9 @@ def _read(words: list[str], monkeypatch) -> None:
         for word in rest:
             name, is_variable, _ = word.partition("=")
             assert re.search(rf"^{name} \?=" if is_variable else rf"^{name}:", makefile, re.M), word
+    elif program in ("docker", "kubectl", "sky"):
+        files = [word for word in rest if word.startswith("launch_scripts/")]
+        assert files and all((ROOT / file).is_file() for file in files), words
     elif program == "pip":
         extras = re.findall(r"\[(.+)\]", " ".join(rest))
         assert extras and all(f'"{extra}": [' in (ROOT / "setup.py").read_text() for extra in extras)
