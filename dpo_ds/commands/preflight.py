@@ -76,12 +76,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
         if task.reference.kind == "cached":
             manifest = cached.check_cache(run, tokenizer, launch)
 
-    stopping.check_end(run.checkpoint)
-    candidates, notes = resume.find(output_dir, run.checkpoint.resume)
-    say(notes)
-    recorded = candidates[0].manifest["identity"] if candidates else {}
-    if candidates:
-        say(resume.check_config(candidates[0], run, launch.world_size))
+    candidates, recorded = find_checkpoints(run, output_dir, launch)
     set_date(tokenizer, recorded, None if manifest is None else manifest.values)
     prompts = _prompts_to_show(run, tokenizer, text_config, say)
 
@@ -120,6 +115,22 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
         prepared.get(CALIBRATION),
         prompts.rows,
     )
+
+
+def find_checkpoints(run: SftConfig | RlConfig, output_dir: Path, launch: Launch) -> tuple[list[Checkpoint], dict]:
+    """Returns the checkpoints to resume from, best first, and the identity that the best one has recorded.
+
+    Raises:
+        UserError: none where one is asked for, or of a run whose config differs in what may not change.
+    """
+    say = speaker(launch)
+    stopping.check_end(run.checkpoint)
+    candidates, notes = resume.find(output_dir, run.checkpoint.resume)
+    say(notes)
+    if not candidates:
+        return [], {}
+    say(resume.check_config(candidates[0], run, launch.world_size))
+    return candidates, candidates[0].manifest["identity"]
 
 
 def _prompts_to_show(run: SftConfig, tokenizer, text_config, say: Say) -> Prompts:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from functools import partial
 from pathlib import Path
 
-from dpo_ds.checkpoint.manifest import versions
 from dpo_ds.checkpoint.resume import choose
-from dpo_ds.cluster import collectives, stopping
-from dpo_ds.cluster.launch import Launch, from_environment
-from dpo_ds.cluster.process_group import process_group, speaker
+from dpo_ds.cluster import collectives
+from dpo_ds.cluster.launch import Launch
+from dpo_ds.cluster.process_group import speaker
 from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.commands import preflight
-from dpo_ds.commands.opening import opened_output
-from dpo_ds.config import SftConfig, to_plain
-from dpo_ds.errors import TrainingError
-from dpo_ds.training.hub import Push
-from dpo_ds.training.output_dir import keeping_status, last_metrics_of, watched
+from dpo_ds.commands.opening import opened_output, run_job
+from dpo_ds.config import SftConfig
 from dpo_ds.training.tasks import Prepared, Supervised, task_of
 
 
@@ -29,18 +22,7 @@ def start(run: SftConfig) -> int:
     Raises:
         UserError: on every rank, for the caller to print on rank 0.
     """
-    launch = from_environment()
-    output_dir, task = Path(run.output_dir), task_of(run)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    started = time.time()
-    with keeping_status(output_dir, launch) as lock:
-        prepared = preflight.prepare(task, launch, output_dir)
-        stop = StopFlag(stopping.deadline(run.checkpoint, started))
-        with process_group(launch) as device:
-            lock.share(collectives.barrier)
-            with watched(output_dir, launch, stop) as peers:
-                train(task, prepared, launch, output_dir, device, stop, peers)
-    return 0
+    return run_job(task_of(run), preflight.prepare, train)
 
 
 def train(
@@ -50,7 +32,6 @@ def train(
     """Brings models into engines, runs the loop and exports the model; all ranks together."""
     from dpo_ds.checkpoint import shards
     from dpo_ds.data.batching import Layout
-    from dpo_ds.models import export
     from dpo_ds.models.checks import layout_notes, settle_layout, settle_sequence, settle_tiles
     from dpo_ds.models.engine import Policy
     from dpo_ds.models.layers.compile import settle_compilation
@@ -83,30 +64,15 @@ def train(
         evaluation_due = saved[0].get(EVALUATION_DUE, False)
         del saved  # it maps files that will be deleted
 
-    used = versions()
     last_step = total_steps(prepared.data.sources, run.train, objective.counts(prepared.data))
     with opened_output(
-        run, prepared.identity, launch, output_dir, resume, last_step, used, stop, peers, task.watch()
+        task, prepared.identity, launch, output_dir, resume, last_step, stop, peers, task.watch()
     ) as output:
-        tracker, writer = output.tracker, output.writer
         sampler = Sampler(policy, prepared.tokenizer, prepared.prompts, run.sample) if prepared.prompts else None
         trainer = Trainer(
-            policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, writer, run.checkpoint.every,
-            tracker, stop, peers, output.profile, sampler,
+            policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, output.writer,
+            run.checkpoint.every, output.tracker, stop, peers, output.profile, sampler,
         )  # fmt: skip
-        try:
-            trainer.train(output.first_step, evaluation_due)
-        except TrainingError:
-            writer.finish()  # the checkpoint that is being written stays, too
-            raise
+        trainer.train(output.first_step, evaluation_due)
         say(task.finish(trainer, prepared))
-        metrics = last_metrics_of(output_dir, objective.names) | trainer.last_metrics
-        card = export.model_card(run.command, to_plain(run), metrics, used)
-        getting_on, final = partial(peers.progress, trainer.total_steps), output_dir / "final"
-        export.export(policy.causal_lm, prepared.tokenizer, final, card, task.merges_adapters, getting_on)
-        push = Push(final, run.hub) if launch.is_first and run.hub.push else None
-        if tracker:
-            tracker.final(metrics)
-            tracker.say(f"done: {final}")
-    if push:
-        say([push.outcome(getting_on, lambda: any(stop.told()))])
+        output.hand_over(policy, prepared.tokenizer, objective.names, trainer.last_metrics)

@@ -11,7 +11,6 @@ import torch
 
 from dpo_ds.checkpoint import resume
 from dpo_ds.checkpoint.manifest import Checkpoint
-from dpo_ds.cluster import stopping
 from dpo_ds.cluster.launch import Launch
 from dpo_ds.cluster.process_group import Say, speaker, this_machine
 from dpo_ds.commands import preflight
@@ -77,12 +76,7 @@ def prepare(task: Reinforcement, launch: Launch, output_dir: Path) -> Prepared:
     set_template(tokenizer, run.data.chat_template)
     engines = fill_engines(task, scorer, text_config, critic_config, this_machine(launch), say)
 
-    stopping.check_end(run.checkpoint)
-    candidates, notes = resume.find(output_dir, run.checkpoint.resume)
-    say(notes)
-    recorded = candidates[0].manifest["identity"] if candidates else {}
-    if candidates:
-        say(resume.check_config(candidates[0], run, launch.world_size))
+    candidates, recorded = preflight.find_checkpoints(run, output_dir, launch)
     set_date(tokenizer, recorded)
     prompts, held_out = read_all_prompts(run, tokenizer, text_config, launch, output_dir)
 
