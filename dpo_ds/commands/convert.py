@@ -22,7 +22,7 @@ def start(run: ConvertConfig) -> int:
     known = config.keys(config.COMMANDS[done.command])
     for key in [key for key in done.values if key not in known]:
         done.note(key, done.values.pop(key), f"dpo-ds {done.command} has no such key")
-    values = _nested(done.values)
+    values = config.nested(done.values)
     config.check(done.command, values, str(run.file))
     print(_page(done, values, run.file), end="")
     for note in done.notes:
@@ -36,14 +36,3 @@ def _page(done: Translation, values: dict, file: str) -> str:
     left = [f"# - {' '.join(note.split())}\n" for note in done.notes]
     rest = ["# What to know, and what is not translated:\n", *left] if left else []
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True) + "".join(rest)
-
-
-def _nested(values: dict[str, object]) -> dict:
-    nested: dict = {}
-    for key, value in values.items():
-        *sections, leaf = key.split(".")
-        node = nested
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return nested

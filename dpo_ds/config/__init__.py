@@ -30,7 +30,7 @@ from dpo_ds.config.completions import (
     names_model,
 )
 from dpo_ds.config.inputs import CheckpointSection, DataSection, LoraSection, ModelSection, ReferenceSection
-from dpo_ds.config.loading import check, command_line, flatten, keys, known_instead, load, to_plain
+from dpo_ds.config.loading import check, command_line, flatten, keys, known_instead, load, nested, to_plain
 from dpo_ds.config.loss import Default, LossName, LossSection
 from dpo_ds.config.rl import RlSection
 from dpo_ds.config.section import Section, did_you_mean, is_bool, kind, path_of
@@ -80,6 +80,7 @@ __all__ = [
     "kind",
     "known_instead",
     "load",
+    "nested",
     "names_model",
     "path_of",
     "reference_section",

@@ -46,19 +46,36 @@ def load(command: str, yaml_path: str | None, overrides: dict[str, str]) -> tupl
     for key, text in overrides.items():
         if key not in known:
             raise ConfigError(f"unknown key --{key}; {known_instead(key, known)}")
-        *sections, leaf = key.split(".")
-        node = values
-        for section in sections:
-            if node.get(section) is None:
-                node[section] = {}
-            node = node[section]
-            if not isinstance(node, dict):
-                raise ConfigError(
-                    f"{yaml_path}: {section}: {shorten(node)} is no section, so --{key} has no place in it"
-                )
-        node[leaf] = _from_text(text, known[key].annotation, key)
+        section, leaf = _section_of(values, key, yaml_path)
+        section[leaf] = _from_text(text, known[key].annotation, key)
     given = {key: f"{yaml_path}: {key}" for key in in_file} | {key: f"--{key}" for key in overrides}
     return _validated(config, values, given), notes
+
+
+def nested(flat: dict[str, Any]) -> dict:
+    """{"data.limit": 3} -> {"data": {"limit": 3}}."""
+    values: dict = {}
+    for key, value in flat.items():
+        section, leaf = _section_of(values, key, None)
+        section[leaf] = value
+    return values
+
+
+def _section_of(values: dict, key: str, file: str | None) -> tuple[dict, str]:
+    """Returns the section of `values` that a dotted key belongs to, made where there is none, and the key's last part.
+
+    Raises:
+        ConfigError: what stands in its place came from `file`, and is none.
+    """
+    *sections, leaf = key.split(".")
+    node = values
+    for section in sections:
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{file}: {section}: {shorten(node)} is no section, so --{key} has no place in it")
+    return node, leaf
 
 
 def check(command: str, values: dict, file: str) -> None:

@@ -29,9 +29,10 @@ OFF = (None, "", "no", "none", False)
 
 @dataclass
 class Translation:
-    """command and values: ours, by dotted key. notes: what was left out or changed, a line each."""
+    """command and values: ours, by dotted key. notes: what was left out or changed, a line each. gpus: of the run."""
 
     peer: str
+    gpus: int
     command: str = "train"
     values: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -48,10 +49,10 @@ def translate(path: Path, gpus: int) -> Translation:
     """
     given = {key: value for key, value in yaml_file.read_mapping(path, "file").items() if value is not None}
     peer = _peer_of(given, path)
-    done = Translation(peer)
+    done = Translation(peer, gpus)
     taken = COMMANDS_OF[peer](given, done, path)
     for part in (_data, _batch, _schedule, _adapters, _evaluation, _saving, _hub, _trackers, _loss, _rest):
-        taken |= part(given, done, gpus)
+        taken |= part(given, done)
     for key, value in given.items():
         if key not in taken:
             _copy(key, value, done)
@@ -107,7 +108,7 @@ def _command_of_axolotl(given: dict, done: Translation, path: Path) -> set[str]:
 COMMANDS_OF = {"TRL": _command_of_trl, "LLaMA-Factory": _command_of_llama_factory, "Axolotl": _command_of_axolotl}
 
 
-def _data(given: dict, done: Translation, gpus: int) -> set[str]:
+def _data(given: dict, done: Translation) -> set[str]:
     for theirs, ours in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         if names := given.get(theirs):
             names = names.split(",") if isinstance(names, str) else names
@@ -148,13 +149,13 @@ def _of_axolotl(source: dict, done: Translation) -> str:
     return files[0] if len(files) == 1 else source.get("path", "")
 
 
-def _batch(given: dict, done: Translation, gpus: int) -> set[str]:
+def _batch(given: dict, done: Translation) -> set[str]:
     one = given.get("per_device_train_batch_size", given.get("micro_batch_size"))
     accumulated = given.get("gradient_accumulation_steps", 1)
     if isinstance(one, int) and isinstance(accumulated, int):
-        done.values["train.global_batch_size"] = one * accumulated * gpus
+        done.values["train.global_batch_size"] = one * accumulated * done.gpus
         done.notes.append(
-            f"train.global_batch_size is {one} x {accumulated} x {gpus} GPUs, of all of them together "
+            f"train.global_batch_size is {one} x {accumulated} x {done.gpus} GPUs, of all of them together "
             "(dpo-ds convert --gpus N translates for N); train.micro_batch_tokens bounds one forward"
         )
     if isinstance(steps := given.get("max_steps"), int) and steps > 0:
@@ -162,7 +163,7 @@ def _batch(given: dict, done: Translation, gpus: int) -> set[str]:
     return {"per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps", "max_steps"}
 
 
-def _schedule(given: dict, done: Translation, gpus: int) -> set[str]:
+def _schedule(given: dict, done: Translation) -> set[str]:
     kind = given.get("lr_scheduler_type", given.get("lr_scheduler"))
     if kind in SCHEDULES:
         done.values["train.schedule"] = SCHEDULES[kind]
@@ -184,7 +185,7 @@ def _schedule(given: dict, done: Translation, gpus: int) -> set[str]:
     return taken | ({"warmup_ratio"} if warmup else set())
 
 
-def _adapters(given: dict, done: Translation, gpus: int) -> set[str]:
+def _adapters(given: dict, done: Translation) -> set[str]:
     uses = given.get("use_peft") or given.get("adapter") or given.get("finetuning_type") == "lora"
     names = {"r": ("lora_r", "lora_rank"), "alpha": ("lora_alpha",), "dropout": ("lora_dropout",)}
     targets = given.get("lora_target_modules", given.get("lora_target"))
@@ -204,7 +205,7 @@ def _adapters(given: dict, done: Translation, gpus: int) -> set[str]:
     return taken.union(*names.values())
 
 
-def _evaluation(given: dict, done: Translation, gpus: int) -> set[str]:
+def _evaluation(given: dict, done: Translation) -> set[str]:
     strategy = given.get("eval_strategy", given.get("evaluation_strategy", "steps"))
     if strategy == "steps" and isinstance(given.get("eval_steps"), int):
         done.values["train.eval_every"] = given["eval_steps"]
@@ -216,7 +217,7 @@ def _evaluation(given: dict, done: Translation, gpus: int) -> set[str]:
     return {"eval_strategy", "evaluation_strategy", "eval_steps", "val_size", "val_set_size"}
 
 
-def _saving(given: dict, done: Translation, gpus: int) -> set[str]:
+def _saving(given: dict, done: Translation) -> set[str]:
     strategy = given.get("save_strategy", "steps")
     if strategy == "steps" and isinstance(given.get("save_steps"), int):
         done.values["checkpoint.every"] = given["save_steps"]
@@ -227,7 +228,7 @@ def _saving(given: dict, done: Translation, gpus: int) -> set[str]:
     return {"save_strategy", "save_steps", "resume_from_checkpoint"}
 
 
-def _hub(given: dict, done: Translation, gpus: int) -> set[str]:
+def _hub(given: dict, done: Translation) -> set[str]:
     if given.get("push_to_hub", done.peer == "Axolotl") and given.get("hub_model_id"):
         done.values["hub.push"] = given["hub_model_id"]
         if "hub_private_repo" in given:
@@ -235,7 +236,7 @@ def _hub(given: dict, done: Translation, gpus: int) -> set[str]:
     return {"push_to_hub", "hub_model_id", "hub_private_repo"}
 
 
-def _trackers(given: dict, done: Translation, gpus: int) -> set[str]:
+def _trackers(given: dict, done: Translation) -> set[str]:
     told = given.get("report_to", "wandb" if given.get("wandb_project") else None)
     if told not in (None, "all"):
         names = [told] if isinstance(told, str) else list(told)
@@ -245,7 +246,7 @@ def _trackers(given: dict, done: Translation, gpus: int) -> set[str]:
     return {"report_to"}
 
 
-def _loss(given: dict, done: Translation, gpus: int) -> set[str]:
+def _loss(given: dict, done: Translation) -> set[str]:
     told = given.get("loss_type", given.get("pref_loss"))
     if told is not None and done.command == "train":
         names = [LOSSES.get(name, name) for name in (told if isinstance(told, list) else [told])]
@@ -263,7 +264,7 @@ def _loss(given: dict, done: Translation, gpus: int) -> set[str]:
     return taken | {"precompute_ref_log_probs"}
 
 
-def _rest(given: dict, done: Translation, gpus: int) -> set[str]:
+def _rest(given: dict, done: Translation) -> set[str]:
     taken = {key for key in ("gradient_checkpointing", "activation_checkpointing") if key in given}
     if given.get("activation_offloading"):
         done.values["train.activation_memory"] = "offload"
