@@ -15,12 +15,13 @@ from dpo_ds.config import TrainSection
 TIMESCALE = 10_000  # of inverse_sqrt without a warm-up, as transformers has it
 
 
-def learning_rate(step: int, run: TrainSection, total_steps: int) -> float:
-    """The rate of update `step` (1 is the first) of `total_steps`."""
+def learning_rate(step: int, run: TrainSection, total_steps: int, peak: float | None = None) -> float:
+    """The rate of update `step` (1 is the first) of `total_steps`. peak: of another model than the policy."""
+    peak = run.learning_rate if peak is None else peak
     done, warmup = step - 1, warmup_steps(run, total_steps)
     if done < warmup:
-        return run.learning_rate * done / warmup
-    return run.learning_rate * _share_of_peak(done, warmup, run, total_steps)
+        return peak * done / warmup
+    return peak * _share_of_peak(done, warmup, run, total_steps)
 
 
 def warmup_steps(run: TrainSection, total_steps: int) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_ds.cluster.shared_files import write_text
+from dpo_ds.cluster.shared_files import write_whole
+from dpo_ds.training.output_dir import as_line
 from dpo_ds.training.rl.rollouts import Rollout
 from dpo_ds.training.samples import Sample
 
@@ -33,5 +33,5 @@ def keep_samples(output_dir: Path, step: int, rollouts: Sequence[Rollout]) -> No
         for completion, score in sorted(of_prompt, key=lambda pair: -pair[1]):
             row = {"row": rollout.row, "prompt": rollout.prompt.text, "completion": completion.text, "score": score}
             row |= {"finished": completion.finished, "tokens": len(completion.ids)}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(folder / f"step-{step:08d}.jsonl", "".join(lines))
+            lines.append(as_line(row))
+    write_whole(folder / f"step-{step:08d}.jsonl", b"".join(lines))

@@ -139,7 +139,7 @@ class RlTrainer:
         train, found = self.run.train, []
 
         def rate_of(peak: float) -> float:
-            return learning_rate(step, train.model_copy(update={"learning_rate": peak}), self.total_steps)
+            return learning_rate(step, train, self.total_steps, peak)
 
         for epoch in range(self.run.rl.epochs):
             for place in np.random.default_rng([train.seed, step, epoch, 1]).permutation(len(minibatches)).tolist():
