@@ -21,6 +21,7 @@ from dpo_ds.cluster import signals
 from dpo_ds.cluster.launch import ALONE, Launch, from_environment
 from dpo_ds.cluster.launch import notes as launch_notes
 from dpo_ds.cluster.signals import EXIT_STOPPED
+from dpo_ds.commands.plan import arguments
 from dpo_ds.config import yaml_file
 from dpo_ds.errors import ConfigError, CutOff, TrainingError, UserError
 
@@ -43,8 +44,10 @@ COMMANDS = {
     "export": Command("a sharded checkpoint as a Hugging Face model", "export:start"),
     "sample": Command("completions of prompts, scored and ranked into pairs", "sample.command:start"),
     "convert": Command("a config of TRL, LLaMA-Factory or Axolotl as one of ours", "convert:start"),
+    "plan": Command("memory, time and cost of a training run, before it", "plan.command:start"),
     "precompute": Command("the reference's log-probs, stored for reference.kind cached", "precompute:start"),
 }
+PLAN = "plan"
 VERIFY, VERIFY_START = "precompute --verify", "precompute:start_verify"
 POSITIONAL = {"export": ("source", "CHECKPOINT"), "convert": ("file", "FILE")}  # a key that needs no flag
 LONGEST_KIND = 48  # characters of a key's type behind its flag; a longer one is told below
@@ -110,14 +113,41 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
         from dpo_ds.commands import completion
 
         shell = " ".join([*argv[0].split("=")[1:], *argv[1:]])
-        parsers = {name: parser_for(name) for name in COMMANDS}
+        parsers = {name: _plan_parser("train") if name == PLAN else parser_for(name) for name in COMMANDS}
         print(completion.script(shell, parsers, {name: command.summary for name, command in COMMANDS.items()}))
         raise SystemExit(EXIT_DONE)
     command = argv[0]
-    if command not in config.COMMANDS:
-        raise ConfigError(f"unknown command {command!r}; {config.did_you_mean(command, config.COMMANDS)}")
+    if command not in COMMANDS:
+        raise ConfigError(f"unknown command {command!r}; {config.did_you_mean(command, COMMANDS)}")
+    if command == PLAN:
+        return _parse_plan(argv[1:])
+    return _resolved(command, *parser_for(command).parse_known_args(argv[1:]))
+
+
+def _plan_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of the command that is planned, with plan's own flags."""
     parser = parser_for(command)
-    given, unknown = parser.parse_known_args(argv[1:])
+    parser.prog, parser.usage, parser.epilog = "dpo-ds plan", arguments.USAGE, arguments.EPILOG
+    parser.description = config.PlanConfig.__doc__
+    arguments.add_to(parser.add_argument_group("plan's own"))
+    return parser
+
+
+def _parse_plan(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
+    """The config of the run that is planned, with plan's own settings around it."""
+    told, _ = _plan_parser("train").parse_known_args(argv)
+    command = told.command or arguments.command_of(told.yaml or told.config)
+    given, unknown = _plan_parser(command).parse_known_args(argv)
+    own = arguments.taken_from(given)
+    _, run, notes, print_config = _resolved(command, given, unknown)
+    if print_config:
+        return command, run, notes, True
+    return PLAN, config.PlanConfig(run=run, **own), notes, False
+
+
+def _resolved(
+    command: str, given: argparse.Namespace, unknown: Sequence[str]
+) -> tuple[str, config.Section, list[str], bool]:
     for arg in unknown:
         key = arg.split("=", 1)[0].lstrip("-")
         known = config.keys(config.COMMANDS[command])

@@ -27,7 +27,7 @@ def script(shell: str, parsers: dict[str, argparse.ArgumentParser], summaries: d
     whole.add_argument("--version", action="store_true", help="print the version")
     commands = whole.add_subparsers()
     for name, parser in parsers.items():
-        fields = config.keys(config.COMMANDS[name])
+        fields = config.keys(config.COMMANDS.get(name, config.TrainConfig))  # plan has those of train
         for action in parser._actions:
             _tell_values(action, fields.get(action.dest))
         commands.add_parser(name, parents=[parser], add_help=False, help=summaries[name])
@@ -37,7 +37,7 @@ def script(shell: str, parsers: dict[str, argparse.ArgumentParser], summaries: d
 def _tell_values(action: argparse.Action, field) -> None:
     """Gives an action the choices of its key, or says that it takes a file: only here, where nothing is parsed."""
     if field is None:
-        if action.dest in ("config", "verify"):
+        if action.dest in ("config", "verify", "yaml", "write"):
             action.complete = shtab.FILE
         return
     if config.is_bool(field):

@@ -38,7 +38,8 @@ def train(
     from dpo_ds.reference.cached import spot_check
     from dpo_ds.training.objectives.balanced import with_balanced_routers
     from dpo_ds.training.samples import Sampler
-    from dpo_ds.training.trainer import EVALUATION_DUE, Trainer, total_steps
+    from dpo_ds.training.schedule import total_steps
+    from dpo_ds.training.trainer import EVALUATION_DUE, Trainer
 
     run, say = task.run, speaker(launch)
     candidates = collectives.from_rank_0(prepared.candidates)  # ranks must never load different checkpoints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from dpo_ds.config.completions import CompletionsSection, EvaluateSection, SampleSection, names_model
 from dpo_ds.config.inputs import (
@@ -216,6 +216,26 @@ class ConvertConfig(Section):
 
     file: FilePath = Field(description="convert: the file")
     gpus: int = Field(1, gt=0, description="convert: of the run, for a batch size that is given for one of them")
+
+
+class PlanConfig(Section):
+    """Tells beforehand what a training run will take, from its config and the model's config.json alone: memory, time,
+    GPU hours and cost; and what to change where it does not fit.
+    """
+
+    run: SerializeAsAny[SftConfig]
+    file: FilePath | None
+    gpus: int | None = Field(gt=0, le=2**20)  # in all; None: the fewest
+    nodes: int | None = Field(gt=0)  # None: as few as eight GPUs each make
+    gpu: str
+    price: float | None = Field(ge=0)  # of a GPU for an hour
+    efficiency: float = Field(gt=0, le=1)
+    lengths: tuple[int, int] | None  # mean tokens of a prompt and of a completion
+    write: FilePath | None
+    as_json: bool
+
+
+TRAINING = ("train", "sft", "reward")
 
 
 class VerifyConfig(Section):

@@ -69,6 +69,12 @@ class Memory:
     def device(self) -> int:
         return self.allocated + OVERHEAD
 
+    def plain(self) -> dict:
+        """Returns all bytes as one writes them into JSON."""
+        parts = {"state": self.state, "phases": self.phases, "host_of_a_node": self.host, "nvme_of_a_node": self.disk}
+        sums = {"peak_phase": self.peak_phase, "allocated": self.allocated, "overhead": OVERHEAD, "gpu": self.device}
+        return parts | sums
+
     def lines(self) -> list[str]:
         rows = [("state, all the time", self.state), *self.phases.items()]
         rows += [("host memory of a node", self.host), ("NVMe of a node", self.disk)]
@@ -368,21 +374,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join([f"{given.config}: expected on {given.ranks} GPUs, not measured", *memory.lines()]))
 
 
-def of_run(run: Section, ranks: int, nodes: int, model_config, reference_config=None) -> Memory:
-    """`expected` on GPUs with bf16, of the DeepSpeed files that the run names."""
+def of_run(run: Section, ranks: int, nodes: int, model_config, reference_config=None, ds: dict | None = None) -> Memory:
+    """`expected` on GPUs with bf16, of the DeepSpeed files that the run names; ds: what stands in for the first."""
     machine = Machine(ranks, "cuda", True)
     hidden = model_config.get_text_config().hidden_size
     name = run.deepspeed.config
     if not run.trains:
         frozen = None if name == "none" else ds_config.fill_reference(ds_config.read(name), name, machine, hidden)[0]
         return expected(run, model_config, machine, nodes, None, frozen, reference_config=reference_config)
-    policy, _ = ds_config.fill_policy(ds_config.read(name), name, run.train, machine, hidden)
+    given = ds_config.read(name) if ds is None else ds
+    policy, _ = ds_config.fill_policy(given, name, run.train, machine, hidden)
     frozen = None
     reference = getattr(run, "reference", None)  # sft and reward have no such section
     if reference is not None and reference.kind == "live":
-        source = run.deepspeed.reference_config or name
+        source = run.deepspeed.reference_config
+        given = given if source is None else ds_config.read(source)
         width = (reference_config or model_config).get_text_config().hidden_size
-        frozen, _ = ds_config.fill_reference(ds_config.read(source), source, machine, width)
+        frozen, _ = ds_config.fill_reference(given, source or name, machine, width)
     segments = longest_groups(run) if run.command == "rl" else ()
     memory = expected(
         run, model_config, machine, nodes, policy, frozen, reference_config=reference_config, segments=segments

@@ -81,7 +81,7 @@ class Parameter:
 
 def parameters(config, run: Pass) -> list[Parameter]:
     """The model's parameters in the order of `named_parameters`, each tied one once."""
-    model = _build(config, run)
+    model = build(config, run)
     layers = {p: number for number, layer in enumerate(_units(model, run)) for p in layer.parameters()}
     return [Parameter(p.numel(), p.requires_grad, p.dim() > 1, layers.get(p)) for p in model.parameters()]
 
@@ -97,7 +97,7 @@ def peaks(config, run: Pass) -> dict[str, int]:
 
 
 def _traced(config, run: Pass) -> dict[str, int]:
-    model = _build(config, run)
+    model = build(config, run)
     with _shapes_only(), FakeTensorMode(allow_non_fake_inputs=True):  # the parameters come as meta tensors
         model.to_empty(device="cpu")
         meter = PeakMemory([*model.parameters(), *model.buffers()])
@@ -337,7 +337,8 @@ def _units(model: PreTrainedModel, run: Pass) -> list[torch.nn.Module]:
     return decoder_layers(model) if run.units else []
 
 
-def _build(config, run: Pass) -> PreTrainedModel:
+def build(config, run: Pass) -> PreTrainedModel:
+    """Returns the model that `run` goes through, on the meta device: no weights are read or made."""
     with torch.device("meta"):
         return _on_this_device(config, run)
 

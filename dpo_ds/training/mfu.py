@@ -8,29 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from dpo_ds.data.batching import Lengths
-from dpo_ds.models.engine import LoadedModel
+from dpo_ds.memory.cards import card_of_device
 from dpo_ds.models.layers.units import decoder_layers
 
-# Dense bfloat16 products summed in float32, FLOP/s, by what the device's name contains; the first that fits is taken.
-# From NVIDIA's data sheets of each product, SXM where the name does not say PCIe or NVL.
-PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 149.7e12, "A10": 125e12,
-}  # fmt: skip
+if TYPE_CHECKING:
+    from dpo_ds.models.engine import LoadedModel
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Returns how much `device` computes in a second at most; None where the table does not know."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAKS.items() if part in name), None)
+    card = card_of_device(torch.cuda.get_device_name(device))
+    return card and card.peak
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,12 @@ goes down as half a cosine to train.min_lr_ratio of the peak.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from dpo_ds.config import TrainSection
+from dpo_ds.data.batching import steps_per_epoch
 
 TIMESCALE = 10_000  # of inverse_sqrt without a warm-up, as transformers has it
 
@@ -43,3 +47,13 @@ def _share_of_peak(done: int, warmup: int, run: TrainSection, total_steps: int) 
         progress = max(0.0, (done - (total_steps - decay)) / max(1, decay))
     least = 0.0 if run.schedule == "cosine" else run.least_ratio
     return least + (1 - least) * max(0.0, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def total_steps(
+    sources: Sequence[tuple[int, int, float]], run: TrainSection, counts: np.ndarray | None = None
+) -> int:
+    """train.max_steps alone if given, else train.epochs passes."""
+    if run.max_steps is not None:
+        return run.max_steps
+    steps = run.epochs * steps_per_epoch(sources, run.global_batch_size, counts)
+    return max(1, math.ceil(round(steps, 6)))  # 1.1 x 10 is a little more than 11

@@ -29,7 +29,7 @@ from dpo_ds.training.mfu import Utilisation
 from dpo_ds.training.objectives.objective import Objective
 from dpo_ds.training.profile import StepProfile
 from dpo_ds.training.samples import Sampler
-from dpo_ds.training.schedule import learning_rate
+from dpo_ds.training.schedule import learning_rate, total_steps
 from dpo_ds.training.tracking import Tracker
 
 EVALUATION_DUE = "evaluation_due"  # in a checkpoint that was saved within an evaluation
@@ -283,16 +283,6 @@ class Trainer:
             f"step {step}: loss {means[0]} and gradient norm {grad_norm} must be finite; among these pairs: "
             f"{', '.join(pairs[:16])}{f' and {len(pairs) - 16} more' if len(pairs) > 16 else ''}"
         )
-
-
-def total_steps(
-    sources: Sequence[tuple[int, int, float]], run: TrainSection, counts: np.ndarray | None = None
-) -> int:
-    """train.max_steps alone if given, else train.epochs passes."""
-    if run.max_steps is not None:
-        return run.max_steps
-    steps = run.epochs * steps_per_epoch(sources, run.global_batch_size, counts)
-    return max(1, math.ceil(round(steps, 6)))  # 1.1 x 10 is a little more than 11
 
 
 def is_due(step: int, every: int) -> bool:

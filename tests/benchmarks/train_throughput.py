@@ -40,7 +40,8 @@ from dpo_ds.data.batching import Lengths  # noqa: E402
 from dpo_ds.data.sources import open_source  # noqa: E402
 from dpo_ds.demo.corpus import preference_rows, write_jsonl  # noqa: E402
 from dpo_ds.demo.tiny import train_tokenizer  # noqa: E402
-from dpo_ds.training.mfu import PEAKS, ModelFlops  # noqa: E402
+from dpo_ds.memory.cards import card_of_device  # noqa: E402
+from dpo_ds.training.mfu import ModelFlops  # noqa: E402
 from tests.benchmarks import jobs  # noqa: E402
 from tests.benchmarks.contenders import CONTENDERS  # noqa: E402
 from tests.benchmarks.workload import Workload  # noqa: E402
@@ -105,7 +106,8 @@ def pairs_file(folder: Path, data: Path) -> Path:
 def evaluate(work: Workload, rounds: dict[str, list[dict]], gpu: str = "") -> dict:
     """Medians and ratios, for people and for JSON. Round 0, the warm-up, counts for the losses only."""
     flops, tokens = work_of_rounds(work)
-    peak = next((peak for name, peak in PEAKS.items() if name in gpu), None)
+    card = card_of_device(gpu)
+    peak = card and card.peak
     results = {}
     for name, seen in rounds.items():
         seconds = np.array([each["seconds"] for each in seen[1:]])

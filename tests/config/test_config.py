@@ -26,10 +26,11 @@ def mistake(*argv: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("command", config.COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_building_a_parser_imports_no_torch(command):
     code = (
-        f"import sys; from dpo_ds.commands.cli import parser_for; parser_for({command!r}).format_help();"
+        f"import sys, contextlib; from dpo_ds.commands.cli import parse\n"
+        f"with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit): parse([{command!r}, '--help'])\n"
         "print([m for m in ('torch', 'deepspeed', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -72,7 +73,7 @@ def test_help_fits_a_terminal(monkeypatch):
 
 
 def test_the_table_of_commands_names_what_is_there():
-    assert cli.COMMANDS.keys() == config.COMMANDS.keys()
+    assert cli.COMMANDS.keys() - {cli.PLAN} == config.COMMANDS.keys()
     for command in cli.COMMANDS.values():
         module, function = command.start.split(":")
         source = Path(cli.__file__).parent / f"{module.replace('.', '/')}.py"

@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpo_ds.config import LoraSection
 from dpo_ds.data.batching import Lengths
 from dpo_ds.demo.tiny import random_model, tiny_config
+from dpo_ds.memory.cards import CARDS
 from dpo_ds.models import lora
-from dpo_ds.training.mfu import PEAKS, ModelFlops, Utilisation, attended, peak_flops
+from dpo_ds.training.mfu import ModelFlops, Utilisation, attended, peak_flops
 
 # Width 8, one head of 8, inner 16, vocabulary 10: a layer has 4 x 8 x 8 + 3 x 8 x 16 = 640 weights, the head 80.
 CONFIG = {
@@ -91,4 +92,4 @@ def test_peaks_go_by_name_and_only_for_bfloat16(monkeypatch, name, flops):
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == flops
     assert peak_flops(torch.device("cuda"), torch.float32) is None
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
-    assert min(PEAKS.values()) > 1e14
+    assert min(card.peak for card in CARDS.values()) > 1e14

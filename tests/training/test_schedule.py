@@ -7,8 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from dpo_ds.config import TrainSection
-from dpo_ds.training.schedule import learning_rate
-from dpo_ds.training.trainer import total_steps
+from dpo_ds.training.schedule import learning_rate, total_steps
 
 SCHEDULES = {  # ours: theirs, and how it is told the same
     "constant": ("constant_with_warmup", {}, {}),

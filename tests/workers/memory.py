@@ -1,7 +1,7 @@
 """One rank: the memory of the tensors that torch's operators make in two steps of a tiny run: memory.py OUT CASE
 
 A case is a JSON object: name, model (transformers config keys), ds (DeepSpeed's JSON), live, activations, spread (over
-how many ranks), pairs (how often the same pair stands in the batch), shape (its prompt, chosen and rejected tokens).
+how many ranks), pairs (how often the same group stands in the batch), shape (tokens of its prompt and completions).
 Rank 0 writes bytes to OUT.
 """
 
@@ -39,10 +39,10 @@ def measure(case: dict, folder: Path, device) -> dict[str, int]:
     section = ModelSection(path=str(folder / case["name"]), from_config=True)
     policy_config, _ = fill_policy(case["ds"], "ds", run, machine, config.hidden_size)
     reference_config, _ = fill_reference(case["ds"], "ds", machine, config.hidden_size)
-    lengths = dict(zip(("prompt", "chosen", "rejected"), case["shape"], strict=True))
-    tokens = {name: np.arange(1, count + 1) for name, count in lengths.items()}
-    masks = {f"{side}_mask": np.ones(lengths[side], bool) for side in ("chosen", "rejected")}
-    batch = packed_batch([Group.pair(**tokens, **masks)] * case["pairs"])
+    prompt, *completions = (np.arange(1, count + 1) for count in case["shape"])
+    best_first = np.array([[0, worse] for worse in range(1, len(completions))])
+    masks = tuple(np.ones(len(tokens), bool) for tokens in completions)
+    batch = packed_batch([Group(prompt, tuple(completions), masks, best_first)] * case["pairs"])
     if case["spread"] > 1:
         collectives.form_sequence_groups(case["spread"])
         batch = batch.spread(case["spread"], collectives.sequence_place())

@@ -47,7 +47,7 @@ def train(
     from dpo_ds.training.rl.reward_model import LiveRewardModel
     from dpo_ds.training.rl.rollouts import Sampler
     from dpo_ds.training.rl.trainer import CRITIC, TOLD, RlTrainer
-    from dpo_ds.training.trainer import total_steps
+    from dpo_ds.training.schedule import total_steps
 
     run, engines, say = task.run, prepared.engines, speaker(launch)
     candidates = collectives.from_rank_0(prepared.candidates)  # ranks must never load different checkpoints

@@ -32,9 +32,9 @@ from dpo_ds.training.rl.kl import AdaptiveKL, FixedKL
 from dpo_ds.training.rl.learners import Learner
 from dpo_ds.training.rl.rollouts import Rollout, Sampler, penalised
 from dpo_ds.training.rl.samples import best_of, keep_samples
-from dpo_ds.training.schedule import learning_rate
+from dpo_ds.training.schedule import learning_rate, total_steps
 from dpo_ds.training.tracking import Tracker
-from dpo_ds.training.trainer import is_due, total_steps
+from dpo_ds.training.trainer import is_due
 
 TOLD = ("score", "reward", "kl", "entropy", "completion_tokens", "unfinished")  # what a model card tells of a run
 CRITIC = "critic"  # in the names of its files in a checkpoint

@@ -1,0 +1,212 @@
+"""What to change in a run that does not fit its GPUs, the smallest change first; each is tried by a new estimate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from dpo_ds.config import SftConfig, TrainConfig
+from dpo_ds.errors import ConfigError
+from dpo_ds.memory.allocations import Memory, of_run
+from dpo_ds.memory.cards import Card
+from dpo_ds.models.packed.spread import refusal
+
+GPUS_OF_A_NODE = 8
+MOST_GPUS = 1024
+ON_HOST = {"device": "cpu", "pin_memory": True}
+
+
+def nodes_for(gpus: int) -> int:
+    """Returns the fewest nodes of at most eight GPUs that `gpus` are spread over evenly."""
+    return next(nodes for nodes in range(math.ceil(gpus / GPUS_OF_A_NODE), gpus + 1) if gpus % nodes == 0)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A run on `gpus` GPUs of `nodes` nodes; ds: DeepSpeed's JSON, as the user would write it. model_config and
+    reference_config: transformers'.
+    """
+
+    run: SftConfig
+    ds: dict
+    card: Card
+    gpus: int
+    nodes: int
+    model_config: object
+    reference_config: object
+
+    @cached_property
+    def memory(self) -> Memory:
+        return of_run(self.run, self.gpus, self.nodes, self.model_config, self.reference_config, self.ds)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.device <= self.card.memory
+
+    def with_keys(self, **values) -> Proposal:
+        """Returns it with other values of keys, their dots written as two underscores, checked as a config's are."""
+        plain = self.run.model_dump(mode="json", exclude_unset=True)
+        for name, value in values.items():
+            section, key = name.split("__")
+            plain[section] = plain.get(section, {}) | {key: value}
+            if key == "activation_memory":
+                plain[section].pop("activation_checkpointing", None)  # its other name
+        return replace(self, run=type(self.run).model_validate(plain))
+
+    def offloading(self, *parts: str) -> Proposal:
+        zero = self.ds.get("zero_optimization", {}) | {f"offload_{part}": ON_HOST for part in parts}
+        return replace(self, ds=self.ds | {"zero_optimization": zero})
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was turned, in words, and the proposal with it and all changes before."""
+
+    what: str
+    proposal: Proposal
+
+
+def fewest(start: Proposal, spread_over: int | None = None) -> Proposal | None:
+    """Returns `start` on as few GPUs as it fits, up to 1024; None where it fits on none. spread_over: nodes, if given.
+
+    Up to a node's eight GPUs any number is tried, then whole nodes; more GPUs never take more memory each.
+    """
+    step = math.lcm(spread_over or 1, start.run.train.sequence_parallel)
+    counts = [*range(step, GPUS_OF_A_NODE * (spread_over or 1) + 1, step)]
+    if spread_over is None:
+        whole = math.lcm(step, GPUS_OF_A_NODE)
+        counts = sorted({*counts, *range(whole, MOST_GPUS + 1, whole)})
+    low, high, found = 0, len(counts), None
+    while low < high:
+        middle = min((low + high) // 2, 2 * low + 3)  # few GPUs are likelier than many
+        trial = replace(start, gpus=counts[middle], nodes=spread_over or nodes_for(counts[middle]))
+        if _fits(trial):
+            high, found = middle, trial
+        else:
+            low = middle + 1
+    return found
+
+
+def changes(start: Proposal) -> list[Change]:
+    """Returns what makes it fit, the smallest change first; its last proposal does not fit where nothing helps.
+
+    Each way is taken as far as it goes before the next one; what turns out not to be needed in the end is given back,
+    the smallest change first to be kept.
+    """
+    taken: list[tuple[Callable, int]] = []  # a way, and how far it is gone
+    current = start
+    for way in WAYS:
+        steps = list(way(current))
+        for far, change in enumerate(steps, 1):
+            if _fits(change.proposal):
+                return _redone(start, _less(start, [*taken, (way, far)]))
+        if steps and _size(steps[-1].proposal) < _size(current):
+            taken.append((way, len(steps)))
+            current = steps[-1].proposal
+    return _redone(start, taken)
+
+
+def _less(start: Proposal, taken: list[tuple[Callable, int]]) -> list[tuple[Callable, int]]:
+    """Returns each way but the last gone no farther than is needed, the largest change given back first."""
+    for position in range(len(taken) - 2, -1, -1):
+        way, far = taken[position]
+        for less in range(far):
+            trial = [*taken[:position], (way, less), *taken[position + 1 :]]
+            done = _redone(start, trial)
+            if done and _fits(done[-1].proposal):
+                taken = trial
+                break
+    return taken
+
+
+def _redone(start: Proposal, taken: list[tuple[Callable, int]]) -> list[Change]:
+    done, current = [], start
+    for way, far in taken:
+        steps = list(way(current))[:far]
+        if steps:
+            done.append(steps[-1])
+            current = steps[-1].proposal
+    return done
+
+
+def _fits(proposal: Proposal) -> bool:
+    try:
+        return proposal.fits
+    except ConfigError:  # a DeepSpeed file made for another number of ranks
+        return False
+
+
+def _size(proposal: Proposal) -> float:
+    try:
+        return proposal.memory.device
+    except ConfigError:
+        return math.inf
+
+
+def _checkpoint(proposal: Proposal) -> Iterator[Change]:
+    if proposal.run.train.activations == "none":
+        yield Change("train.activation_memory checkpoint", proposal.with_keys(train__activation_memory="checkpoint"))
+
+
+def _micro_batch(proposal: Proposal) -> Iterator[Change]:
+    """Halves the budget down to the longest pair's tokens, which are computed together whatever it is."""
+    run = proposal.run
+    sides, longest = len(run.sides), run.data.max_length - run.data.max_prompt_length
+    pair = math.ceil((run.data.max_prompt_length + sides * longest) / run.train.sequence_parallel)
+    budget = run.train.micro_batch_tokens
+    while budget > pair:
+        budget = max(budget // 2, pair)
+        yield Change(f"train.micro_batch_tokens {budget}", proposal.with_keys(train__micro_batch_tokens=budget))
+
+
+def _reference(proposal: Proposal) -> Iterator[Change]:
+    run = proposal.run
+    if not isinstance(run, TrainConfig) or run.reference.kind != "live" or run.reference.update_every:
+        return
+    if run.model.lora.r and run.reference.path in (None, run.model.path):
+        yield Change("reference.kind adapter", proposal.with_keys(reference__kind="adapter"))
+        return
+    cache = run.reference.cache or f"{run.output_dir}-reference"
+    words = f"reference.kind cached, reference.cache {cache} (filled beforehand by dpo-ds precompute)"
+    yield Change(words, proposal.with_keys(reference__kind="cached", reference__cache=cache))
+
+
+def _offload(proposal: Proposal) -> Iterator[Change]:
+    zero = proposal.ds.get("zero_optimization", {})
+    if "offload_optimizer" not in zero:
+        yield Change("DeepSpeed's offload_optimizer cpu", proposal.offloading("optimizer"))
+    if "offload_param" not in zero:
+        yield Change("DeepSpeed's offload_optimizer and offload_param cpu", proposal.offloading("optimizer", "param"))
+        proposal = proposal.offloading("optimizer", "param")
+    if proposal.run.train.activations != "offload":
+        what = "DeepSpeed's offload_optimizer and offload_param cpu, train.activation_memory offload"
+        yield Change(what, proposal.with_keys(train__activation_memory="offload"))
+
+
+def _sequence_parallel(proposal: Proposal) -> Iterator[Change]:
+    """Computes pairs together: else the longest one is the least that a rank holds."""
+    text, run = proposal.model_config.get_text_config(), proposal.run
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    longest = run.data.max_length - run.data.max_prompt_length
+    pair = run.data.max_prompt_length + len(run.sides) * longest
+    for ranks in range(run.train.sequence_parallel + 1, proposal.gpus // proposal.nodes + 1):
+        if proposal.gpus % ranks or refusal(heads, key_heads, ranks) or run.train.layout != "packed":
+            continue
+        budget = min(run.train.micro_batch_tokens, math.ceil(pair / ranks))
+        keys = {"train__sequence_parallel": ranks, "train__micro_batch_tokens": budget}
+        words = f"train.sequence_parallel {ranks}, train.micro_batch_tokens {budget}"
+        yield Change(words, proposal.with_keys(**keys))
+
+
+def _more_gpus(proposal: Proposal) -> Iterator[Change]:
+    gpus = proposal.gpus
+    while gpus < MOST_GPUS:
+        gpus *= 2
+        more = replace(proposal, gpus=gpus, nodes=max(proposal.nodes, nodes_for(gpus)))
+        yield Change(f"--gpus {gpus}", more)
+
+
+WAYS = (_checkpoint, _micro_batch, _reference, _offload, _sequence_parallel, _more_gpus)
