@@ -69,7 +69,7 @@ class CheckpointWriter:
 
         self.finish()
         temporary = (self.folder / step_folder(step)).with_suffix(".tmp")
-        needed = sum(map(_state_bytes, (engine, *beside.values()))) + collectives.world_size() * _tensor_bytes(extra)
+        needed = sum(map(state_bytes, (engine, *beside.values()))) + collectives.world_size() * _tensor_bytes(extra)
         problem = self._prepare(temporary, needed) if collectives.rank() == 0 else None
         if _first(problem):
             self._failed(step, problem)
@@ -262,7 +262,7 @@ def _of_disk(error: OSError) -> str:
     return f"{error.strerror} ({error.filename})"
 
 
-def _state_bytes(engine) -> int:
+def state_bytes(engine) -> int:
     """Returns what all ranks write, but for some kilobytes each: the fp32 weights and Adam's two moments."""
     return 3 * sum(4 * parameter.ds_numel for parameter in engine.module.parameters() if parameter.requires_grad)
 

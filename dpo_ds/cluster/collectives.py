@@ -98,6 +98,22 @@ def reduce_max(value: float, device: torch.device) -> float:
     return largest.item()
 
 
+def gather_equal(values: Tensor) -> Tensor:
+    """Returns all ranks' values, equally shaped, one after another [world_size * n, ...]."""
+    gathered = values.new_empty(world_size() * len(values), *values.shape[1:])
+    dist.all_gather_into_tensor(gathered, values)
+    return gathered
+
+
+def swap(values: Tensor, partner: int) -> Tensor:
+    """Returns what `partner` sends while it gets `values`; it calls this with this rank, and nobody else need come."""
+    received = torch.empty_like(values)
+    both = [dist.P2POp(dist.isend, values, partner), dist.P2POp(dist.irecv, received, partner)]
+    for request in dist.batch_isend_irecv(both):
+        request.wait()
+    return received
+
+
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """Returns the rows [n, columns] of all ranks, in the order of ranks, and where this rank's begin. The ranks of a
     sequence group have the same: they are taken once.

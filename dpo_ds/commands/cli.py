@@ -21,7 +21,8 @@ from dpo_ds.cluster import signals
 from dpo_ds.cluster.launch import ALONE, Launch, from_environment
 from dpo_ds.cluster.launch import notes as launch_notes
 from dpo_ds.cluster.signals import EXIT_STOPPED
-from dpo_ds.commands.plan import arguments
+from dpo_ds.commands.doctor import arguments as doctor
+from dpo_ds.commands.plan import arguments as plan
 from dpo_ds.config import yaml_file
 from dpo_ds.errors import ConfigError, CutOff, TrainingError, UserError
 
@@ -46,8 +47,9 @@ COMMANDS = {
     "convert": Command("a config of TRL, LLaMA-Factory or Axolotl as one of ours", "convert:start"),
     "plan": Command("memory, time and cost of a training run, before it", "plan.command:start"),
     "precompute": Command("the reference's log-probs, stored for reference.kind cached", "precompute:start"),
+    "doctor": Command("looks at cluster, data and model before a long run, and makes one step", "doctor.command:start"),
 }
-PLAN = "plan"
+ABOUT_A_RUN = {"plan": plan, "doctor": doctor}  # they take another command's config, and flags of their own
 VERIFY, VERIFY_START = "precompute --verify", "precompute:start_verify"
 POSITIONAL = {"export": ("source", "CHECKPOINT"), "convert": ("file", "FILE")}  # a key that needs no flag
 LONGEST_KIND = 48  # characters of a key's type behind its flag; a longer one is told below
@@ -113,36 +115,50 @@ def parse(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
         from dpo_ds.commands import completion
 
         shell = " ".join([*argv[0].split("=")[1:], *argv[1:]])
-        parsers = {name: _plan_parser("train") if name == PLAN else parser_for(name) for name in COMMANDS}
+        parsers = {name: _parser_about("train", name) if name in ABOUT_A_RUN else parser_for(name) for name in COMMANDS}
         print(completion.script(shell, parsers, {name: command.summary for name, command in COMMANDS.items()}))
         raise SystemExit(EXIT_DONE)
     command = argv[0]
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}; {config.did_you_mean(command, COMMANDS)}")
-    if command == PLAN:
-        return _parse_plan(argv[1:])
+    if command in ABOUT_A_RUN:
+        return _parse_about(command, argv[1:])
     return _resolved(command, *parser_for(command).parse_known_args(argv[1:]))
 
 
-def _plan_parser(command: str) -> argparse.ArgumentParser:
-    """The parser of the command that is planned, with plan's own flags."""
-    parser = parser_for(command)
-    parser.prog, parser.usage, parser.epilog = "dpo-ds plan", arguments.USAGE, arguments.EPILOG
-    parser.description = config.PlanConfig.__doc__
-    arguments.add_to(parser.add_argument_group("plan's own"))
+def _parser_about(command: str, looks: str) -> argparse.ArgumentParser:
+    """The parser of `command`, with the flags of the one that looks at it beforehand."""
+    parser, about = parser_for(command), ABOUT_A_RUN[looks]
+    parser.prog, parser.usage, parser.epilog = f"dpo-ds {looks}", about.USAGE, about.EPILOG
+    parser.description = about.CONFIG.__doc__
+    own = parser.add_argument_group(f"{looks}'s own")
+    own.add_argument("yaml", nargs="?", metavar="RUN.YAML", help="the same as --config; the keys above override it")
+    what = "the run's (default: reward if its file has that section, and no loss or reference; else train)"
+    own.add_argument("--command", choices=config.TRAINING, help=what)
+    about.add_to(own)
     return parser
 
 
-def _parse_plan(argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
-    """The config of the run that is planned, with plan's own settings around it."""
-    told, _ = _plan_parser("train").parse_known_args(argv)
-    command = told.command or arguments.command_of(told.yaml or told.config)
-    given, unknown = _plan_parser(command).parse_known_args(argv)
-    own = arguments.taken_from(given)
+def _parse_about(looks: str, argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
+    """The config of the run that is looked at, with the settings of the command that looks around it."""
+    told, _ = _parser_about("train", looks).parse_known_args(argv)
+    command = told.command or _command_of(told.yaml or told.config)
+    given, unknown = _parser_about(command, looks).parse_known_args(argv)
+    path, _ = vars(given).pop("yaml"), vars(given).pop("command")
+    if path and given.config:
+        raise ConfigError(f"--config {given.config} and {path}: give the config once")
+    given.config = path or given.config
+    own = ABOUT_A_RUN[looks].taken_from(given)
     _, run, notes, print_config = _resolved(command, given, unknown)
     if print_config:
         return command, run, notes, True
-    return PLAN, config.PlanConfig(run=run, **own), notes, False
+    return looks, ABOUT_A_RUN[looks].CONFIG(run=run, **own), notes, False
+
+
+def _command_of(path: str | None) -> str:
+    """Returns which training command a config is for, by its sections."""
+    sections = {} if path is None else yaml_file.read_mapping(Path(path).expanduser(), "config")
+    return "reward" if "reward" in sections and not {"loss", "reference"} & set(sections) else "train"
 
 
 def _resolved(
@@ -196,7 +212,7 @@ def _run(argv: Sequence[str]) -> int:
             print(f"dpo-ds: {note}", file=sys.stderr, flush=True)
         if launch.world_size > 1:
             meeting = _meet(launch)
-            meeting.compare(config.flatten(config.to_plain(run)))
+            meeting.compare(config.flatten(config.to_plain(run)), lets_code_differ=command == "doctor")
         has_started = True
         code = _start(command, run)
         signals.leave_to_others()

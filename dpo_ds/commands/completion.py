@@ -27,7 +27,7 @@ def script(shell: str, parsers: dict[str, argparse.ArgumentParser], summaries: d
     whole.add_argument("--version", action="store_true", help="print the version")
     commands = whole.add_subparsers()
     for name, parser in parsers.items():
-        fields = config.keys(config.COMMANDS.get(name, config.TrainConfig))  # plan has those of train
+        fields = config.keys(config.COMMANDS.get(name, config.TrainConfig))  # plan and doctor have those of train
         for action in parser._actions:
             _tell_values(action, fields.get(action.dest))
         commands.add_parser(name, parents=[parser], add_help=False, help=summaries[name])

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpo_ds.checkpoint.resume import choose
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.launch import Launch
-from dpo_ds.cluster.process_group import speaker
+from dpo_ds.cluster.process_group import Say, speaker
 from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.commands import preflight
 from dpo_ds.commands.opening import opened_output, run_job
 from dpo_ds.config import SftConfig
 from dpo_ds.training.tasks import Prepared, Supervised, task_of
+
+if TYPE_CHECKING:
+    from dpo_ds.data.batching import Layout
+    from dpo_ds.models.engine import Policy
+    from dpo_ds.training.objectives.objective import Objective
 
 
 def start(run: SftConfig) -> int:
@@ -25,26 +31,17 @@ def start(run: SftConfig) -> int:
     return run_job(task_of(run), preflight.prepare, train)
 
 
-def train(
-    task: Supervised, prepared: Prepared, launch: Launch, output_dir: Path, device, stop: StopFlag,
-    peers: PeerWatch | Silent,
-) -> None:  # fmt: skip
-    """Brings models into engines, runs the loop and exports the model; all ranks together."""
-    from dpo_ds.checkpoint import shards
+def assemble(task: Supervised, prepared: Prepared, device, say: Say) -> tuple[Policy, Objective, Layout]:
+    """Brings models into engines and tries them: what trains, what it minimises, how groups become micro-batches. All
+    ranks enter.
+    """
     from dpo_ds.data.batching import Layout
     from dpo_ds.models.checks import layout_notes, settle_layout, settle_sequence, settle_tiles
     from dpo_ds.models.engine import Policy
     from dpo_ds.models.layers.compile import settle_compilation
-    from dpo_ds.reference.cached import spot_check
     from dpo_ds.training.objectives.balanced import with_balanced_routers
-    from dpo_ds.training.samples import Sampler
-    from dpo_ds.training.schedule import total_steps
-    from dpo_ds.training.trainer import EVALUATION_DUE, Trainer
 
-    run, say = task.run, speaker(launch)
-    candidates = collectives.from_rank_0(prepared.candidates)  # ranks must never load different checkpoints
-    resume, notes = choose(candidates)
-    say(notes)
+    run = task.run
     policy = Policy(task.load(prepared.policy_config), prepared.policy_config, device)
     objective, note = with_balanced_routers(task.objective(policy, prepared, device), policy, run.model.router_aux_loss)
     say(note)
@@ -54,7 +51,25 @@ def train(
     settle_compilation(run.model.compile, [policy, *objective.frozen_models()], say)
     ranks = settle_sequence(run.train.sequence_parallel, refusal, [policy, *objective.frozen_models()])
     spread = ranks, collectives.sequence_place()
-    layout = Layout(layout_name, ranks * run.train.micro_batch_tokens, prepared.hidden_size, spread)
+    return policy, objective, Layout(layout_name, ranks * run.train.micro_batch_tokens, prepared.hidden_size, spread)
+
+
+def train(
+    task: Supervised, prepared: Prepared, launch: Launch, output_dir: Path, device, stop: StopFlag,
+    peers: PeerWatch | Silent,
+) -> None:  # fmt: skip
+    """Brings models into engines, runs the loop and exports the model; all ranks together."""
+    from dpo_ds.checkpoint import shards
+    from dpo_ds.reference.cached import spot_check
+    from dpo_ds.training.samples import Sampler
+    from dpo_ds.training.schedule import total_steps
+    from dpo_ds.training.trainer import EVALUATION_DUE, Trainer
+
+    run, say = task.run, speaker(launch)
+    candidates = collectives.from_rank_0(prepared.candidates)  # ranks must never load different checkpoints
+    resume, notes = choose(candidates)
+    say(notes)
+    policy, objective, layout = assemble(task, prepared, device, say)
     if prepared.cached is not None:
         say(spot_check(run, policy, prepared.cached, layout))
     evaluation_due = False

@@ -4,10 +4,12 @@ It imports no torch, so that `dpo-ds train --help` answers at once. README's tab
 """
 
 from dpo_ds.config.commands import (
+    CHECKS,
     COMMANDS,
     RECORDED,
     TRAINING,
     ConvertConfig,
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     PlanConfig,
@@ -40,11 +42,13 @@ from dpo_ds.config.train import HubSection, RewardSection, TrackingSection, Trai
 
 __all__ = [
     "COMMANDS",
+    "CHECKS",
     "CheckpointSection",
     "CompletionsSection",
     "ConvertConfig",
     "DataSection",
     "Default",
+    "DoctorConfig",
     "EvaluateConfig",
     "EvaluateSection",
     "ExportConfig",

@@ -235,14 +235,25 @@ class PlanConfig(Section):
     as_json: bool
 
 
-TRAINING = ("train", "sft", "reward")
-
-
 class VerifyConfig(Section):
     """`dpo-ds precompute --verify FOLDER`: every hash of a finished cache, and a summary."""
 
     verify: FilePath
 
+
+class DoctorConfig(Section):
+    """Looks at what a training run will stand on, makes one step of it and keeps nothing: for before a long run."""
+
+    run: SerializeAsAny[SftConfig]
+    lenient: tuple[str, ...]  # checks whose failure is a warning
+    as_json: bool
+
+
+TRAINING = ("train", "sft", "reward")  # the commands that plan and doctor look at
+CHECKS = (
+    "versions", "clocks", "collectives", "pairs", "data", "mask", "model", "disk", "loss", "reference", "cross-talk",
+    "step", "memory", "checkpoint",
+)  # fmt: skip
 
 COMMANDS: dict[str, type[Section]] = {
     "sft": SftConfig,

@@ -137,6 +137,12 @@ class Trainer:
         self.objective.after_step(batch.step, named)
         return Update(named, grad_norm, rate, agreed.tokens, agreed.targets, host_seconds)
 
+    def step_on(self, rows: np.ndarray) -> Update:
+        """Makes the first update, with these rows of the data as its global batch. All ranks enter."""
+        with contextlib.closing(self._feed([(1, rows)], self.data)) as feed:
+            self._agree([], feed.following())
+            return self.update(next(iter(feed)), feed)
+
     def log(self, batch: LocalBatch, update: Update, feed: Feed) -> None:
         """Hands the step's metrics to the tracker."""
         seconds, self._step_ended = time.perf_counter() - self._step_ended, time.perf_counter()
@@ -198,7 +204,7 @@ class Trainer:
                 self.tracker.evaluation({"step": step, "epoch": step / self.per_epoch, **evaluation, **size})
         saves = is_last or is_due(step, self.checkpoint_every)
         if saves:
-            self.writer.save(self.policy.engine, step, self._state(), wait=is_last)
+            self.writer.save(self.policy.engine, step, self.state(), wait=is_last)
         if (evaluates or saves) and not is_last:  # both take their time: another signal may have come
             self.agreed = replace(self.agreed, stop=self.stop.agreed(self.policy.device))
 
@@ -235,12 +241,13 @@ class Trainer:
         self.peers.progress(step)
         self.writer.commit_if_written()
 
-    def _state(self, evaluation_due: bool = False) -> dict:
+    def state(self, evaluation_due: bool = False) -> dict:
+        """Returns what this rank's part of a checkpoint keeps beside the engine's state."""
         return {"objective": self.objective.state(), EVALUATION_DUE: evaluation_due}
 
     def _save_and_stop(self, step: int, reason: str, evaluation_due: bool = False) -> None:
         """Ends the run between two steps, with all that was done until `step` in a checkpoint."""
-        self.writer.save_and_stop(self.policy.engine, step, self._state(evaluation_due), reason)
+        self.writer.save_and_stop(self.policy.engine, step, self.state(evaluation_due), reason)
 
     def _feed(self, batches: Iterable[tuple[int, np.ndarray]], data) -> Feed:
         mismatches = self.objective.needs_mismatches

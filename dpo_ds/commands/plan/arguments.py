@@ -5,27 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
-from dpo_ds.config import TRAINING, path_of, yaml_file
-from dpo_ds.errors import ConfigError, shorten
+from dpo_ds.config import PlanConfig, path_of
+from dpo_ds.errors import shorten
 
 EFFICIENCY = 0.4  # of a card's peak
 MEASURED = "one H200 came to 0.31 to 0.44, several GPUs are unmeasured"  # tests/benchmarks/RESULTS.md
 MOST_GPUS = 2**20
 USAGE = "dpo-ds plan RUN.YAML --gpus N --gpu CARD [--write FITTED.YAML] [--section.key value ...]"
-OWN = ("yaml", "gpus", "gpu", "nodes", "command", "price", "efficiency", "lengths", "write", "as_json")
+OWN = ("gpus", "gpu", "nodes", "price", "efficiency", "lengths", "write", "as_json")
+CONFIG = PlanConfig
 EPILOG = "Command line beats YAML beats defaults. Exit code 0: the run fits; 1: it does not; 2: a mistake."
 
 
 def add_to(parser: argparse._ArgumentGroup) -> None:
     """Gives `parser` what PlanConfig has beside the run and its file."""
     add = parser.add_argument
-    add("yaml", nargs="?", type=_path, metavar="RUN.YAML", help="the same as --config; the keys above override it")
     add("--gpus", type=_gpus, required=True, metavar="N", help="GPUs of the run in all; auto: the fewest that do")
     add("--gpu", required=True, metavar="CARD", help="h100, a100, l40s, ...; or by numbers: 96GB:400TFLOPS (bf16)")
     add("--nodes", type=_number(int), metavar="N", help="that they are spread over (default: at most 8 GPUs each)")
-    add("--command", choices=TRAINING, help="the run's (default: reward if its file has that section, else train)")
     add("--price", type=_number(float), metavar="X", help="of a GPU for an hour, in any currency")
     what = f"share of the card's peak that the run is to reach, its MFU (default {EFFICIENCY}: {MEASURED})"
     add("--efficiency", type=_number(float, 1), default=EFFICIENCY, metavar="X", help=what)
@@ -37,23 +35,8 @@ def add_to(parser: argparse._ArgumentGroup) -> None:
 
 
 def taken_from(given: argparse.Namespace) -> dict:
-    """Returns PlanConfig's own fields and takes them out of `given`, where the path goes to `config`.
-
-    Raises:
-        ConfigError: two configs.
-    """
-    own = {name: vars(given).pop(name) for name in OWN}
-    if own["yaml"] and given.config:
-        raise ConfigError(f"--config {given.config} and {own['yaml']}: give the config once")
-    given.config = own.pop("yaml") or given.config
-    del own["command"]
-    return own | {"file": given.config}
-
-
-def command_of(path: str | None) -> str:
-    """Returns which training command a config is for, by its sections."""
-    sections = {} if path is None else yaml_file.read_mapping(Path(path).expanduser(), "config")
-    return "reward" if "reward" in sections and not {"loss", "reference"} & set(sections) else "train"
+    """Returns PlanConfig's own fields and takes them out of `given`."""
+    return {name: vars(given).pop(name) for name in OWN} | {"file": given.config}
 
 
 def _gpus(text: str) -> int | None:
