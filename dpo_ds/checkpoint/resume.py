@@ -26,7 +26,8 @@ START_OVER = "use another output_dir, or --checkpoint.resume never to start over
 MAY_CHANGE = (
     "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",
     "train.min_lr_ratio", "train.decay_ratio", "train.max_steps", "train.epochs",
-    "train.eval_every", "data.eval", "train.micro_batch_tokens", "train.layout", "train.activation_checkpointing",
+    "train.eval_every", "train.stop_after_worse",
+    "data.eval", "train.micro_batch_tokens", "train.layout", "train.activation_checkpointing",
     "train.activation_memory",
     "train.sequence_parallel", "train.profile_steps", "train.sample_every", "train.sample_prompts", "model.attn",
     "model.compile", "reference.cache",

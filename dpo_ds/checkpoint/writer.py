@@ -38,6 +38,7 @@ class CheckpointWriter:
 
     committing: held while rank 0 makes one visible. progress(step): told while this rank waits for its disk.
     newest: the step of the newest complete one, at first of the one resumed from; 0 if there is none.
+    best: the step of the one that stays however many come after it; 0 if there is none.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class CheckpointWriter:
     ):  # fmt: skip
         self.folder = output_dir / "checkpoints"
         self.keep = run.checkpoint.keep
-        self.newest = resumed_step
+        self.newest, self.best = resumed_step, 0
         self._copy = HostCopy() if run.checkpoint.asynchronous else None
         self._writing: _Writing | None = None
         self._pruning: futures.Future | None = None
@@ -54,8 +55,9 @@ class CheckpointWriter:
         self._record = {"config": to_plain(run), "versions": manifest.versions(), "identity": identity}
 
     def save(
-        self, engine, step: int, extra: dict | None = None, *, wait: bool = False, beside: Mapping[str, Any] = NO_OTHERS
-    ) -> None:
+        self, engine, step: int, extra: dict | None = None, *, wait: bool = False, is_best: bool = False,
+        beside: Mapping[str, Any] = NO_OTHERS,
+    ) -> None:  # fmt: skip
         """Begins a complete `step-N/` and, with `wait` or without a copy, ends it; the save before is ended first.
 
         `newest` tells whether it came through. Where the disk is full or broken, there is a line, and the previous ones
@@ -63,6 +65,7 @@ class CheckpointWriter:
 
         Args:
             extra: what this rank wants back beside the engine's state (elastic.load): plain values and tensors.
+            is_best: it stays, in the place of the best one before, once it is complete.
             beside: other engines that are trained, by the name that their files get.
         """
         from dpo_ds.checkpoint.shards import random_state
@@ -82,7 +85,7 @@ class CheckpointWriter:
         files = capture(engine, temporary, state | {"extra": extra or {}}, copy)
         for part, other in beside.items():
             files |= {in_part(name, part): written for name, written in capture(other, temporary, state, copy).items()}
-        self._writing = _Writing(step, temporary, files, engine.device)
+        self._writing = _Writing(step, temporary, files, engine.device, is_best)
         if copy is None:
             self.finish()
 
@@ -155,15 +158,16 @@ class CheckpointWriter:
         problem = None
         if collectives.rank() == 0:
             with self._committing:
-                problem = self._commit(outcomes, writing.folder, writing.step)
+                problem = self._commit(outcomes, writing)
         if _first(problem):
             self._failed(writing.step, problem)
         else:
-            self.newest = writing.step
+            self.newest, self.best = writing.step, writing.step if writing.is_best else self.best
         return True
 
-    def _commit(self, outcomes: list, temporary: Path, step: int) -> str | None:
+    def _commit(self, outcomes: list, writing: _Writing) -> str | None:
         """Makes the checkpoint visible; or says why not."""
+        temporary, step = writing.folder, writing.step
         files = {name: asdict(written) for written_by_rank, _ in outcomes for name, written in written_by_rank.items()}
         problem = next((problem for _, problem in outcomes if problem), None)
         try:
@@ -183,7 +187,8 @@ class CheckpointWriter:
             self._make_visible(temporary, step)
         except OSError as error:
             return _of_disk(error)
-        self._pruning = in_background(self._prune)
+        best = step if writing.is_best else self.best
+        self._pruning = in_background(lambda: self._prune(best))
         return None
 
     def _make_visible(self, temporary: Path, step: int) -> None:
@@ -197,12 +202,13 @@ class CheckpointWriter:
         shared_files.write_text(self.folder / LATEST, final.name + "\n")
         faultpoints.reach("pointer-replaced")
 
-    def _prune(self) -> str | None:
+    def _prune(self, best: int) -> str | None:
         """Says what went wrong."""
         complete = [path for path in step_folders(self.folder) if (path / MANIFEST).is_file()]
         try:
             for old in complete[: -self.keep]:
-                _remove(old)
+                if old.name != step_folder(best):
+                    _remove(old)
         except OSError as error:
             return _of_disk(error)
         return None
@@ -216,8 +222,8 @@ class CheckpointWriter:
 class _Writing:
     """A save under way: a thread writes this rank's files."""
 
-    def __init__(self, step: int, folder: Path, files: dict[str, Content], device):
-        self.step, self.folder, self.device = step, folder, device
+    def __init__(self, step: int, folder: Path, files: dict[str, Content], device, is_best: bool):
+        self.step, self.folder, self.device, self.is_best = step, folder, device, is_best
         self._open: list[HashingFile] = []
         self._moved = 0
         self._future = in_background(lambda: self._write(files))

@@ -24,7 +24,7 @@ from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import to_plain
 from dpo_ds.errors import TrainingError
 from dpo_ds.training.hub import Push
-from dpo_ds.training.output_dir import keeping_status, last_metrics_of, set_aside, watched, write_config
+from dpo_ds.training.output_dir import keeping_status, last_metrics_of, set_aside, watched, write_config, write_status
 from dpo_ds.training.tasks import Supervised
 from dpo_ds.training.tracking import OF_PAIRS, ChosenFalls, Shown, Tracker, settings_of
 
@@ -72,23 +72,32 @@ class Output:
     first_step: int
     push: Push | None = None
 
-    def hand_over(self, policy: Policy, tokenizer: Any, names: Sequence[str], metrics: dict[str, float]) -> None:
+    def ends_early(self, reason: str) -> None:
+        if self.is_first:
+            write_status(self.folder, "running", reason, self.writer.newest)
+            self.tracker.say(f"ends early: {reason}")
+
+    def hand_over(
+        self, policy: Policy, tokenizer: Any, names: Sequence[str], metrics: dict[str, float], best: int = 0
+    ) -> None:
         """Exports the policy to final/ with its card, begins to push it, and gives trackers the last metrics. All ranks
         enter.
 
-        names: metrics of a step, for a run in which none was taken; metrics: the last ones.
+        names: metrics of a step, for a run in which none was taken; metrics: the last ones; best: the step that the
+        policy is of, where that is the best and not the last one.
         """
         from dpo_ds.models import export
 
         run, final = self.task.run, self.folder / "final"
-        metrics = last_metrics_of(self.folder, names) | metrics
+        metrics = last_metrics_of(self.folder, names, best or None) | metrics
         card = export.model_card(run.command, to_plain(run), metrics, self.used)
         export.export(policy.causal_lm, tokenizer, final, card, self.task.merges_adapters, self.getting_on)
         if self.is_first and run.hub.push:
             self.push = Push(final, run.hub)
         if self.tracker:
             self.tracker.final(metrics)
-            self.tracker.say(f"done: {final}")
+            of_step = f" (step {best}, the best {run.checkpoint.best})" if best else ""
+            self.tracker.say(f"done: {final}{of_step}")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.commands import preflight
 from dpo_ds.commands.opening import opened_output, run_job
 from dpo_ds.config import SftConfig
+from dpo_ds.training.course import COURSE, Course, return_to_best
 from dpo_ds.training.tasks import Prepared, Supervised, task_of
 
 if TYPE_CHECKING:
@@ -72,23 +73,31 @@ def train(
     policy, objective, layout = assemble(task, prepared, device, say)
     if prepared.cached is not None:
         say(spot_check(run, policy, prepared.cached, layout))
-    evaluation_due = False
+    evaluation_due, course, followed = False, Course.of(run), None
     if resume is not None:
         saved = shards.load(policy.engine, resume)
         if saved[0]:
             objective.load_state([of_rank["objective"] for of_rank in saved])
-        evaluation_due = saved[0].get(EVALUATION_DUE, False)
+        evaluation_due, followed = saved[0].get(EVALUATION_DUE, False), saved[0].get(COURSE)
         del saved  # it maps files that will be deleted
 
     last_step = total_steps(prepared.data.sources, run.train, objective.counts(prepared.data))
     with opened_output(
         task, prepared.identity, launch, output_dir, resume, last_step, stop, peers, task.watch()
     ) as output:
+        if course is not None:
+            say(course.load_state(followed, output.writer))
         sampler = Sampler(policy, prepared.tokenizer, prepared.prompts, run.sample) if prepared.prompts else None
         trainer = Trainer(
             policy, objective, prepared.data, prepared.evaluation_data, layout, run.train, output.writer,
-            run.checkpoint.every, output.tracker, stop, peers, output.profile, sampler,
+            run.checkpoint.every, output.tracker, stop, peers, output.profile, sampler, course,
         )  # fmt: skip
         trainer.train(output.first_step, evaluation_due)
+        if trainer.has_seen_enough:
+            output.ends_early(course.reason)
+        best = output.writer.best
+        if best not in (0, output.writer.newest):
+            return_to_best(policy, output.writer)
+            trainer.last_metrics = {}  # of a later step
         say(task.finish(trainer, prepared))
-        output.hand_over(policy, prepared.tokenizer, objective.names, trainer.last_metrics)
+        output.hand_over(policy, prepared.tokenizer, objective.names, trainer.last_metrics, best)

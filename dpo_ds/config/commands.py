@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from dpo_ds.config.completions import CompletionsSection, EvaluateSection, SampleSection, names_model
+from dpo_ds.config.evaluation import OF_LABELS, OF_PAIRS, OF_ROWS, OF_SCORES, check_followed
 from dpo_ds.config.inputs import (
     CheckpointSection,
     DataSection,
@@ -43,6 +44,17 @@ class SftConfig(Section):
     hub: HubSection = HubSection()
     output_dir: FilePath = Field(min_length=1, description="everything the run writes goes there")
 
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The metrics of this run's evaluations that can be better or worse."""
+        return OF_ROWS
+
+    @model_validator(mode="after")
+    def _follows_what_it_evaluates(self):
+        has_data = self.data.eval is not None
+        check_followed(self.checkpoint.best, self.train.stop_after_worse, has_data, self.evaluated)
+        return self
+
     @model_validator(mode="after")
     def _has_prompts_to_complete(self):
         if self.train.sample_every and not self.is_classifier and self.sample.prompts is None:
@@ -61,6 +73,10 @@ class RewardConfig(SftConfig):
 
     reward: RewardSection = RewardSection()
 
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        return OF_SCORES
+
 
 class TrainConfig(SftConfig):
     """Preference optimisation of a policy on pairs, against a frozen reference."""
@@ -70,6 +86,10 @@ class TrainConfig(SftConfig):
 
     loss: LossSection = LossSection()
     reference: ReferenceSection = ReferenceSection()
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        return OF_LABELS if set(self.loss.names) <= {"kto", "bco"} else OF_PAIRS
 
     @model_validator(mode="after")
     def _reference_fits(self):
@@ -99,6 +119,8 @@ class RlConfig(Section):
     @model_validator(mode="after")
     def _sections_fit(self):
         check_parts(self)
+        if self.checkpoint.best is not None or self.train.stop_after_worse:
+            raise ValueError("checkpoint.best and train.stop_after_worse go by evaluations on pairs; rl has none")
         _check_reference(self)
         return self
 

@@ -166,6 +166,10 @@ class DeepSpeedSection(InferenceSection):
 class CheckpointSection(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
     keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
+    best: str | None = Field(
+        None, description="metric of evaluations, such as eval_loss: the checkpoint with the best is kept, too, and "
+        "becomes final/; null: final/ is the last step"
+    )
     asynchronous: bool = Field(True, description="write from a copy in host memory while training goes on")
     resume: FilePath = Field("auto", description="auto: the newest complete one, else start; never; or a folder")
     save_before_end_seconds: int = Field(0, ge=0, description="save and exit 75 so long before the time limit; 0: off")

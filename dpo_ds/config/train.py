@@ -49,6 +49,10 @@ class TrainSection(Section):
     adam_eps: float = Field(1e-8, gt=0, le=1, description="of AdamW")
     seed: int = Field(0, ge=0, description="of the order of the data")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
+    stop_after_worse: int = Field(
+        0, ge=0, description="end after so many evaluations in a row without a better checkpoint.best (or eval_loss); "
+        "0: off"
+    )
     sequence_parallel: int = Field(
         1, gt=0, description="neighbouring ranks that compute each micro-batch together, its tokens spread over them"
     )

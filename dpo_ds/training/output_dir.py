@@ -130,7 +130,10 @@ def _keeping_status(output_dir: Path) -> Iterator[None]:
     except BaseException as fault:
         write_status(output_dir, "failed", f"{type(fault).__name__}: {fault}", last_step(output_dir), exit_code=1)
         raise
-    write_status(output_dir, "done", step=last_step(output_dir), exit_code=0)
+    reason = ""
+    with contextlib.suppress(FileNotFoundError, Damaged):
+        reason = read_record(output_dir / "STATUS.json", StatusRecord).reason  # of an end before the last step
+    write_status(output_dir, "done", reason, last_step(output_dir), exit_code=0)
 
 
 @contextlib.contextmanager
@@ -190,8 +193,10 @@ def last_step(output_dir: Path) -> int:
     return lines[-1]["step"] if lines else 0
 
 
-def last_metrics_of(output_dir: Path, names: Sequence[str]) -> dict:
-    """Returns what metrics.jsonl says of the last step and its evaluation: the run may have had no step left to take.
+def last_metrics_of(output_dir: Path, names: Sequence[str], step: int | None = None) -> dict:
+    """Returns what metrics.jsonl says of `step`, the last one if not given, and its evaluation: the run may have had no
+    step left to take.
     """
-    lines = read_metrics(output_dir / METRICS)[-2:]
+    lines = read_metrics(output_dir / METRICS)
+    lines = lines[-2:] if step is None else [line for line in lines if line["step"] == step]
     return {name: line[name] for line in lines for name in line if name.removeprefix("eval_") in names}

@@ -24,6 +24,7 @@ from dpo_ds.data.batching import Layout, global_batches, steps_per_epoch
 from dpo_ds.errors import TrainingError, UserError
 from dpo_ds.models.engine import Policy
 from dpo_ds.training import metrics
+from dpo_ds.training.course import COURSE, Course
 from dpo_ds.training.feed import Feed, LocalBatch
 from dpo_ds.training.mfu import Utilisation
 from dpo_ds.training.objectives.objective import Objective
@@ -71,11 +72,13 @@ class Trainer:
         self, policy: Policy, objective: Objective, data, evaluation_data, layout: Layout, run: TrainSection,
         writer: CheckpointWriter, checkpoint_every: int, tracker: Tracker | None, stop: StopFlag,
         peers: PeerWatch | Silent, profile: StepProfile, sampler: Sampler | None = None,
+        course: Course | None = None,
     ):  # fmt: skip
         self.policy, self.objective, self.layout, self.run = policy, objective, layout, run
         self.data, self.evaluation_data = data, evaluation_data
         self.writer, self.checkpoint_every = writer, checkpoint_every
         self.tracker, self.stop, self.peers, self.profile, self.sampler = tracker, stop, peers, profile, sampler
+        self.course = course
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.counts = objective.counts(data)
         self.total_steps = total_steps(data.sources, run, self.counts)
@@ -91,6 +94,8 @@ class Trainer:
         """
         if evaluation_due:
             self.evaluate_and_save(first_step - 1)
+        if self.has_seen_enough:
+            return
         size = self.run.global_batch_size
         batches = global_batches(self.data.sources, self.run.seed, size, first_step, self.counts)
         batches = itertools.takewhile(lambda batch: batch[0] <= self.total_steps, batches)
@@ -104,7 +109,14 @@ class Trainer:
                 self.log(batch, update, feed)
                 self.show_samples(batch.step)
                 self.evaluate_and_save(batch.step)
+                if self.has_seen_enough:
+                    break
         self.profile.finish()
+
+    @property
+    def has_seen_enough(self) -> bool:
+        """Tells whether the run ends before its last step, as evaluations got no better."""
+        return self.course is not None and self.course.has_seen_enough
 
     def between_steps(self, step: int) -> None:
         """Tells the watchdog that `step` begins, commits a checkpoint that is written by now, and stops if any rank was
@@ -202,10 +214,12 @@ class Trainer:
                 pairs = len(self.evaluation_data) if counts is None else int(counts.sum())
                 size = {"eval_pairs": pairs, "eval_seconds": time.perf_counter() - started}
                 self.tracker.evaluation({"step": step, "epoch": step / self.per_epoch, **evaluation, **size})
-        saves = is_last or is_due(step, self.checkpoint_every)
+        is_best = evaluates and self.course is not None and self.course.observe(step, evaluation)
+        ends = is_last or self.has_seen_enough
+        saves = ends or is_best or is_due(step, self.checkpoint_every)
         if saves:
-            self.writer.save(self.policy.engine, step, self.state(), wait=is_last)
-        if (evaluates or saves) and not is_last:  # both take their time: another signal may have come
+            self.writer.save(self.policy.engine, step, self.state(), wait=ends, is_best=is_best)
+        if (evaluates or saves) and not ends:  # both take their time: another signal may have come
             self.agreed = replace(self.agreed, stop=self.stop.agreed(self.policy.device))
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -243,7 +257,8 @@ class Trainer:
 
     def state(self, evaluation_due: bool = False) -> dict:
         """Returns what this rank's part of a checkpoint keeps beside the engine's state."""
-        return {"objective": self.objective.state(), EVALUATION_DUE: evaluation_due}
+        course = {} if self.course is None else {COURSE: self.course.state()}
+        return {"objective": self.objective.state(), EVALUATION_DUE: evaluation_due, **course}
 
     def _save_and_stop(self, step: int, reason: str, evaluation_due: bool = False) -> None:
         """Ends the run between two steps, with all that was done until `step` in a checkpoint."""

@@ -231,7 +231,7 @@ def test_a_disk_that_refuses_a_rename_or_a_deletion_is_a_line(tmp_path, monkeypa
     def commit() -> str | None:
         for name in files:
             (temporary / name).touch()
-        return writer._commit([(files, None)], temporary, 12)
+        return writer._commit([(files, None)], SimpleNamespace(folder=temporary, step=12, is_best=False))
 
     with monkeypatch.context() as broken:
         broken.setattr(writer_module.os, "replace", refuse)
@@ -243,11 +243,12 @@ def test_a_disk_that_refuses_a_rename_or_a_deletion_is_a_line(tmp_path, monkeypa
         writer._pruning.result()
         make(tmp_path, 10), make(tmp_path, 11)
         broken.setattr(writer_module.shutil, "rmtree", refuse)
-        writer._pruning = writer_module.in_background(writer._prune)
+        writer._pruning = writer_module.in_background(lambda: writer._prune(8))
         writer.finish()
     busy = "an old checkpoint could not be deleted: Device or resource busy (somewhere); training goes on"
     assert said == [busy]
     assert [found.step for found in find(tmp_path, "auto")[0]][:2] == [12, 11]
+    assert open_folder(old)[0], "step 8 is the best, and stays"
 
 
 def test_an_evaluation_does_not_keep_a_checkpoint_from_its_commit(monkeypatch):

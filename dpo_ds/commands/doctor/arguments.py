@@ -16,7 +16,7 @@ def add_to(parser: argparse._ArgumentGroup) -> None:
     """Gives `parser` what DoctorConfig has beside the run."""
     what = f"checks whose failure is to be a warning: {', '.join(CHECKS)}"
     parser.add_argument("--lenient", metavar="CHECK,...", default="", help=what)
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object, a line of its own, in place of lines")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object in place of lines")
 
 
 def taken_from(given: argparse.Namespace) -> dict:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dpo_ds.config import yaml_file
+from dpo_ds.config.evaluation import OF_PAIRS, OF_ROWS, OF_SCORES
 from dpo_ds.config.loss import LossName
 from dpo_ds.config.peers.names import answer_to
 from dpo_ds.errors import ConfigError, shorten
@@ -24,6 +25,8 @@ SCHEDULES = {
 STAGES = {"sft": "sft", "dpo": "train", "kto": "train", "rm": "reward"}
 PREFERENCES = ("dpo", "ipo", "orpo", "kto", "simpo")  # Axolotl's `rl`
 DEEPSPEED = "ds_configs/zero3_bf16.json"
+PATIENCE = ("early_stopping_patience", "early_stopping_steps")
+EVALUATED = {"sft": OF_ROWS, "reward": OF_SCORES, "train": OF_PAIRS}
 OFF = (None, "", "no", "none", False)
 
 
@@ -214,7 +217,22 @@ def _evaluation(given: dict, done: Translation) -> set[str]:
     for key in ("val_size", "val_set_size"):
         if given.get(key):
             done.note(key, given[key], "rows to evaluate on are in a file of their own, data.eval")
-    return {"eval_strategy", "evaluation_strategy", "eval_steps", "val_size", "val_set_size"}
+    return _following(given, done) | {"eval_strategy", "evaluation_strategy", "eval_steps", "val_size", "val_set_size"}
+
+
+def _following(given: dict, done: Translation) -> set[str]:
+    """Translates which checkpoint is the best, and when to stop; both need rows to evaluate on."""
+    patience = next((key for key in PATIENCE if given.get(key)), None)
+    metric = f"eval_{str(given.get('metric_for_best_model', 'loss')).removeprefix('eval_')}"
+    wanted = patience or ("load_best_model_at_end" if given.get("load_best_model_at_end") else None)
+    if wanted and "data.eval" not in done.values:
+        done.note(wanted, given[wanted], "goes by evaluations, which need rows in data.eval")
+    elif wanted and metric not in EVALUATED[done.command]:
+        done.note("metric_for_best_model", metric, "no metric of evaluations here; see checkpoint.best")
+    elif wanted:
+        done.values |= {"train.stop_after_worse": given[patience]} if patience else {}
+        done.values |= {"checkpoint.best": metric} if given.get("load_best_model_at_end") else {}
+    return {"load_best_model_at_end", "metric_for_best_model", *PATIENCE}
 
 
 def _saving(given: dict, done: Translation) -> set[str]:
