@@ -3,12 +3,16 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 
 import pytest
 import yaml
 
+from dpo_ds.cluster.signals import EXIT_STOPPED
 from dpo_ds.commands import cli
+from dpo_ds.commands.cli import EXIT_USER
 from tests.ranks import ROOT
 
 SERVICE, JOB = yaml.safe_load_all((ROOT / "launch_scripts/kubernetes/job.yaml").read_text())
@@ -57,7 +61,8 @@ def test_pods_find_each_other_and_exit_codes_mean_what_they_mean():
         code: rule["action"]
         for rule in spec["podFailurePolicy"]["rules"] for code in rule.get("onExitCodes", {}).get("values", [])
     }  # fmt: skip
-    assert codes == {2: "FailJob", 75: "Ignore"}
+    assert codes == {EXIT_USER: "FailJob", EXIT_STOPPED: "Ignore"}
+    assert SKY["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_STOPPED]
     assert {mount["name"] for mount in CONTAINER["volumeMounts"]} == {volume["name"] for volume in POD["volumes"]}
 
 
@@ -66,3 +71,17 @@ def test_the_image_copies_what_is_there():
     for line in re.findall(r"^COPY (.*)$", text, re.M):
         assert all((ROOT / source).exists() for source in shlex.split(line)[:-1]), line
     assert "-c constraints.txt torch" in text  # torch first, and never without the constraints
+
+
+def test_sigterm_reaches_a_rank_and_its_exit_code_comes_back(tmp_path):
+    """A launcher as DeepSpeed's, which starts another one, which starts a rank: that one saves and exits with 75."""
+    rank = "trap 'exit 75' USR1; touch started; while :; do sleep 0.05; done"
+    (tmp_path / "rank.sh").write_text(f"LOCAL_RANK=0 bash -c {shlex.quote(rank)} &\nwait $!\n")
+    script = ROOT / "launch_scripts/save_on_term.sh"
+    job = subprocess.Popen(["bash", script, "bash", "-c", "bash rank.sh; exit $?"], cwd=tmp_path)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == EXIT_STOPPED
+    assert subprocess.run(["bash", script, "bash", "-c", "exit 2"]).returncode == EXIT_USER
