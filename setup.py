@@ -42,12 +42,15 @@ setup(
     ],
     extras_require={
         "lora": ["peft"],
+        "quantize": ["bitsandbytes", "peft"],  # model.quantize 4bit
         "flash": ["flash-attn-4>=4.0.0b36"],  # CUDA only; a wheel, no compiler is needed
         "bench": ["trl"],  # the peer that tests/benchmarks measures against
         "dev": [
+            'bitsandbytes; platform_machine == "x86_64" and sys_platform == "linux"',
             "hypothesis",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "scikit-learn",  # the reward of launch_scripts/recipes/sentiment
             # The CUDA kernels' tests run in Triton's interpreter on a CPU; torch brings it along only on CUDA.

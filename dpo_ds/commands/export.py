@@ -29,6 +29,7 @@ from dpo_ds.models.adapters import folder_of
 from dpo_ds.models.causal_lm import freeze_beside_text
 from dpo_ds.models.export import SHARD_BYTES, model_card, persistent_buffers, write_rest, write_shards, write_words
 from dpo_ds.models.fingerprint import MODEL, model_as_recorded
+from dpo_ds.models.layers import quantized
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.reward_model import REWARD_MEAN, settle_padding
 from dpo_ds.training import hub
@@ -147,9 +148,22 @@ def write_merged(
         def read(own: str) -> torch.Tensor:
             return shards.whole(f"{ENGINE_PREFIX}{own}", torch.float32) if own in trained else source[names[own]]()
 
+        if section.quantize != "none":
+            read = _quantizing(read, causal_lm, DTYPES[shards.checkpoint.manifest["identity"]["the precision"]])
         tensors, merged = causal_lm.state_dict(), merging.reader(read)
         sizes = {name: tensors[own].numel() * dtype.itemsize for own, name in names.items()}
         write_shards(folder, sizes, lambda name: merged(name).to(dtype), causal_lm, shard_bytes)
+
+
+def _quantizing(read: Callable[[str], torch.Tensor], causal_lm, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
+    """Returns what reads a frozen weight as a run in `dtype` had it, through 4 bits."""
+    layers = {f"{name}.weight": layer for name, layer in quantized.layers_to_quantize(causal_lm).items()}
+
+    def read_quantized(name: str) -> torch.Tensor:
+        weight = read(name)
+        return quantized.through_4_bits(weight.to(dtype), layers[name]) if name in layers else weight
+
+    return read_quantized
 
 
 def _own_weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Callable[[], torch.Tensor]]:
@@ -171,6 +185,8 @@ def _check_mergeable(checkpoint: Checkpoint, section: ModelSection, config) -> N
         raise ConfigError(
             f"--merge: {checkpoint.path} has no adapters, all its weights were trained; leave --merge out"
         )
+    if section.quantize != "none":
+        quantized.require_bitsandbytes("--merge of adapters that were trained on quantised weights")
     then = checkpoint.manifest["identity"][MODEL]
     now = model_as_recorded(then, section.path, config)
     if now != then:

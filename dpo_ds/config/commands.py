@@ -77,6 +77,11 @@ class RewardConfig(SftConfig):
     def evaluated(self) -> tuple[str, ...]:
         return OF_SCORES
 
+    @model_validator(mode="after")
+    def _is_not_quantized(self):
+        _check_quantize(self.model, "reward trains a head in full and exports a whole model")
+        return self
+
 
 class TrainConfig(SftConfig):
     """Preference optimisation of a policy on pairs, against a frozen reference."""
@@ -121,13 +126,24 @@ class RlConfig(Section):
         check_parts(self)
         if self.checkpoint.best is not None or self.train.stop_after_worse:
             raise ValueError("checkpoint.best and train.stop_after_worse go by evaluations on pairs; rl has none")
+        _check_quantize(self.model, "rl draws from whole copies of the policy")
         _check_reference(self)
         return self
+
+
+def _check_quantize(model: ModelSection, why_not: str) -> None:
+    if model.quantize != "none":
+        raise ValueError(f"model.quantize {model.quantize}: only sft and train can; {why_not}")
 
 
 def _check_reference(run: TrainConfig | RlConfig) -> None:
     """Raises ValueError for a reference that this run cannot have."""
     wanted = run.reference
+    if run.model.quantize != "none" and wanted.kind not in ("adapter", "none"):
+        raise ValueError(
+            f"model.quantize {run.model.quantize} with reference.kind {wanted.kind}: that reference would not be "
+            "quantised, and so another model from the first step; use reference.kind adapter"
+        )
     if wanted.update_every and (wanted.kind != "live" or run.model.lora.r):
         why = f"reference.kind {wanted.kind}" if wanted.kind != "live" else "LoRA"
         raise ValueError(

@@ -53,7 +53,19 @@ class ModelSection(SampleModelSection):
     router_aux_loss: float | None = Field(
         None, ge=0, description="what the auxiliary loss of a mixture's routers counts; null: what config.json says"
     )
+    quantize: Literal["none", "4bit"] = Field(
+        "none", description="4bit: frozen weights in NF4, on which LoRA's adapters train (QLoRA); needs CUDA"
+    )
     lora: LoraSection = LoraSection()
+
+    @model_validator(mode="after")
+    def _quantizes_what_is_frozen(self):
+        if self.quantize != "none":
+            if not self.lora.r:
+                raise ValueError(f"quantize {self.quantize}: only frozen weights can be; give model.lora.r adapters")
+            if self.from_config:
+                raise ValueError(f"quantize {self.quantize}: weights are quantised as they are read; not from_config")
+        return self
 
 
 JINJA = ("{{", "{%")  # what every chat template holds

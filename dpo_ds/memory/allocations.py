@@ -24,6 +24,7 @@ from dpo_ds.errors import ConfigError, UserError, shorten
 from dpo_ds.losses import with_reference_of_loss
 from dpo_ds.memory.drawing import drawing, longest_groups
 from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
+from dpo_ds.models.layers.quantized import BITS
 from dpo_ds.models.loading import check_model
 from dpo_ds.models.scoring import REWARD_BATCH
 
@@ -175,6 +176,7 @@ def _add_policy(
         activations=run.train.activations,
         is_reward=is_reward,
         lora=run.model.lora,
+        quantized=run.model.quantize != "none",
         bucket=bucket if _setting(zero, "contiguous_gradients") else 1,
         communication={2: torch.bfloat16, 4: torch.float32}[communication],
         ranks=ranks,
@@ -186,6 +188,8 @@ def _add_policy(
     own = _shard(trained, ranks)  # elements
     per_node = ranks // nodes
     _place_weights(memory, "policy", found, zero, width, ranks, per_node)
+    if packed := [p.packed for p in found if p.packed]:
+        memory.state["policy: values of its 4-bit weights' blocks, whole"] = int(sum(packed) * (BITS - 4) / 8)
 
     offload = _device_of(zero, "offload_optimizer")
     state = {"fp32 master weights": 4 * own, "Adam's moments": 8 * own}
@@ -219,6 +223,8 @@ def _add_policy(
         "activations kept for backward": traced["saved"],
         names[phase]: traced[phase] - traced["saved"],
     }
+    if packed:
+        memory.phases["forward and backward"]["a weight out of its 4 bits"] = width * max(packed)
     text = config.get_text_config()
     if (spread := _spread(run)) > 1:
         traded = how.tokens * width * _heads(text, spread)
@@ -230,6 +236,9 @@ def _add_policy(
         flat = 4 * max(subgroups) + (accumulation * max(subgroups) if accumulation != 4 else 0)
         norm = 8 * max(math.ceil(p.numel / ranks) for p in trained)  # norms are taken in float64
         memory.phases["optimizer step"] = {"gradients of a sub-group, flattened": max(flat, norm)}
+    whole = width * sum(p.numel for p in found)
+    if packed and (more := whole - sum(memory.state.values())) > 0:
+        memory.phases["loading"] = {"the whole model on every GPU, beyond the state": more}
     if machine.device == "cuda" and run.checkpoint.asynchronous:
         memory.host["checkpoint being written (checkpoint.asynchronous)"] = (12 + width) * own * per_node
 

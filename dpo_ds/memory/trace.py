@@ -34,6 +34,7 @@ from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION
 from dpo_ds.models.causal_lm import decoder_of
 from dpo_ds.models.layers.activations import Parked, save_activation_memory
+from dpo_ds.models.layers.quantized import layers_to_quantize
 from dpo_ds.models.layers.units import decoder_layers, with_gradients_at_the_input
 from dpo_ds.models.loading import switch_dropout_off
 from dpo_ds.models.packed.segments import forget_tables, is_merged, segment_table
@@ -48,7 +49,7 @@ class Pass:
 
     activations: what layers keep for backward, none (all), checkpoint or offload. bucket: elements of DeepSpeed's
     reduce bucket, communication its dtype; ranks that a gradient is cut for. units: whether decoder layers are ZeRO-3's
-    leaves, whose gradients are all there before the first is taken.
+    leaves, whose gradients are all there before the first is taken. quantized: layers' weights lie in 4 bits each.
     """
 
     segments: tuple[Segment, ...]
@@ -59,6 +60,7 @@ class Pass:
     activations: str = "none"
     is_reward: bool = False
     lora: LoraSection = LoraSection()
+    quantized: bool = False
     bucket: int = 1
     communication: torch.dtype = torch.float32
     ranks: int = 1
@@ -71,19 +73,31 @@ class Pass:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One of the model's; layer: the number of its decoder layer, where it is in one and they are units."""
+    """One of the model's. layer: the number of its decoder layer, where it is in one and they are units; packed: the
+    weights of 4 bits that its `numel` numbers hold, 0 where each is a number.
+    """
 
     numel: int
     is_trained: bool
     is_matrix: bool
     layer: int | None = None
+    packed: int = 0
 
 
 def parameters(config, run: Pass) -> list[Parameter]:
+    return parameters_of(build(config, run), run)
+
+
+def parameters_of(model: PreTrainedModel, run: Pass) -> list[Parameter]:
     """The model's parameters in the order of `named_parameters`, each tied one once."""
-    model = build(config, run)
     layers = {p: number for number, layer in enumerate(_units(model, run)) for p in layer.parameters()}
-    return [Parameter(p.numel(), p.requires_grad, p.dim() > 1, layers.get(p)) for p in model.parameters()]
+    packed = {layer.weight for layer in layers_to_quantize(model).values()} if run.quantized else set()
+    found = []
+    for p in model.parameters():
+        weights = p.numel() if p in packed else 0
+        numel = math.ceil(weights / (2 * p.itemsize)) if weights else p.numel()
+        found.append(Parameter(numel, p.requires_grad, p.dim() > 1, layers.get(p), weights))
+    return found
 
 
 def peaks(config, run: Pass) -> dict[str, int]:

@@ -30,6 +30,7 @@ from dpo_ds.cluster.records import Damaged, read_object
 from dpo_ds.config import ModelSection
 from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.models.adapters import folder_of, is_adapter, make_whole
+from dpo_ds.models.layers import quantized
 
 HUB_SECONDS = 5  # for a connection to the Hub
 CLASSIFIER = "ForSequenceClassification"
@@ -131,6 +132,7 @@ def load_model(
     options = {"trust_remote_code": section.trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
     if section.attn != "auto":
         options["attn_implementation"] = section.attn
+    quantizes = getattr(section, "quantize", "none") != "none"  # then every rank first has the whole model, in 4 bits
     path = folder_of(section.path)
 
     def mistake(what: str) -> ModelError:
@@ -147,6 +149,7 @@ def load_model(
             torch.manual_seed(0)  # rank 0's draw is broadcast; seeded, so that policy and reference are the same model
             causal_lm = auto_class.from_config(config, **options)
         else:
+            options |= {"quantization_config": quantized.settings(options["dtype"])} if quantizes else {}
             causal_lm, loading = auto_class.from_pretrained(
                 path, config=config, revision=section.revision, output_loading_info=True, **options
             )
@@ -160,6 +163,8 @@ def load_model(
         name = type(causal_lm).__name__
         raise ModelError(f"{path}: its text part, {name}, is nothing that transformers could open by itself again")
     causal_lm.dropouts = dropouts
+    if quantizes and (lines := quantized.check_loaded(causal_lm)) and collectives.rank() == 0:
+        print(*(f"dpo-ds: {line}" for line in lines), sep="\n", flush=True)
     switch_jitter_off(causal_lm)
     return causal_lm
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from dpo_ds.data.batching import Lengths
 from dpo_ds.memory.cards import card_of_device
+from dpo_ds.models.layers.quantized import shape_of
 from dpo_ds.models.layers.units import decoder_layers
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _tokens(lengths: Lengths) -> int:
 
 def _used(parameter: torch.nn.Parameter, settings) -> float:
     """Weights that a token is multiplied with: all of a matrix, of stacked experts those that are chosen, no vector."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
+    shape = shape_of(parameter) or getattr(parameter, "ds_shape", parameter.shape)
     if len(shape) < 2:
         return 0
     return float(np.prod(shape)) * (settings.num_experts_per_tok / shape[0] if len(shape) == 3 else 1)

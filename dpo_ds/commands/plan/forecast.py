@@ -17,7 +17,7 @@ from dpo_ds.data.batching import Lengths
 from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.errors import DataError
 from dpo_ds.losses import make_loss
-from dpo_ds.memory.trace import Pass, build
+from dpo_ds.memory.trace import Pass, build, parameters_of
 from dpo_ds.training.mfu import ModelFlops
 from dpo_ds.training.schedule import total_steps
 
@@ -49,16 +49,18 @@ def step_of(
     together = spread * run.train.micro_batch_tokens
     micro_batches = math.ceil(size / max(1, together // each) / max(1, gpus // spread))
 
-    policy = _model(run, model_config)
+    how = _pass(run, training=True)
+    policy = build(model_config, how)
     flops = ModelFlops.of(policy).with_backward(comparison, completion * sides)
-    weights = _numel(policy)
+    weights = _numel(policy, how)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     passes, gathered = 2, 2 * weights  # forward and backward
     kind = run.reference.kind if isinstance(run, TrainConfig) else "none"
     if kind in ("live", "adapter"):
-        reference = policy if kind == "adapter" else _model(run, reference_config, training=False)
+        how = how if kind == "adapter" else _pass(run, training=False)
+        reference = policy if kind == "adapter" else build(reference_config, how)
         flops += ModelFlops.of(reference).forward(comparison, completion * sides)
-        passes, gathered = passes + 1, gathered + _numel(reference)
+        passes, gathered = passes + 1, gathered + _numel(reference, how)
     width = 2 if is_bf16(filled) else 4
     received = width * (gathered + trained) * micro_batches * (gpus - 1) / gpus
     if spread > 1:
@@ -111,15 +113,15 @@ def _rows_of_file(path: Path) -> int:
         raise DataError(f"{path}: broken Parquet file; copy or download it again") from error
 
 
-def _model(run: SftConfig, config, training: bool = True):
-    """Returns the model without weights, its adapters included."""
-    one = (Segment(0, 1, (1,)),)
-    lora = {"lora": run.model.lora} if training else {}
-    return build(config, Pass(one, 1, torch.bfloat16, training=training, is_reward=run.is_classifier, **lora))
+def _pass(run: SftConfig, training: bool) -> Pass:
+    """Describes the policy, its adapters included, or a live reference."""
+    one, is_reward = (Segment(0, 1, (1,)),), run.is_classifier
+    how = {"lora": run.model.lora, "quantized": run.model.quantize != "none"} if training else {}
+    return Pass(one, 1, torch.bfloat16, training=training, is_reward=is_reward, **how)
 
 
-def _numel(model) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _numel(model, how: Pass) -> int:
+    return sum(parameter.numel for parameter in parameters_of(model, how))
 
 
 def _is_of_labels(run: SftConfig) -> bool:

@@ -202,9 +202,11 @@ def _adapters(given: dict, done: Translation) -> set[str]:
             done.values |= {f"model.lora.{ours}": given[key] for key in theirs if key in given}
         if targets:
             done.values["model.lora.target_modules"] = targets
-    taken = {"use_peft", "finetuning_type", "lora_target", "lora_target_modules", "lora_target_linear"}
-    if given.get("adapter") != "qlora":
-        taken.add("adapter")
+    taken = {"use_peft", "adapter", "finetuning_type", "lora_target", "lora_target_modules", "lora_target_linear"}
+    bits = 4 if given.get("load_in_4bit") or given.get("adapter") == "qlora" else given.get("quantization_bit")
+    if bits == 4 and uses and done.command != "reward":
+        done.values["model.quantize"] = "4bit"
+        taken |= {"load_in_4bit", "quantization_bit"}
     return taken.union(*names.values())
 
 

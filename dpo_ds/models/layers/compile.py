@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_ds.cluster.process_group import Say
 from dpo_ds.models.layers.activations import inputs_stay
+from dpo_ds.models.layers.quantized import is_quantized
 from dpo_ds.models.layers.units import decoder_layers
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def _use_compiled_layers(causal_lm: nn.Module, device: torch.device, say: Say) -
     layers = decoder_layers(causal_lm)
     if not layers:
         return "it has no list of decoder layers"
+    if is_quantized(causal_lm):
+        return "its weights are in 4 bits"
     if any(hasattr(p, "ds_id") for p in causal_lm.parameters()) and not all(map(z3_leaf_module, layers)):
         return "ZeRO-3 has hooks within its layers"
     if reason := missing_compiler(device):
