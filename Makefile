@@ -37,8 +37,10 @@ sentiment: $(STAMP)
 sentiment-small: $(STAMP)
 	$(BIN)/python -m pytest tests/experiments --timeout 900 --capture no
 
+# Tests of one process two at a time, file by file; then those that start two ranks, which have both cores to themselves.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not distributed' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m distributed
 
 # A real Slurm, sshd and pdsh on two hosts that are namespaces of this machine; as root it installs what is missing. The
 # tests skip, and say why, where that cannot be.
