@@ -38,6 +38,9 @@ class RlSection(Section):
     score_timeout: float = Field(
         600, gt=0, le=10**6, description="seconds a call of the score's function or pattern may take"
     )
+    center_scores: bool = Field(
+        False, description="take the mean of its prompt's completions from every score: E[r] = 0 for every prompt"
+    )
     unfinished_penalty: float = Field(
         0.0, ge=0, description="taken from the score of a completion that ran into max_new_tokens"
     )
@@ -68,6 +71,8 @@ class RlSection(Section):
     def _parts_fit(self):
         if self.algorithm in COMPARING and self.n < 2:
             raise ValueError(f"rl.n {self.n}: rl.algorithm {self.algorithm} compares completions of a prompt; give 2")
+        if self.center_scores and self.n < 2:
+            raise ValueError(f"rl.center_scores true: of rl.n {self.n} completions all scores would be 0; give 2 or more")
         for key in ("critic", "critic_learning_rate"):
             if getattr(self, key) is not None and self.algorithm != "ppo":
                 raise ValueError(f"rl.{key} {getattr(self, key)}: rl.algorithm {self.algorithm} has no critic; ppo has")

@@ -163,13 +163,18 @@ def test_adapters_and_pairs(forks, world):
 
 @pytest.mark.distributed
 def test_a_reward_model_scores_under_zero3_as_it_does_alone(forks, world):
-    """And PPO's critic begins as that model. 7 prompts: rank 0 scores one more than rank 1."""
+    """And PPO's critic begins as that model; what is told of scores that are centred is as they were given. 7 prompts:
+    rank 0 scores one more than rank 1.
+    """
     model = AutoModelForCausalLM.from_pretrained(world / "model")
     model.config.num_labels, model.config.reward_mean = 1, 0.25
     torch.manual_seed(0)
     classifier = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
     save_tiny_model(world / "reward", AutoTokenizer.from_pretrained(world / "model"), classifier)
-    keys = {"rl.score": world / "reward", "train.max_steps": 1, "rl.samples_every": 1, "train.global_batch_size": 7}
+    keys = {
+        "rl.score": world / "reward", "train.max_steps": 1, "rl.samples_every": 1, "train.global_batch_size": 7,
+        "rl.center_scores": True,
+    }  # fmt: skip
     codes, output = run(forks, world, "judged", **keys)
     assert codes == [0, 0], output
     path = world / "judged/samples/step-00000001.jsonl"
@@ -177,6 +182,8 @@ def test_a_reward_model_scores_under_zero3_as_it_does_alone(forks, world):
     alone = load_scorer(str(world / "reward"), "rl.score", 60)
     again = alone([row["prompt"] for row in rows], [row["completion"] for row in rows])
     assert [row["score"] for row in rows] == pytest.approx(again.tolist(), abs=1e-5) and len(rows) == 21
+    [step] = lines(world / "judged")
+    assert step["score"] == pytest.approx(again.mean(), abs=1e-5) and step["reward"] == step["score"] != 0
     assert (world / "judged/checkpoints/step-00000001/zero_pp_rank_1_mp_rank_00_optim_states.pt.critic").is_file()
 
 
@@ -193,6 +200,7 @@ NEEDED = {"rl.prompts": "p", "rl.score": "m:f", "model.path": "m", "deepspeed.co
 MISTAKES = [
     ({"rl.algorithm": "rloo", "rl.n": 1}, "rl.n 1: rl.algorithm rloo compares completions of a prompt; give 2"),
     ({"rl.algorithm": "online_dpo", "rl.n": 1}, "rl.n 1: rl.algorithm online_dpo compares"),
+    ({"rl.n": 1, "rl.center_scores": True}, "rl.center_scores true: of rl.n 1 completions all scores would be 0"),
     ({"rl.algorithm": "grpo", "rl.critic": "c"}, "rl.critic c: rl.algorithm grpo has no critic; ppo has"),
     ({"rl.algorithm": "online_dpo", "rl.target_kl": 1}, "a loss of pairs has a fixed β"),
     ({"rl.beta": 0, "rl.target_kl": 1}, "rl.beta 0 stays 0"),

@@ -106,6 +106,8 @@ class Sampler:
         faultpoints.reach("batch-drawn")
 
 
-def penalised(rollouts: Sequence[Rollout], penalty: float) -> list[np.ndarray]:
-    """Scores [n] of each, less what a completion pays that has not ended."""
-    return [rollout.scores - penalty * ~rollout.finished for rollout in rollouts]
+def penalised(rollouts: Sequence[Rollout], penalty: float, center: bool = False) -> list[np.ndarray]:
+    """Scores [n] of each, less what a completion pays that has not ended; center: of mean 0 before, as section 3 of
+    arXiv 2305.18290 normalises rewards, the mean over the prompt's n in place of the expectation.
+    """
+    return [own.scores - center * own.scores.mean() - penalty * ~own.finished for own in rollouts]

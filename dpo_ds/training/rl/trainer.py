@@ -110,9 +110,9 @@ class RlTrainer:
         shares = [share for share in shares if share]  # the last iteration of an epoch may have few prompts
         measured, nats = self.measure(self.models, rollouts, shares)
         clock.lap("measuring_seconds")
-        scores = penalised(rollouts, self.run.rl.unfinished_penalty)
+        scores = penalised(rollouts, self.run.rl.unfinished_penalty, self.run.rl.center_scores)
         told = described(rollouts) | nats
-        told["reward"] = float(np.mean(np.concatenate(scores))) - self.kl.beta * nats["kl"]
+        told["reward"] = told["score"] - self.run.rl.unfinished_penalty * told["unfinished"] - self.kl.beta * nats["kl"]
         return Collected(rollouts, scores, shares, measured, told, clock.laps)
 
     def measure(

@@ -2,12 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from dpo_ds.data.prompts import Prompt
+from dpo_ds.models.generation import Completion
 from dpo_ds.training.rl import advantages
 from dpo_ds.training.rl.algorithms import ALGORITHMS, GRPO, PPO, RLOO, Drawn, Reinforce, clipped
 from dpo_ds.training.rl.kl import AdaptiveKL, FixedKL
+from dpo_ds.training.rl.rollouts import Rollout, penalised
 from dpo_ds.training.rl.values import explained_variance, explanation_moments, value_losses
 
 CLIP = 0.2
@@ -69,6 +73,26 @@ def test_within_a_group():
     assert advantages.leave_one_out(tensor(1, 2, 6), 3).tolist() == pytest.approx([-3, -1.5, 4.5])
     one = 1 / (1 + advantages.LEAST_DEVIATION)
     assert advantages.group_normalised(tensor(0, 2, 5, 5), 2).tolist() == pytest.approx([-one, one, 0, 0])
+
+
+def test_scores_are_centred_for_every_prompt():
+    """Of 1, 2, 6 the mean is 3; a completion without an end pays ½ after that, so that it pays even where all do. A
+    group's own comparisons are the same with and without.
+    """
+    easy, hard = rollout(11, 12, 16, unfinished=()), rollout(1, 2, 6, unfinished=(0, 1, 2))
+    [of_easy, of_hard] = penalised([easy, hard], 0.5, center=True)
+    assert of_easy.tolist() == [-2, -1, 3] and of_hard.tolist() == [-2.5, -1.5, 2.5]
+    as_given = penalised([easy, hard], 0.5)
+    assert np.concatenate(as_given).tolist() == [11, 12, 16, 0.5, 1.5, 5.5]
+    assert hard.scores.tolist() == [1, 2, 6], "what is told of scores is told of these"
+    for compare in (advantages.leave_one_out, advantages.group_normalised):
+        found = [compare(torch.tensor(np.concatenate(own)), 3).tolist() for own in ([of_easy, of_hard], as_given)]
+        assert found[0] == pytest.approx(found[1])
+
+
+def rollout(*scores: float, unfinished) -> Rollout:
+    ends = [Completion(np.array([7]), "", finished=place not in unfinished) for place in range(len(scores))]
+    return Rollout(0, Prompt("", np.array([1]), ""), ends, np.array(scores, dtype=float))
 
 
 def test_whitening_over_parts_is_whitening_of_the_whole():
