@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dpo_ds.commands import cli
-from launch_scripts.recipes.sentiment import corpus
-from launch_scripts.recipes.sentiment.outcome import Outcome, mean_and_error
+from launch_scripts.recipes.sentiment import corpus, report
+from launch_scripts.recipes.sentiment.outcome import Outcome, Verdict, compared, mean_and_error
 from launch_scripts.recipes.sentiment.plan import FULL, SCORE, SMALL, Plan, Policy
 from launch_scripts.recipes.sentiment.runner import Runner, Step, StepFailed, shown
 
@@ -38,11 +38,13 @@ def test_movie_reviews_are_taken_where_they_lie(tmp_path, capsys):
 def evaluation(folder, reference, **policies):
     """evaluation.json as `dpo-ds evaluate` writes it, as far as it is read."""
     folder.mkdir()
-    rows = {name: {"kl": {"mean": kl}, "reward": {"mean": reward}} for name, (kl, reward) in policies.items()}
-    content = {
-        "policies": [{"name": name.replace("_", "-"), "samples": samples} for name, samples in rows.items()],
-        "reference": {"name": "reference", "samples": {"kl": {"mean": 0.0}, "reward": {"mean": reference}}},
-    }
+
+    def row(name, kl, reward):
+        samples = {"kl": {"mean": kl}, "reward": {"mean": reward}, "tokens": 26.0, "finished": 0.99}
+        return {"name": name.replace("_", "-"), "samples": samples}
+
+    rows = [row(name, *of) for name, of in policies.items()]
+    content = {"policies": rows, "reference": row("reference", 0.0, reference)}
     (folder / "evaluation.json").write_text(json.dumps(content))
     return folder
 
@@ -53,23 +55,46 @@ def test_dpo_is_read_off_at_the_kl_of_the_others(tmp_path):
     policies = [Policy("dpo", 1e-3, beta=2.0), Policy("dpo", 1e-3, beta=1.0), Policy("preferred", 3.0)]
     outcome = Outcome.read([first, second], policies)
     (at,) = outcome.at_equal_kl()
-    assert np.allclose(at.dpo, [0.6, 0.9])  # half way from (0, 0.5) to (2, 0.7); half way from (2, 0.8) to (4, 1)
+    assert np.allclose(at.there, [0.6, 0.9])  # half way from (0, 0.5) to (2, 0.7); half way from (2, 0.8) to (4, 1)
     assert np.allclose(at.difference, [0.05, 0.3])
     mean, error = mean_and_error(at.difference)
     assert mean == pytest.approx(0.175) and error == pytest.approx(0.125)  # |0.3 - 0.05| / 2
-    assert "| SFT on preferred, learning rate 3 | 2.00 ± 1.00 | 0.575 ± 0.025 |" in outcome.table()
-    assert "| SFT on preferred, learning rate 3 | 2.00 ± 1.00 | 0.575 ± 0.025 | 0.750 ± 0.150 | 0.175 ± 0.125 |" in (
-        outcome.equal_kl_table()
-    )
-    outcome.write(tmp_path)
+    said = report.markdown(outcome)
+    assert "| SFT on preferred, learning rate 3 | 2.00 ± 1.00 | 0.575 ± 0.025 | 26.0 | 99% |" in said
+    assert "| SFT on preferred, learning rate 3 | 2.00 ± 1.00 | 0.575 ± 0.025 | 0.750 ± 0.150 | 0.175 ± 0.125 |" in said
+    assert "- not told apart from DPO: SFT on preferred, learning rate 3 (0.575 against 0.750 at 2.00 nats)" in said
+    report.write(outcome, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["at_equal_kl"][0]["kl"] == [1.0, 3.0]
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_beyond_the_last_point_of_dpo_its_own_reward_counts(tmp_path):
+def test_beyond_the_last_point_of_dpo_its_own_reward_is_told_and_nothing_compared(tmp_path):
     folder = evaluation(tmp_path / "0", 0.5, dpo_1=(2.0, 0.7), preferred_3=(5.0, 0.6))
-    (at,) = Outcome.read([folder], [Policy("dpo", 1e-3, beta=1.0), Policy("preferred", 3.0)]).at_equal_kl()
-    assert at.dpo == [0.7]
+    outcome = Outcome.read([folder], [Policy("dpo", 1e-3, beta=1.0), Policy("preferred", 3.0)])
+    assert outcome.at_equal_kl()[0].there == [0.7]
+    assert "| 5.00 | 0.600 | the last point has 0.700 |  |" in report.markdown(outcome)
+    assert "- at more KL than any point of DPO" in report.markdown(outcome)
+
+
+def test_which_is_higher_is_read_from_the_seeds():
+    """Student's t of three seeds is 4.30: differences 1, 2, 3 have a mean of 2 and an error of 0.577, 4.3 times which
+    is 2.48; 2, 2, 3 have 2.33 and 0.333, which makes 1.43.
+    """
+    found = {(1, 2, 3): Verdict.NOT_APART, (2, 2, 3): Verdict.HIGHER, (-2, -2, -3): Verdict.LOWER, (1,): Verdict.HIGHER}
+    for differences, verdict in found.items():
+        assert compared(differences, [0] * len(differences)) is verdict
+
+
+def test_a_learned_reward_is_set_against_the_ground_truth(tmp_path):
+    """PPO of it has 0.8 at 2 nats, where the line from (0, ½) to (4, 0.7) has 0.6; DPO's, to (2, 0.9), has 0.9."""
+    rows = {"dpo_1": (2.0, 0.9), "ppo_1": (4.0, 0.7), "ppo_1_learned": (2.0, 0.8)}
+    policies = [Policy("dpo", 1e-3, 1.0), Policy("ppo", 1e-3, 1.0), Policy("ppo", 1e-3, 1.0, learned=True)]
+    outcome = Outcome.read([evaluation(tmp_path / "0", 0.5, **rows)], policies)
+    said = report.markdown(outcome)
+    learned = "PPO of a learned reward, β 1"
+    assert f"- higher than PPO of the ground truth: {learned} (0.800 against 0.600 at 2.00 nats)" in said
+    assert f"- lower than DPO: {learned} (0.800 against 0.900 at 2.00 nats)" in said
+    assert "as one seed has no interval" in said
 
 
 @pytest.mark.parametrize("size", [FULL, SMALL])
@@ -90,6 +115,7 @@ def test_a_learned_reward_is_learned_from_the_pairs_before_it_is_asked(tmp_path)
     for step, score in ((learned, f"{tmp_path}/seed-3/reward/final"), (true, SCORE)):
         command, run, _, _ = cli.parse(step.argv)
         assert (command, run.rl.score, run.rl.prompts) == ("rl", score, f"{tmp_path}/data/train_prompts.jsonl")
+        assert run.rl.center_scores == (step is learned)
         assert run.train.max_steps == 24, "the miniature's"
 
 

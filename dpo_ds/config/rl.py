@@ -72,7 +72,7 @@ class RlSection(Section):
         if self.algorithm in COMPARING and self.n < 2:
             raise ValueError(f"rl.n {self.n}: rl.algorithm {self.algorithm} compares completions of a prompt; give 2")
         if self.center_scores and self.n < 2:
-            raise ValueError(f"rl.center_scores true: of rl.n {self.n} completions all scores would be 0; give 2 or more")
+            raise ValueError(f"rl.center_scores true: of rl.n {self.n} completions all scores would be 0; give 2")
         for key in ("critic", "critic_learning_rate"):
             if getattr(self, key) is not None and self.algorithm != "ppo":
                 raise ValueError(f"rl.{key} {getattr(self, key)}: rl.algorithm {self.algorithm} has no critic; ppo has")

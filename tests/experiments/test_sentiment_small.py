@@ -15,6 +15,7 @@ def outcome(tmp_path_factory):
     command = [sys.executable, "-m", "launch_scripts.recipes.sentiment", "--small", "--to", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True)
     assert (folder / "frontier.png").stat().st_size > 10_000
+    assert "PPO of a learned reward" in (folder / "report.md").read_text()
     return json.loads((folder / "results.json").read_text())
 
 
@@ -29,6 +30,12 @@ def test_ppo_raises_it_by_asking_the_reward_itself(outcome):
     row = next(row for row in outcome["rows"] if row["title"] == "PPO, β 0.03")
     assert row["reward"][0] > outcome["rows"][0]["reward"][0] + 0.15
     assert row["kl"][0] < 10
+
+
+@pytest.mark.parametrize("title", ["PPO", "RLOO", "online DPO"])
+def test_so_does_a_reward_that_was_learned_from_dpos_pairs(outcome, title):
+    row = next(row for row in outcome["rows"] if row["title"] == f"{title} of a learned reward, β 0.3")
+    assert row["reward"][0] > outcome["rows"][0]["reward"][0] + 0.1
 
 
 def test_dpo_has_more_reward_than_sft_on_preferred_at_its_kl(outcome):

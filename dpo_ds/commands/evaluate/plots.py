@@ -23,6 +23,7 @@ STYLE = {
     "font.size": 10.5, "axes.titlesize": 11.5, "xtick.color": INK, "ytick.color": INK, "text.color": INK,
     "text.parse_math": False, "legend.frameon": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
+ROOT_TICKS = (0, 0.1, 0.3, 0.6, 1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 30, 40, 60, 100)
 CURVES = (  # title, keys of metrics.jsonl (several runs: the first alone), a grey line for orientation
     ("loss", ("loss",), None),
     ("implicit-reward accuracy", ("rewards/accuracies",), 0.5),
@@ -31,30 +32,50 @@ CURVES = (  # title, keys of metrics.jsonl (several runs: the first alone), a gr
 )
 
 
-def frontier_png(points: Sequence[Mapping[str, Any]], path: Path | str, reward: str = "mean reward") -> None:
+def frontier_png(
+    points: Sequence[Mapping[str, Any]], path: Path | str, reward: str = "mean reward", roots: bool = False
+) -> None:
     """Reward against KL, with one standard error to each side, as figure 2 of arXiv 2305.18290.
 
     A point has `name`, `kl` and `reward`, and may have `kl_se` and `reward_se` (None: no bar), `beta` (written beside
-    it) and `series`. Points of one series share a colour and a line in the order of KL. Points without one are joined
-    by the frontier instead: those that no other point beats in both.
+    it) and `series`. Points of one series share a colour and a line in the order of KL; `dashed` names another series,
+    whose colour it has with hollow points and a dashed line. Points without a series are joined by the frontier
+    instead: those that no other point beats in both. roots: KL on a scale of square roots, which keeps points of little
+    KL apart.
     """
-    with _figure(path, width=7.2, height=4.9) as figure:
+    with _figure(path, width=10.4 if roots else 7.2, height=5.8 if roots else 4.9) as figure:
         axis = figure.subplots()
+        if roots:
+            axis.set_xscale("function", functions=(_root, _square))
         alone = [point for point in points if point.get("series") is None]
         series = list(dict.fromkeys(point["series"] for point in points if point.get("series") is not None))
         best = frontier(alone)
         if len(best) > 1:
             kls, rewards = zip(*((point["kl"], point["reward"]) for point in best), strict=True)
             axis.plot(kls, rewards, color=GREY, linewidth=1.2, linestyle="--", zorder=1)
-        colours = _colours([*series, *(point["name"] for point in alone)])
+        dashed = {point["series"]: point["dashed"] for point in points if point.get("dashed") is not None}
+        colours = _colours([*(dashed.get(name, name) for name in series), *(point["name"] for point in alone)])
         for name in series:
             members = sorted((point for point in points if point.get("series") == name), key=lambda point: point["kl"])
-            _crosses(axis, members, colours[name], label=name, line="-" if len(members) > 1 else "")
+            line = "" if len(members) == 1 else "--" if name in dashed else "-"
+            _crosses(axis, members, colours[dashed.get(name, name)], label=name, line=line, hollow=name in dashed)
         for point in alone:
             _crosses(axis, [point], colours[point["name"]], label=point["name"])
         axis.margins(0.12)
         axis.set(xlabel="KL(π ‖ π_ref) a sequence, nats", ylabel=reward)
+        if roots:
+            low, high = axis.get_xlim()
+            axis.set_xticks([kl for kl in ROOT_TICKS if low <= kl <= high])
+            axis.xaxis.set_major_formatter("{x:g}")
         _legend_beside(figure, axis, len(series) + len(alone))
+
+
+def _root(kl: np.ndarray) -> np.ndarray:
+    return np.sign(kl) * np.sqrt(np.abs(kl))  # an estimate of a small KL may be negative
+
+
+def _square(root: np.ndarray) -> np.ndarray:
+    return np.sign(root) * np.square(root)
 
 
 def frontier(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -119,7 +140,7 @@ def curves_png(runs: Mapping[str, Iterable[Mapping[str, float]]], path: Path | s
 def _colours(names: Iterable[str]) -> dict[str, str]:
     """Greys for what others are compared with, so that a policy has one colour in all pictures."""
     others = itertools.cycle(COLOURS)
-    return {name: GREYS[name] if name in GREYS else next(others) for name in names}
+    return {name: GREYS[name] if name in GREYS else next(others) for name in dict.fromkeys(names)}
 
 
 def _curve(axis, run: list, key: str, label: str, colour: str) -> None:
@@ -131,17 +152,20 @@ def _curve(axis, run: list, key: str, label: str, colour: str) -> None:
         axis.plot(*zip(*evaluations, strict=True), "o", color=colour, markersize=4.5)
 
 
-def _crosses(axis, points: Sequence[Mapping[str, Any]], colour: str, label: str, line: str = "") -> None:
+def _crosses(
+    axis, points: Sequence[Mapping[str, Any]], colour: str, label: str, line: str = "", hollow: bool = False
+) -> None:
     def bars(key: str) -> list[float]:
         return [point.get(key) or 0.0 for point in points]
 
     axis.errorbar(
         [point["kl"] for point in points], [point["reward"] for point in points], xerr=bars("kl_se"),
         yerr=bars("reward_se"), fmt=f"o{line}", color=colour, markersize=6, linewidth=1.3, capsize=2.5, label=label,
+        markerfacecolor="white" if hollow else colour, zorder=3,
     )  # fmt: skip
     for point in points:
         if point.get("beta") is not None:
-            style = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8.5, "color": colour}
+            style = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8.5, "color": colour, "zorder": 2.5}
             halo = [withStroke(linewidth=2.5, foreground="white")]
             axis.annotate(f"β {point['beta']:g}", (point["kl"], point["reward"]), path_effects=halo, **style)
 

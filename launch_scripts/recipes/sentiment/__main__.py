@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch_scripts.recipes.sentiment import corpus
-from launch_scripts.recipes.sentiment.outcome import PICTURE, RESULTS, Outcome
+from launch_scripts.recipes.sentiment import corpus, report
+from launch_scripts.recipes.sentiment.outcome import Outcome
 from launch_scripts.recipes.sentiment.plan import FULL, HERE, SMALL, Plan
 from launch_scripts.recipes.sentiment.runner import Runner, StepFailed
 
@@ -68,9 +68,9 @@ def experiment(plan: Plan, reviews: Sequence[corpus.Review], jobs: int) -> None:
     print("\n$ export " + " ".join(f"{key}={value}" for key, value in environment.items()), flush=True)
     seconds = Runner(plan.folder / "steps", jobs).run(list(plan.steps()))
     found = Outcome.read(plan.evaluations(), plan.size.policies)
-    found.write(plan.folder)
-    print(f"\n{found.table()}\n\n{found.equal_kl_table()}\n")
-    print(f"picture: {plan.folder / PICTURE}   numbers: {plan.folder / RESULTS}")
+    report.write(found, plan.folder)
+    print(f"\n{report.markdown(found)}\n")
+    print("   ".join(str(plan.folder / name) for name in (report.PICTURE, report.REPORT, report.RESULTS)))
     print(f"{len(seconds)} commands, {sum(seconds.values()):.0f} s one after the other")
 
 

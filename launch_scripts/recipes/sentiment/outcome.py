@@ -1,31 +1,46 @@
-"""What the experiment found: reward and KL of every policy over the seeds, DPO against SFT at equal KL."""
+"""What the experiment found: reward and KL of every policy over the seeds, and which of two is higher at equal KL."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student
 
 from launch_scripts.recipes.sentiment.plan import REINFORCED, Policy
 
-PICTURE, RESULTS = "frontier.png", "results.json"
 TITLES = {
     "dpo": "DPO", "ipo": "IPO", "orpo": "ORPO", "preferred": "SFT on preferred", "ppo": "PPO", "rloo": "RLOO",
     "online_dpo": "online DPO",
 }  # fmt: skip
 COMPARED = ("preferred", *REINFORCED)  # with DPO, at their KL
+LEVEL = 0.95  # of the interval that leaves out 0 where one is higher
+
+
+class Verdict(str, Enum):
+    """Of a policy against another method at its KL; BEYOND all of that one's points there is nothing to compare."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+    NOT_APART = "not told apart"
+    BEYOND = "beyond"
 
 
 @dataclass(frozen=True)
 class Row:
-    """kl (nats a completion) and reward of a policy, one of each a seed; None: the reference."""
+    """kl (nats a completion) and reward of a policy, one of each a seed, tokens of its completions and the share of
+    them that ended; None: the reference.
+    """
 
     policy: Policy | None
     kl: list[float]
     reward: list[float]
+    tokens: list[float]
+    finished: list[float]
 
     @property
     def title(self) -> str:
@@ -37,18 +52,20 @@ class Row:
 
 @dataclass(frozen=True)
 class EqualKL:
-    """A policy against DPO at its KL, one of each a seed. dpo: read off the line through π_ref and DPO's points in the
-    order of KL; beyond the last of them that one's reward. difference: dpo - reward.
+    """A policy against another method at its KL, one of each a seed. there: the method's reward, read off the line
+    through π_ref and its points in the order of KL; beyond the last of them that one's.
     """
 
     title: str
+    method: str
     kl: list[float]
     reward: list[float]
-    dpo: list[float]
+    there: list[float]
+    verdict: Verdict
 
     @property
     def difference(self) -> list[float]:
-        return [ours - theirs for ours, theirs in zip(self.dpo, self.reward, strict=True)]
+        return _differences(self.there, self.reward)
 
 
 @dataclass(frozen=True)
@@ -65,43 +82,45 @@ class Outcome:
 
         def row(policy: Policy | None) -> Row:
             found = [samples["reference" if policy is None else policy.name] for samples in named]
-            return Row(policy, *([samples[key]["mean"] for samples in found] for key in ("kl", "reward")))
+            measured = ([samples[key]["mean"] for samples in found] for key in ("kl", "reward"))
+            return Row(policy, *measured, *([samples[key] for samples in found] for key in ("tokens", "finished")))
 
         return cls([row(policy) for policy in [None, *policies]])
 
     def at_equal_kl(self) -> list[EqualKL]:
-        """SFT on the preferred completions, at every learning rate, and what draws for itself."""
-        line = [row for row in self.rows if row.policy is None or row.policy.loss == "dpo"]
-        others = [row for row in self.rows if row.policy is not None and row.policy.loss in COMPARED]
-        return [EqualKL(row.title, row.kl, row.reward, _read_off(line, row.kl)) for row in others]
+        """DPO at the KL of SFT on the preferred completions, at every learning rate, and of what draws for itself."""
+        others = [row for row in self.rows if row.policy and row.policy.loss in COMPARED]
+        return [self._against("dpo", TITLES["dpo"], row) for row in others]
 
-    def table(self) -> str:
-        """Markdown; ± is a standard error over the seeds."""
-        lines = ["| policy | KL(π ‖ π_ref), nats | reward |", "| --- | ---: | ---: |"]
-        lines += [f"| {row.title} | {shown(row.kl, 2)} | {shown(row.reward, 3)} |" for row in self.rows]
-        return "\n".join(lines)
+    def learned_at_equal_kl(self) -> list[EqualKL]:
+        """The ground truth as reward at the KL of every policy of a learned one, by the same algorithm."""
+        learned = [(row.policy.loss, row) for row in self.rows if row.policy and row.policy.learned]
+        return [self._against(loss, f"{TITLES[loss]} of the ground truth", row) for loss, row in learned]
 
-    def equal_kl_table(self) -> str:
-        lines = ["| at the KL of | KL, nats | its reward | DPO's reward | difference |", "| --- |" + " ---: |" * 4]
-        for at in self.at_equal_kl():
-            values = [shown(at.kl, 2), *(shown(of, 3) for of in (at.reward, at.dpo, at.difference))]
-            lines.append(f"| {' | '.join([at.title, *values])} |")
-        return "\n".join(lines)
-
-    def write(self, folder: Path) -> None:
-        """RESULTS and PICTURE."""
-        from dpo_ds.commands.evaluate import plots  # matplotlib takes a second
-
-        equal = [asdict(at) | {"difference": at.difference} for at in self.at_equal_kl()]
-        rows = [asdict(row) | {"title": row.title} for row in self.rows]
-        text = json.dumps({"rows": rows, "at_equal_kl": equal}, indent=1, ensure_ascii=False)
-        (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
-        plots.frontier_png([_point(row) for row in self.rows], folder / PICTURE, "mean reward, p(positive)")
+    def _against(self, loss: str, method: str, row: Row) -> EqualKL:
+        points = [own for own in self.rows if own.policy and own.policy.loss == loss and not own.policy.learned]
+        there, is_beyond = [], True
+        for seed, kl in enumerate(row.kl):
+            line = sorted((own.kl[seed], own.reward[seed]) for own in [self.rows[0], *points])
+            there.append(float(np.interp(kl, *zip(*line, strict=True))))
+            is_beyond &= kl > line[-1][0]
+        verdict = Verdict.BEYOND if is_beyond else compared(row.reward, there)
+        return EqualKL(row.title, method, row.kl, row.reward, there, verdict)
 
 
 def series(policy: Policy) -> str:
     """Returns what its curve is called."""
     return TITLES[policy.loss] + (" of a learned reward" if policy.learned else "")
+
+
+def compared(own: Sequence[float], theirs: Sequence[float]) -> Verdict:
+    """HIGHER or LOWER where the interval of the difference over the seeds leaves out 0 (Student's t), else NOT_APART.
+    Of one seed there is no interval, and the sign decides.
+    """
+    mean, error = mean_and_error(_differences(own, theirs))
+    if error is not None and abs(mean) <= student.ppf((1 + LEVEL) / 2, len(own) - 1) * error:
+        return Verdict.NOT_APART
+    return Verdict.HIGHER if mean > 0 else Verdict.LOWER
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -110,22 +129,5 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), error
 
 
-def shown(values: Sequence[float], digits: int) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def _read_off(line: Sequence[Row], kl: Sequence[float]) -> list[float]:
-    rewards = []
-    for seed, at in enumerate(kl):
-        points = sorted((row.kl[seed], row.reward[seed]) for row in line)
-        rewards.append(float(np.interp(at, *zip(*points, strict=True))))
-    return rewards
-
-
-def _point(row: Row) -> dict:
-    (kl, kl_se), (reward, reward_se) = mean_and_error(row.kl), mean_and_error(row.reward)
-    point = {"name": "reference", "kl": kl, "kl_se": kl_se, "reward": reward, "reward_se": reward_se}
-    if row.policy is not None:
-        point |= {"name": row.title, "series": series(row.policy), "beta": row.policy.beta}
-    return point
+def _differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [one - other for one, other in zip(ours, theirs, strict=True)]

@@ -72,9 +72,13 @@ FULL = Size(
         Policy("ppo", 5e-4, beta=0.1),
         Policy("ppo", 5e-4, beta=0.03),
         Policy("ppo", 5e-4, beta=0.01),
-        Policy("ppo", 5e-4, beta=0.3, learned=True),
         Policy("rloo", 5e-4, beta=0.03),
         Policy("online_dpo", 5e-4, beta=0.1),
+        Policy("ppo", 5e-4, beta=1.0, learned=True),
+        Policy("ppo", 5e-4, beta=0.3, learned=True),
+        Policy("ppo", 5e-4, beta=0.1, learned=True),
+        Policy("rloo", 5e-4, beta=0.3, learned=True),
+        Policy("online_dpo", 5e-4, beta=0.1, learned=True),
     ),
 )
 SMALL = Size(
@@ -89,6 +93,9 @@ SMALL = Size(
         Policy("dpo", 6e-4, beta=1.0),
         Policy("preferred", 2e-3),
         Policy("ppo", 2e-3, beta=0.03),
+        Policy("ppo", 2e-3, beta=0.3, learned=True),
+        Policy("rloo", 2e-3, beta=0.3, learned=True),
+        Policy("online_dpo", 2e-3, beta=0.3, learned=True),
     ),
     changes={
         "reference": {"train.max_steps": 150},
@@ -157,6 +164,7 @@ class Plan:
             "rl.algorithm": policy.loss, "rl.beta": policy.beta, "rl.score": judge if policy.learned else SCORE,
             "train.learning_rate": policy.learning_rate,
         }  # fmt: skip
+        keys |= {"rl.center_scores": "true"} if policy.learned else {}
         needs = (f"{at}/reward",) if policy.learned else ("reference",)
         return self._step(f"{at}/{policy.name}", "rl", needs, keys, (prompts, *self._scored_by))
 
