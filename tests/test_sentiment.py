@@ -86,15 +86,20 @@ def test_which_is_higher_is_read_from_the_seeds():
 
 
 def test_a_learned_reward_is_set_against_the_ground_truth(tmp_path):
-    """PPO of it has 0.8 at 2 nats, where the line from (0, ½) to (4, 0.7) has 0.6; DPO's, to (2, 0.9), has 0.9."""
-    rows = {"dpo_1": (2.0, 0.9), "ppo_1": (4.0, 0.7), "ppo_1_learned": (2.0, 0.8)}
-    policies = [Policy("dpo", 1e-3, 1.0), Policy("ppo", 1e-3, 1.0), Policy("ppo", 1e-3, 1.0, learned=True)]
+    """PPO of it has 0.8 at 2 nats, where the line from (0, ½) to (4, 0.7) has 0.6; DPO's, to (2, 0.9), has 0.9. No RLOO
+    was trained with the ground truth.
+    """
+    rows = {"dpo_1": (2.0, 0.9), "ppo_1": (4.0, 0.7), "ppo_1_learned": (2.0, 0.8), "rloo_1_learned": (1.0, 0.8)}
+    policies = [Policy("dpo", 1e-3, 1.0), Policy("ppo", 1e-3, 1.0)]
+    policies += [Policy(loss, 1e-3, 1.0, learned=True) for loss in ("ppo", "rloo")]
     outcome = Outcome.read([evaluation(tmp_path / "0", 0.5, **rows)], policies)
     said = report.markdown(outcome)
     learned = "PPO of a learned reward, β 1"
     assert f"- higher than PPO of the ground truth: {learned} (0.800 against 0.600 at 2.00 nats)" in said
     assert f"- lower than DPO: {learned} (0.800 against 0.900 at 2.00 nats)" in said
-    assert "as one seed has no interval" in said
+    report.write(outcome, tmp_path)
+    assert (tmp_path / "report.md").read_text() == f"![reward against KL](frontier.png)\n\n{said}\n"
+    assert "as one seed has no interval" in said and "RLOO of the ground truth" not in said
 
 
 @pytest.mark.parametrize("size", [FULL, SMALL])

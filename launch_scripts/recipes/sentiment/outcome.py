@@ -93,9 +93,13 @@ class Outcome:
         return [self._against("dpo", TITLES["dpo"], row) for row in others]
 
     def learned_at_equal_kl(self) -> list[EqualKL]:
-        """The ground truth as reward at the KL of every policy of a learned one, by the same algorithm."""
-        learned = [(row.policy.loss, row) for row in self.rows if row.policy and row.policy.learned]
-        return [self._against(loss, f"{TITLES[loss]} of the ground truth", row) for loss, row in learned]
+        """The ground truth as reward at the KL of every policy of a learned one, by the same algorithm where it was
+        trained with both.
+        """
+        with_truth = {row.policy.loss for row in self.rows if row.policy and not row.policy.learned}
+        learned = [row for row in self.rows if row.policy and row.policy.learned and row.policy.loss in with_truth]
+        methods = [f"{TITLES[row.policy.loss]} of the ground truth" for row in learned]
+        return [self._against(row.policy.loss, of, row) for row, of in zip(learned, methods, strict=True)]
 
     def _against(self, loss: str, method: str, row: Row) -> EqualKL:
         points = [own for own in self.rows if own.policy and own.policy.loss == loss and not own.policy.learned]

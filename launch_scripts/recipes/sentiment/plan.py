@@ -73,12 +73,13 @@ FULL = Size(
         Policy("ppo", 5e-4, beta=0.03),
         Policy("ppo", 5e-4, beta=0.01),
         Policy("rloo", 5e-4, beta=0.03),
+        Policy("online_dpo", 5e-4, beta=0.5),
         Policy("online_dpo", 5e-4, beta=0.1),
         Policy("ppo", 5e-4, beta=1.0, learned=True),
         Policy("ppo", 5e-4, beta=0.3, learned=True),
         Policy("ppo", 5e-4, beta=0.1, learned=True),
         Policy("rloo", 5e-4, beta=0.3, learned=True),
-        Policy("online_dpo", 5e-4, beta=0.1, learned=True),
+        Policy("online_dpo", 5e-4, beta=0.5, learned=True),
     ),
 )
 SMALL = Size(
@@ -142,6 +143,7 @@ class Plan:
         for seed in self.seeds:
             for policy in self.size.policies:
                 yield self._training(f"seed-{seed}", policy, pairs[seed] | {"train.seed": seed})
+        for seed in self.seeds:  # behind all trainings: between them, one of two jobs would wait for the other's
             yield self._evaluation(f"seed-{seed}", {"evaluate.seed": seed, "evaluate.against": pi_ref["model.path"]})
 
     def _training(self, at: str, policy: Policy, keys: Mapping[str, Any]) -> Step:
