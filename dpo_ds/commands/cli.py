@@ -141,8 +141,8 @@ def _parser_about(command: str, looks: str) -> argparse.ArgumentParser:
 
 def _parse_about(looks: str, argv: Sequence[str]) -> tuple[str, config.Section, list[str], bool]:
     """The config of the run that is looked at, with the settings of the command that looks around it."""
-    told, _ = _parser_about("train", looks).parse_known_args(argv)
-    command = told.command or _command_of(told.yaml or told.config)
+    told = _first_look(looks, argv)
+    command = told.command or _command_of(told.yaml or told.config, told)
     given, unknown = _parser_about(command, looks).parse_known_args(argv)
     path, _ = vars(given).pop("yaml"), vars(given).pop("command")
     if path and given.config:
@@ -155,10 +155,19 @@ def _parse_about(looks: str, argv: Sequence[str]) -> tuple[str, config.Section, 
     return looks, ABOUT_A_RUN[looks].CONFIG(run=run, **own), notes, False
 
 
-def _command_of(path: str | None) -> str:
-    """Returns which training command a config is for, by its sections."""
+def _first_look(looks: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line before it is known which command's keys it has: those of all of them are known here."""
+    parser = _parser_about("train", looks)
+    for key in config.keys(config.COMMANDS["reward"]).keys() - config.keys(config.COMMANDS["train"]).keys():
+        parser.add_argument(f"--{key}", default=argparse.SUPPRESS)
+    return parser.parse_known_args(argv)[0]
+
+
+def _command_of(path: str | None, told: argparse.Namespace) -> str:
+    """Returns which training command a config is for, by its sections, those on the command line included."""
     sections = {} if path is None else yaml_file.read_mapping(Path(path).expanduser(), "config")
-    return "reward" if "reward" in sections and not {"loss", "reference"} & set(sections) else "train"
+    sections = {*sections, *(key.split(".")[0] for key in vars(told) if "." in key)}
+    return "reward" if "reward" in sections and not {"loss", "reference"} & sections else "train"
 
 
 def _resolved(
@@ -232,7 +241,7 @@ def _run(argv: Sequence[str]) -> int:
             speaks = launch.is_first_on_node
         else:
             speaks = meeting.speaks(str(mistake)) if meeting else launch.is_first
-        if launch.is_first and not has_started:
+        if launch.is_first and not has_started and not (argv and argv[0] in ABOUT_A_RUN):
             _leave_status(argv, str(mistake))
         if speaks:
             print(f"dpo-ds: error: {mistake}", file=sys.stderr, flush=True)

@@ -313,6 +313,10 @@ def fill_reference(
 
 
 def write_census(census: dict[str, dict], output_dir: Path) -> None:
-    (output_dir / "data_census.json").write_text(
-        json.dumps(census, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
-    )
+    path = output_dir / "data_census.json"
+    text = json.dumps(census, indent=1, ensure_ascii=False) + "\n"
+    try:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        problem = f"{error.strerror or error}; make room there, or choose another folder"
+        raise ConfigError(f"--output_dir {output_dir}: {path.name} cannot be written: {problem}") from None

@@ -73,7 +73,7 @@ def train(
     policy, objective, layout = assemble(task, prepared, device, say)
     if prepared.cached is not None:
         say(spot_check(run, policy, prepared.cached, layout))
-    evaluation_due, course, followed = False, Course.of(run), None
+    evaluation_due, course, followed = False, Course.of(run, prepared.evaluation_data), None
     if resume is not None:
         saved = shards.load(policy.engine, resume)
         if saved[0]:

@@ -53,6 +53,9 @@ class SftConfig(Section):
     def _follows_what_it_evaluates(self):
         has_data = self.data.eval is not None
         check_followed(self.checkpoint.best, self.train.stop_after_worse, has_data, self.evaluated)
+        if self.train.stop_after_worse and not self.train.eval_every:
+            given = f"train.stop_after_worse {self.train.stop_after_worse}"
+            raise ValueError(f"{given} goes by evaluations between steps; give train.eval_every, which is 0")
         return self
 
     @model_validator(mode="after")
@@ -182,6 +185,7 @@ class PrecomputeConfig(Section):
     def _needs_a_folder(self):
         if self.reference.cache is None:
             raise ValueError("reference.cache is required; give it as --reference.cache or in --config")
+        _check_quantize(self.model, "a cache is of the reference's own weights")
         return self
 
 

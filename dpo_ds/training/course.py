@@ -10,6 +10,7 @@ from dpo_ds.checkpoint.writer import CheckpointWriter
 from dpo_ds.cluster import collectives
 from dpo_ds.config import SftConfig
 from dpo_ds.config.evaluation import LOSS, better
+from dpo_ds.data import GroupDataset
 from dpo_ds.errors import TrainingError
 
 COURSE = "course"  # in a checkpoint
@@ -20,21 +21,27 @@ class Course:
     """Holds the best value of `metric` so far, its step, and how many evaluations in a row came after it.
 
     keeps: the best checkpoint is kept, and exported. patience: evaluations in a row without a better value that end the
-    run; 0 for any number.
+    run; 0 for any number. rows: the content of the data that is evaluated on.
     """
 
     metric: str
     keeps: bool
     patience: int
+    rows: str = ""
     value: float | None = None
     step: int = 0
     worse: int = 0
 
     @classmethod
-    def of(cls, run: SftConfig) -> Course | None:
-        """Returns what checkpoint.best and train.stop_after_worse ask for; None where neither does."""
+    def of(cls, run: SftConfig, rows: GroupDataset | None) -> Course | None:
+        """Returns what checkpoint.best and train.stop_after_worse ask for; None where neither does. rows: of data.eval.
+        All ranks enter.
+        """
         best, patience = run.checkpoint.best, run.train.stop_after_worse
-        return cls(best or LOSS, best is not None, patience) if best is not None or patience else None
+        if best is None and not patience:
+            return None
+        content = collectives.from_rank_0(rows.content() if collectives.rank() == 0 else None)
+        return cls(best or LOSS, best is not None, patience, content)
 
     @property
     def has_seen_enough(self) -> bool:
@@ -59,14 +66,18 @@ class Course:
         return is_better and self.keeps
 
     def state(self) -> dict:
-        return {"metric": self.metric, "value": self.value, "step": self.step, "worse": self.worse}
+        found = {"value": self.value, "step": self.step, "worse": self.worse}
+        return {"metric": self.metric, "rows": self.rows} | found
 
     def load_state(self, state: dict | None, writer: CheckpointWriter) -> list[str]:
-        """Goes on from what a checkpoint holds, or anew where that followed another metric, or nothing; returns lines
-        for the user. All ranks enter.
+        """Goes on from what a checkpoint holds, or anew where that followed another metric, other rows, or nothing;
+        returns lines for the user. All ranks enter.
         """
         if state is None or state["metric"] != self.metric or state["value"] is None:
             return []
+        if state.get("rows", self.rows) != self.rows:
+            before = f"{state['value']:.6g} of step {state['step']}"
+            return [f"data.eval holds other rows than before: {self.metric} {before} does not count, it begins anew"]
         folder = writer.folder / step_folder(state["step"])
         if self.keeps and not collectives.from_rank_0(open_folder(folder)[0] is not None):
             return [f"{folder}: the checkpoint with the best {self.metric} is not there; the search for it begins anew"]

@@ -1,13 +1,18 @@
 """`dpo-ds doctor`: quiet on a healthy job, and it finds each planted fault."""
 
+import errno
 import json
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
+from dpo_ds.cluster.launch import ALONE
 from dpo_ds.commands import cli
-from dpo_ds.commands.doctor import network, stepping
+from dpo_ds.commands.doctor import command, disk, network, stepping
+from dpo_ds.commands.doctor.command import as_examined
 from dpo_ds.commands.doctor.report import FAIL, PASS, WARN, Finding, softened
 from dpo_ds.commands.doctor.versions import judge as judge_versions
 from dpo_ds.demo.tiny import save_tiny_model, tiny_llama
@@ -125,6 +130,41 @@ def test_its_command_line_takes_the_run_s_keys(tmp_path):
     assert cli.parse([*words, "--command", "sft"])[1].run.command == "sft"
     with pytest.raises(ConfigError, match="--lenient memry: no such check.*memory"):
         cli.parse([*words, "--lenient", "memry"])
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake_of_one_line(world, capsys):
+    words = train_command(world, "train.jsonl/out", "doctor")
+    assert cli.main(words) == 2
+    assert "not writable (Not a directory)" in capsys.readouterr().err
+
+
+def test_it_makes_no_repository(world):
+    keys = train_command(world, "pushed", "doctor", hub__push="org/name")
+    assert as_examined(cli.parse(keys)[1].run).hub.push is None
+
+
+def test_a_full_disk_is_told_to_all_ranks(tmp_path, monkeypatch):
+    """Rank 0 alone writes the file that the others wait to hear of."""
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "write_text", full)
+    monkeypatch.setattr(disk.collectives, "from_rank_0", lambda value: value)
+    (finding,) = disk.check(tmp_path / "scratch", ALONE, 1000, 2)
+    assert finding.verdict == FAIL and "No space left on device" in finding.text
+
+
+def test_a_fault_of_one_rank_is_told_where_the_others_do_not_come(monkeypatch):
+    told = []
+    monkeypatch.setattr(command, "ALONE_SECONDS", 0.01)
+    monkeypatch.setattr(command.rendezvous, "peers", lambda: SimpleNamespace(fault=told.append))
+    error = MemoryError("planted")
+    with command._telling_late(error):
+        time.sleep(0.5)
+    with command._telling_late(RuntimeError("all ranks come at once")):
+        pass
+    time.sleep(0.1)
+    assert told == [error]
 
 
 def test_a_lenient_check_warns():

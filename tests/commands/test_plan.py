@@ -133,6 +133,43 @@ def test_auto_is_the_fewest(monkeypatch, config):
     assert fitting.fewest(start(monkeypatch, config, 768)) is None
 
 
+def test_one_gpu_may_hold_what_two_cannot(monkeypatch, config):
+    """It gathers no weights. Two GPUs, and all that are tried after them, hold more than the card."""
+    started = start(monkeypatch, config, 1000)
+    sizes = {1: 900}
+    monkeypatch.setattr(fitting, "of_run", lambda run, gpus, *rest: SimpleNamespace(device=sizes.get(gpus, 1100)))
+    assert fitting.fewest(started).gpus == 1
+
+
+def test_gpus_without_a_comparison_make_no_step_shorter(config, capsys):
+    """Four comparisons: one for each of four GPUs, and none for the other four."""
+    of_four, of_eight = (plan(capsys, config, "--gpus", n, "--gpu", "h100")["step"] for n in (4, 8))
+    assert of_eight["seconds"] == of_four["seconds"] == pytest.approx(of_four["flops"] / (4 * 989e12 * 0.4))
+
+
+def test_a_loss_that_no_cache_serves_is_given_none(monkeypatch, config):
+    """KTO needs the reference on completions of other prompts."""
+    started = start(monkeypatch, config, 0, "--loss.name", "kto")
+    assert not list(fitting._reference(started))
+    assert list(fitting._reference(start(monkeypatch, config, 0)))
+
+
+def test_a_mistake_leaves_the_run_s_own_status_alone(config, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    done = '{"state": "done", "reason": "", "step": 7, "exit_code": 0}'
+    (tmp_path / "out/STATUS.json").write_text(done)
+    words = ["--config", str(config), "--output_dir", str(tmp_path / "out"), "--gpus", "0", "--gpu", "h100"]
+    assert cli.main(["plan", *words]) == 2
+    assert (tmp_path / "out/STATUS.json").read_text() == done
+
+
+def test_a_key_of_reward_is_known_before_the_command_is(config):
+    _, planned, *_ = cli.parse(
+        ["plan", "--config", str(config), "--reward.centering", "0.5", "--gpus", "2", "--gpu", "h100"]
+    )
+    assert planned.run.command == "reward" and planned.run.reward.centering == 0.5
+
+
 def test_what_it_writes_fits_and_loads(config, tmp_path, capsys):
     """The card holds what the optimizer's 12 bytes a parameter leave; what is written is planned again."""
     words = [config, "--gpus", 1, "--train.activation_memory", "checkpoint", "--loss.name", "orpo"]

@@ -61,6 +61,7 @@ def test_what_goes_by_evaluations_names_what_they_measure():
         ("sft", ["--checkpoint.best", "eval_rewards/margins"], "could go by"),
         ("train", ["--checkpoint.best", "eval_rewards/margins", "--loss.name", "kto"], "could go by"),
         ("train", ["--train.stop_after_worse", "2"], "need rows; give some as data.eval"),
+        ("sft", ["--train.stop_after_worse", "2", "--data.eval", "e"], "give train.eval_every, which is 0"),
     ],
 )
 def test_what_cannot_be_followed_is_a_mistake_at_the_start(command, keys, said):
@@ -76,6 +77,14 @@ def test_a_best_checkpoint_that_is_gone_is_told_and_sought_anew(tmp_path):
     (line,) = course.load_state({"metric": "eval_loss", "value": 0.5, "step": 4, "worse": 1}, writer)
     assert "step-00000004" in line and course.value is None and writer.best == 0
     assert Course("eval_loss", False, 2).load_state({"metric": "eval_logps/chosen", "value": 1.0}, writer) == []
+
+
+def test_the_best_on_other_rows_does_not_count(tmp_path):
+    course = Course("eval_loss", keeps=False, patience=2, rows="new")
+    state = {"metric": "eval_loss", "rows": "old", "value": 0.01, "step": 4, "worse": 1}
+    (line,) = course.load_state(state, SimpleNamespace(folder=tmp_path, best=0))
+    assert "0.01 of step 4 does not count" in line and course.value is None and course.worse == 0
+    assert course.load_state(state | {"rows": "new"}, SimpleNamespace(folder=tmp_path)) == [] and course.value == 0.01
 
 
 @pytest.mark.distributed

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from dpo_ds.checkpoint.writer import CheckpointWriter, state_bytes
 from dpo_ds.cluster import collectives, rendezvous
 from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
-from dpo_ds.cluster.shared_files import temporary_beside
+from dpo_ds.cluster.shared_files import make_writable, temporary_beside
 from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.commands import preflight
 from dpo_ds.commands.doctor import disk, network, rows, versions
@@ -32,10 +33,12 @@ from dpo_ds.data.chat.template import first_line
 from dpo_ds.memory.allocations import expected
 from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models.loading import check_model
+from dpo_ds.training import hub
 from dpo_ds.training.profile import StepProfile
 from dpo_ds.training.tasks import Prepared, Supervised, task_of
 
 EXIT_FAILED = 1
+ALONE_SECONDS = 10.0  # between a rank that a check fails on and the others' end of it
 
 
 @dataclass
@@ -59,13 +62,15 @@ class Visit:
         self.count += 1
         rendezvous.peers().progress(self.count)
         found, problem = [], None
-        try:
-            found = check()
-        except Exception as error:
-            if os.environ.get("DPO_DS_VERBOSE"):
-                traceback.print_exc()
-            problem = f"{type(error).__name__}: {first_line(error)}"
-        problems = collectives.gather_objects(problem)
+        with contextlib.ExitStack() as waiting:
+            try:
+                found = check()
+            except Exception as error:
+                if os.environ.get("DPO_DS_VERBOSE"):
+                    traceback.print_exc()
+                problem = f"{type(error).__name__}: {first_line(error)}"
+                waiting.enter_context(_telling_late(error))
+            problems = collectives.gather_objects(problem)
         rank = next((rank for rank, text in enumerate(problems) if text is not None), None)
         if rank is not None:
             text = f"rank {rank} could not do it: {problems[rank]}"
@@ -81,6 +86,18 @@ class Visit:
                 print(line, flush=True)
 
 
+@contextlib.contextmanager
+def _telling_late(error: Exception) -> Iterator[None]:
+    """Ends the job with what this rank alone could not do, where the others still wait for it within the check."""
+    timer = threading.Timer(ALONE_SECONDS, rendezvous.peers().fault, [error])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def start(doctor: DoctorConfig) -> int:
     """Runs the command; 0 where nothing failed, 1 where something did.
 
@@ -89,6 +106,8 @@ def start(doctor: DoctorConfig) -> int:
     """
     started, launch = time.monotonic(), from_environment()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if launch.is_first and doctor.run.hub.push:
+        hub.check_token(doctor.run.hub.push, "hub.push")
     run = as_examined(doctor.run)
     task, scratch = task_of(run), temporary_beside(Path(run.output_dir).absolute())
     visit = Visit(launch, doctor.lenient, in_lines=not doctor.as_json)
@@ -109,23 +128,33 @@ def start(doctor: DoctorConfig) -> int:
 
 
 def as_examined(run: SftConfig) -> SftConfig:
-    """Returns the run as from its beginning, with a first step that has the full rate: warm-up begins with 0."""
+    """Returns the run as from its beginning, with a first step that has the full rate: warm-up begins with 0. It pushes
+    nothing: a run that does makes its repository before it begins.
+    """
     first_step = {"warmup_steps": 0, "warmup_ratio": 0.0, "schedule": "constant", "max_steps": 1}
     train = run.train.model_copy(update=first_step | {"profile_steps": None, "sample_every": 0})
     checkpoint = run.checkpoint.model_copy(update={"resume": "never", "asynchronous": False})
-    return run.model_copy(update={"train": train, "checkpoint": checkpoint})
+    hub_section = run.hub.model_copy(update={"push": None})
+    return run.model_copy(update={"train": train, "checkpoint": checkpoint, "hub": hub_section})
 
 
 @contextlib.contextmanager
 def _scratch(folder: Path, launch: Launch) -> Iterator[None]:
-    """Makes rank 0's folder beside output_dir, on its file system, and removes it."""
-    if launch.is_first:
-        folder.mkdir(parents=True)
+    """Makes rank 0's folder beside output_dir, on its file system, and removes it, also where the watch over the ranks
+    ends this process.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    if not launch.is_first:
+        yield
+        return
+    make_writable(folder, "output_dir")
+    rendezvous.peers().on_end = lambda *_: shutil.rmtree(folder, ignore_errors=True)
     try:
         yield
     finally:
-        if launch.is_first:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _look_at_cluster(visit: Visit, device: torch.device) -> None:
@@ -162,7 +191,8 @@ def _look_at_model(visit: Visit, task: Supervised, prepared: Prepared, scratch: 
         if not visit.look("model", load):
             return
         policy, objective, layout = parts[0]
-        size, keep = state_bytes(policy.engine), run.checkpoint.keep
+        size = state_bytes(policy.engine)
+        keep = run.checkpoint.keep + (run.checkpoint.best is not None)
         visit.look(disk.DISK, lambda: disk.check(scratch, visit.launch, size, keep))
         stop = StopFlag()
         writer = CheckpointWriter(

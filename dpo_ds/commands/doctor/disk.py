@@ -37,9 +37,16 @@ class Disk:
 
 def check(folder: Path, launch: Launch, checkpoint_bytes: int, keep: int) -> list[Finding]:
     """All ranks enter. folder: on the checkpoints' file system, made by rank 0."""
-    if launch.is_first:
-        write_text(folder / TOKEN, f"{socket.gethostname()} {os.getpid()}\n")
-    wanted = collectives.from_rank_0((folder / TOKEN).read_text() if launch.is_first else None)
+    host = socket.gethostname()
+    wanted, problem = f"{host} {os.getpid()}\n", ""
+    try:
+        if launch.is_first:
+            write_text(folder / TOKEN, wanted)
+    except OSError as error:  # all ranks must hear of it: they wait for the file's words
+        problem = error.strerror or str(error)
+    wanted, broken = collectives.from_rank_0((wanted, problem and Disk(host, 0, 0.0, True, problem)))
+    if broken:
+        return judge([broken], checkpoint_bytes, keep, folder.parent)
     found = of_this_node(folder, wanted) if launch.is_first_on_node else None
     return judge(list(filter(None, collectives.gather_objects(found))), checkpoint_bytes, keep, folder.parent)
 

@@ -28,7 +28,7 @@ def check(policy: Policy, writer: CheckpointWriter, state: dict) -> list[Finding
     seconds = time.perf_counter() - started
     if writer.newest != STEP:
         return [Finding(SAVED, FAIL, "could not be written; the line above says why", "make room, or mend the disk")]
-    checkpoint, problem = open_folder(writer.folder / step_folder(STEP))
+    checkpoint, problem = collectives.from_rank_0(open_folder(writer.folder / step_folder(STEP)))
     if checkpoint is None:
         return [Finding(SAVED, FAIL, f"is not there once written: {problem}", LOSES)]
     size = sum(file["size"] for file in checkpoint.manifest["files"].values())

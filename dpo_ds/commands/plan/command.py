@@ -79,7 +79,7 @@ def _facts(plan: PlanConfig, given: Proposal, turned: list[Change]) -> dict:
         given.ds, run.deepspeed.config, run.train, machine, given.model_config.get_text_config().hidden_size
     )
     step = step_of(run, filled, given.gpus, given.model_config, given.reference_config, plan.lengths)
-    seconds = step.flops / (given.gpus * card.peak * plan.efficiency)
+    seconds = step.busiest / (card.peak * plan.efficiency)
     steps, counted = steps_of(run)
     hours = None if steps is None else steps * seconds * given.gpus / 3600
     cost = None if hours is None or plan.price is None else hours * plan.price

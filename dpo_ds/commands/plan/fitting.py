@@ -9,6 +9,7 @@ from functools import cached_property
 
 from dpo_ds.config import SftConfig, TrainConfig
 from dpo_ds.errors import ConfigError
+from dpo_ds.losses import make_loss
 from dpo_ds.memory.allocations import Memory, of_run
 from dpo_ds.memory.cards import Card
 from dpo_ds.models.packed.spread import refusal
@@ -71,18 +72,24 @@ class Change:
 def fewest(start: Proposal, spread_over: int | None = None) -> Proposal | None:
     """Returns `start` on as few GPUs as it fits, up to 1024; None where it fits on none. spread_over: nodes, if given.
 
-    Up to a node's eight GPUs any number is tried, then whole nodes; more GPUs never take more memory each.
+    Up to a node's eight GPUs any number is tried, then whole nodes. The least comes first: one GPU gathers no weights,
+    and may hold what a few cannot. Of several, more never take more memory each.
     """
     step = math.lcm(spread_over or 1, start.run.train.sequence_parallel)
     counts = [*range(step, GPUS_OF_A_NODE * (spread_over or 1) + 1, step)]
     if spread_over is None:
         whole = math.lcm(step, GPUS_OF_A_NODE)
         counts = sorted({*counts, *range(whole, MOST_GPUS + 1, whole)})
-    low, high, found = 0, len(counts), None
+
+    def on(gpus: int) -> Proposal:
+        return replace(start, gpus=gpus, nodes=spread_over or nodes_for(gpus))
+
+    if counts and _fits(least := on(counts[0])):
+        return least
+    low, high, found = 1, len(counts), None
     while low < high:
-        middle = min((low + high) // 2, 2 * low + 3)  # few GPUs are likelier than many
-        trial = replace(start, gpus=counts[middle], nodes=spread_over or nodes_for(counts[middle]))
-        if _fits(trial):
+        middle = min((low + high) // 2, 2 * low + 1)  # few GPUs are likelier than many
+        if _fits(trial := on(counts[middle])):
             high, found = middle, trial
         else:
             low = middle + 1
@@ -168,6 +175,8 @@ def _reference(proposal: Proposal) -> Iterator[Change]:
     if run.model.lora.r and run.reference.path in (None, run.model.path):
         yield Change("reference.kind adapter", proposal.with_keys(reference__kind="adapter"))
         return
+    if make_loss(run.loss).needs_kl:
+        return  # of completions of other prompts, which no cache has
     cache = run.reference.cache or f"{run.output_dir}-reference"
     words = f"reference.kind cached, reference.cache {cache} (filled beforehand by dpo-ds precompute)"
     yield Change(words, proposal.with_keys(reference__kind="cached", reference__cache=cache))

@@ -24,11 +24,13 @@ from dpo_ds.training.schedule import total_steps
 
 @dataclass(frozen=True)
 class Step:
-    """One update. flops: of all GPUs, what is computed again not counted. received: bytes a GPU gets from others at
-    most. tokens: of all GPUs, a prompt counted once. micro_batches: that a GPU has one after the other.
+    """One update. flops: of all GPUs, what is computed again not counted; busiest: of the GPU that has most.
+    received: bytes a GPU gets from others at most. tokens: of all GPUs, a prompt counted once. micro_batches: that a
+    GPU has one after the other.
     """
 
     flops: float
+    busiest: float
     received: int
     tokens: int
     micro_batches: int
@@ -66,7 +68,8 @@ def step_of(
     if spread > 1:
         passes += run.train.activations != "none"  # the forward that is computed again trades again
         received += width * passes * _traded(model_config.get_text_config(), spread) * tokens / gpus
-    return Step(flops * size, int(received), tokens, micro_batches)
+    busiest = flops * math.ceil(size / max(1, gpus // spread)) / spread
+    return Step(flops * size, busiest, int(received), tokens, micro_batches)
 
 
 def steps_of(run: SftConfig) -> tuple[int | None, str]:

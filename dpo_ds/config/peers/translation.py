@@ -229,6 +229,8 @@ def _following(given: dict, done: Translation) -> set[str]:
     wanted = patience or ("load_best_model_at_end" if given.get("load_best_model_at_end") else None)
     if wanted and "data.eval" not in done.values:
         done.note(wanted, given[wanted], "goes by evaluations, which need rows in data.eval")
+    elif patience and not done.values.get("train.eval_every"):
+        done.note(patience, given[patience], "goes by evaluations between steps, which need train.eval_every")
     elif wanted and metric not in EVALUATED[done.command]:
         done.note("metric_for_best_model", metric, "no metric of evaluations here; see checkpoint.best")
     elif wanted:
