@@ -82,6 +82,12 @@ def test_mistakes_are_one_line(world, command, keys, parts, capsys):
     assert [part for part in parts if part not in line] == [], line
 
 
+def test_no_cache_is_filled_by_quantised_weights(capsys):
+    words = "--model.path m --data.train t --deepspeed.config d --reference.cache c --model.quantize 4bit"
+    assert cli.main(["precompute", *words.split(), "--model.lora.r", "4"]) == 2
+    assert "a cache is of the reference's own weights" in capsys.readouterr().err
+
+
 def test_without_bitsandbytes_it_says_what_to_install(world, monkeypatch):
     run = load("train", None, dict(zip(*[iter(flags(world))] * 2, strict=True)))[0]
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
