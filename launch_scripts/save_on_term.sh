@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a launcher so that SIGTERM, which a pod gets that is evicted, has all ranks of the job save and exit with 75:
+# Runs a launcher so that SIGTERM, which a pod gets that is evicted, and Ctrl-C have all ranks save and exit with 75:
 #   launch_scripts/save_on_term.sh launch_scripts/train_single_node.sh train --config run.yaml
 # DeepSpeed's launcher and torchrun would end their ranks at once. Here one rank of this node is handed SIGUSR1 instead.
 set -uo pipefail
@@ -34,7 +34,7 @@ save() {
         kill -TERM "$launcher"
     fi
 }
-trap save TERM
+trap save TERM INT # what runs in the background ignores Ctrl-C
 
 while kill -0 "$launcher" 2>/dev/null; do # a signal ends `wait`, not the launcher
     wait "$launcher"

@@ -213,6 +213,11 @@ class CheckpointWriter:
             return _of_disk(error)
         return None
 
+    @property
+    def best_or_coming(self) -> int:
+        """The step of the best one, as soon as it is being written."""
+        return self._writing.step if self._writing and self._writing.is_best else self.best
+
     def _failed(self, step: int, problem: str | None) -> None:
         if problem is not None:
             stays = f"that of step {self.newest} stays" if self.newest else "there is none yet"

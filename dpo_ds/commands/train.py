@@ -96,6 +96,7 @@ def train(
         if trainer.has_seen_enough:
             output.ends_early(course.reason)
         best = output.writer.best
+        say(course.note(best) if course else [])
         if best not in (0, output.writer.newest):
             return_to_best(policy, output.writer)
             trainer.last_metrics = {}  # of a later step

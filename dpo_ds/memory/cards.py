@@ -20,8 +20,8 @@ def _card(gigabytes: float, teraflops: float) -> Card:
     return Card(int(gigabytes * 1e9), teraflops * 1e12)
 
 
-# By what the device's name contains; the first that fits is taken. From NVIDIA's data sheets of each product, SXM where
-# the name does not say PCIe or NVL, a gigabyte as 10^9 bytes: what the driver shows differs by some percent.
+# By the words that the device's name contains; the first that fits is taken. From NVIDIA's data sheets of each product,
+# SXM where the name does not say PCIe or NVL, a gigabyte as 10^9 bytes: what the driver shows differs by some percent.
 CARDS = {
     "B200": _card(180, 2250),
     "H200": _card(141, 989),
@@ -43,7 +43,7 @@ _NUMBERS = re.compile(r"(\d+(?:\.\d+)?)GB:(\d+(?:\.\d+)?)TFLOPS", re.IGNORECASE)
 
 def card_of_device(name: str) -> Card | None:
     """Returns the card of what torch.cuda.get_device_name says; None where the table does not know it."""
-    return next((card for part, card in CARDS.items() if part in name), None)
+    return next((card for part, card in CARDS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def card_named(text: str) -> Card:

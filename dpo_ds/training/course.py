@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dpo_ds.checkpoint.manifest import open_folder, step_folder
 from dpo_ds.checkpoint.writer import CheckpointWriter
@@ -21,7 +21,8 @@ class Course:
     """Holds the best value of `metric` so far, its step, and how many evaluations in a row came after it.
 
     keeps: the best checkpoint is kept, and exported. patience: evaluations in a row without a better value that end the
-    run; 0 for any number. rows: the content of the data that is evaluated on.
+    run; 0 for any number. rows: the content of the data that is evaluated on. kept: the values of the steps whose
+    checkpoints were to be kept as the best; a save may fail, and then a later step is measured by the one before.
     """
 
     metric: str
@@ -31,6 +32,7 @@ class Course:
     value: float | None = None
     step: int = 0
     worse: int = 0
+    kept: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: SftConfig, rows: GroupDataset | None) -> Course | None:
@@ -55,18 +57,35 @@ class Course:
             return f"{text}{self.metric} that is a number"
         return f"{text}better {self.metric} than {self.value:.6g} of step {self.step}"
 
-    def observe(self, step: int, evaluation: dict[str, float]) -> bool:
-        """Takes an evaluation in; tells whether the checkpoint of this step is now the one to keep. All ranks enter."""
+    def observe(self, step: int, evaluation: dict[str, float], best: int) -> bool:
+        """Takes an evaluation in; tells whether the checkpoint of this step is now the one to keep. All ranks enter.
+
+        best: the step whose checkpoint is the one to keep so far, 0 for none.
+        """
         found = collectives.from_rank_0(evaluation[self.metric])  # no rank may decide otherwise by a last bit
+        if self._is_better(found, self.value):
+            self.value, self.step, self.worse = found, step, 0
+        else:
+            self.worse += 1
+        keeps = self.keeps and self._is_better(found, self.kept.get(best))
+        if keeps:
+            self.kept[step] = found
+        return keeps
+
+    def _is_better(self, found: float, before: float | None) -> bool:
         sign = -1 if better(self.metric) == "lower" else 1
-        is_better = not math.isnan(found) and (self.value is None or sign * found > sign * self.value)
-        if is_better:
-            self.value, self.step = found, step
-        self.worse = 0 if is_better else self.worse + 1
-        return is_better and self.keeps
+        return not math.isnan(found) and (before is None or sign * found > sign * before)
+
+    def note(self, best: int) -> list[str]:
+        """Returns a line where the checkpoint of `best`, 0 for none, is not that of the best step of the whole run."""
+        if not self.keeps or best == self.step:
+            return []
+        instead = f"of step {best}, {self.kept[best]:.6g}" if best else "the last step"
+        what = f"{self.value:.6g} of step {self.step}" if self.step else "none, as no value was a number"
+        return [f"checkpoint.best {self.metric}: {what}; a checkpoint of it was not saved, and final/ is {instead}"]
 
     def state(self) -> dict:
-        found = {"value": self.value, "step": self.step, "worse": self.worse}
+        found = {"value": self.value, "step": self.step, "worse": self.worse, "kept": self.kept}
         return {"metric": self.metric, "rows": self.rows} | found
 
     def load_state(self, state: dict | None, writer: CheckpointWriter) -> list[str]:
@@ -78,12 +97,17 @@ class Course:
         if state.get("rows", self.rows) != self.rows:
             before = f"{state['value']:.6g} of step {state['step']}"
             return [f"data.eval holds other rows than before: {self.metric} {before} does not count, it begins anew"]
-        folder = writer.folder / step_folder(state["step"])
-        if self.keeps and not collectives.from_rank_0(open_folder(folder)[0] is not None):
-            return [f"{folder}: the checkpoint with the best {self.metric} is not there; the search for it begins anew"]
         self.value, self.step, self.worse = state["value"], state["step"], state["worse"]
-        writer.best = self.step if self.keeps else 0
-        return []
+        if not self.keeps:
+            return []
+        folders = {step: writer.folder / step_folder(step) for step in sorted(state["kept"], reverse=True)}
+        is_there = collectives.from_rank_0({step: open_folder(path)[0] is not None for step, path in folders.items()})
+        self.kept = {step: value for step, value in state["kept"].items() if is_there[step]}
+        writer.best = max(self.kept, default=0)  # each was better than those before
+        if writer.best == self.step:
+            return []
+        folder = writer.folder / step_folder(self.step)
+        return [f"{folder}: the checkpoint with the best {self.metric} is not there; another one is sought"]
 
 
 def return_to_best(policy, writer: CheckpointWriter) -> None:

@@ -214,7 +214,8 @@ class Trainer:
                 pairs = len(self.evaluation_data) if counts is None else int(counts.sum())
                 size = {"eval_pairs": pairs, "eval_seconds": time.perf_counter() - started}
                 self.tracker.evaluation({"step": step, "epoch": step / self.per_epoch, **evaluation, **size})
-        is_best = evaluates and self.course is not None and self.course.observe(step, evaluation)
+        follows = evaluates and self.course is not None
+        is_best = follows and self.course.observe(step, evaluation, self.writer.best_or_coming)
         ends = is_last or self.has_seen_enough
         saves = ends or is_best or is_due(step, self.checkpoint_every)
         if saves:

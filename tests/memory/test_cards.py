@@ -21,7 +21,8 @@ def test_devices_are_known_by_their_name(device, known_as):
 
 
 def test_other_devices_are_not_known():
-    assert card_of_device("NVIDIA GeForce RTX 4090") is None
+    for name in ("NVIDIA GeForce RTX 4090", "NVIDIA RTX A4000", "NVIDIA A10G"):
+        assert card_of_device(name) is None
 
 
 def test_users_name_cards_in_small_letters_or_give_numbers():

@@ -39,10 +39,20 @@ def alone(monkeypatch):
 def test_equal_is_not_better_and_each_better_one_begins_the_count_anew(metric, values, kept):
     course, better, ends = Course(metric, keeps=True, patience=2), [], []
     for step, value in enumerate(values, 1):
-        better += [step] if course.observe(step, {metric: value}) else []
+        better += [step] if course.observe(step, {metric: value}, better[-1] if better else 0) else []
         ends += [step] if course.has_seen_enough else []
     assert better == kept and course.step == kept[-1]
     assert ends == [len(values)], "two after the best, not before"
+
+
+def test_where_a_save_fails_the_next_better_one_is_kept_in_its_place():
+    course = Course("eval_loss", keeps=True, patience=0)
+    assert course.observe(1, {"eval_loss": 0.7}, 0) and course.observe(2, {"eval_loss": 0.5}, 1)
+    assert course.note(2) == []
+    assert "0.5 of step 2" in course.note(1)[0] and "of step 1, 0.7" in course.note(1)[0]
+    assert course.observe(3, {"eval_loss": 0.6}, 1), "better than what is there, the disk was full at step 2"
+    assert not course.observe(4, {"eval_loss": 0.65}, 3)
+    assert course.step == 2 and course.worse == 2
 
 
 def test_what_goes_by_evaluations_names_what_they_measure():
@@ -74,8 +84,10 @@ def test_what_cannot_be_followed_is_a_mistake_at_the_start(command, keys, said):
 
 def test_a_best_checkpoint_that_is_gone_is_told_and_sought_anew(tmp_path):
     course, writer = Course("eval_loss", keeps=True, patience=0), SimpleNamespace(folder=tmp_path, best=0)
-    (line,) = course.load_state({"metric": "eval_loss", "value": 0.5, "step": 4, "worse": 1}, writer)
-    assert "step-00000004" in line and course.value is None and writer.best == 0
+    state = {"metric": "eval_loss", "value": 0.5, "step": 4, "worse": 1, "kept": {4: 0.5}}
+    (line,) = course.load_state(state, writer)
+    assert "step-00000004" in line and course.kept == {} and writer.best == 0
+    assert course.observe(5, {"eval_loss": 0.6}, 0), "the best of those that are there"
     assert Course("eval_loss", False, 2).load_state({"metric": "eval_logps/chosen", "value": 1.0}, writer) == []
 
 

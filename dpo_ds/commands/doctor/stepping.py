@@ -108,7 +108,7 @@ def check_reference(objective: Objective, policy: Policy, batch: Batch) -> list[
     batch = batch.to(policy.device)
     with policy.evaluating():
         difference = (policy.token_logps(batch) - reference.token_logps(batch)).abs()
-        tolerance = canary_tolerance(policy.causal_lm, reference.token_logps(batch))
+        tolerance = _agreed_tolerance(policy, reference.token_logps(batch))
     worst = collectives.reduce_max(difference.max().item() if len(difference) else 0.0, policy.device)
     mean = collectives.reduce_max(difference.mean().item() if len(difference) else 0.0, policy.device)
     text, figures = f"log-probs of a token differ by {worst:.1e} at most, {mean:.1e} on average", {"worst": worst}
@@ -126,7 +126,7 @@ def check_cross_talk(policy: Policy, layout: Layout, group: Group, is_reward: bo
     worst = 0.0
     with policy.evaluating():
         usual = _of_completions(policy, layout, group, is_reward)
-        tolerance = canary_tolerance(policy.causal_lm, torch.cat(usual))
+        tolerance = _agreed_tolerance(policy, torch.cat(usual))
         for place in range(len(group.completions)):
             changed = list(group.completions)
             changed[place] = (changed[place] + 1) % vocabulary
@@ -232,6 +232,12 @@ def judge_memory(measured: int, expected: int) -> list[Finding]:
     if measured < BELOW * expected - slack:
         return [Finding(MEMORY, WARN, text, "the estimate is too high here; a larger micro-batch may fit", figures)]
     return [Finding(MEMORY, PASS, text, figures=figures)]
+
+
+def _agreed_tolerance(policy: Policy, outputs: Tensor) -> float:
+    """Returns the same on all ranks, whatever their outputs are: of none at all, 0. All ranks enter."""
+    own = canary_tolerance(policy.causal_lm, outputs) if len(outputs) else 0.0
+    return collectives.reduce_max(own, policy.device)
 
 
 def _tolerance(policy: Policy) -> float:

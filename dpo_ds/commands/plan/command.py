@@ -78,6 +78,8 @@ def _facts(plan: PlanConfig, given: Proposal, turned: list[Change]) -> dict:
     filled, notes = ds_config.fill_policy(
         given.ds, run.deepspeed.config, run.train, machine, given.model_config.get_text_config().hidden_size
     )
+    if run.train.layout == "padded":
+        notes = [*notes, "train.layout padded: memory and FLOPs are the packed layout's; padding comes on top"]
     step = step_of(run, filled, given.gpus, given.model_config, given.reference_config, plan.lengths)
     seconds = step.busiest / (card.peak * plan.efficiency)
     steps, counted = steps_of(run)
