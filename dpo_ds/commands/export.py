@@ -135,9 +135,11 @@ def write_merged(
 ) -> None:
     """The model's own weights with what was trained in their place, or what adapters add to them, summed in fp32."""
     task = "SEQ_CLS" if isinstance(getattr(causal_lm, "score", None), torch.nn.Module) else "CAUSAL_LM"
+    layers = {} if section.quantize == "none" else quantized.layers_to_quantize(causal_lm)
     if section.lora.r:
         with torch.device("meta"):
             lora.add_adapters(causal_lm, section.lora, seed=0, task=task)  # for their names alone
+    computed_in = DTYPES[shards.checkpoint.manifest["identity"]["the precision"]]
     merging, trained = lora.Merging(causal_lm), {name.removeprefix(ENGINE_PREFIX) for name in shards.slices}
     names = {own: name for name, own in merging.names.items()}
     with contextlib.ExitStack() as files:
@@ -146,24 +148,14 @@ def write_merged(
             source = _loaded(section)  # its files have other names than the model, as of experts one by one
 
         def read(own: str) -> torch.Tensor:
-            return shards.whole(f"{ENGINE_PREFIX}{own}", torch.float32) if own in trained else source[names[own]]()
+            if own in trained:
+                return shards.whole(f"{ENGINE_PREFIX}{own}", torch.float32)
+            weight, layer = source[names[own]](), layers.get(names[own].removesuffix(".weight"))
+            return weight if layer is None else quantized.through_4_bits(weight.to(computed_in), layer)
 
-        if section.quantize != "none":
-            read = _quantizing(read, causal_lm, DTYPES[shards.checkpoint.manifest["identity"]["the precision"]])
         tensors, merged = causal_lm.state_dict(), merging.reader(read)
         sizes = {name: tensors[own].numel() * dtype.itemsize for own, name in names.items()}
         write_shards(folder, sizes, lambda name: merged(name).to(dtype), causal_lm, shard_bytes)
-
-
-def _quantizing(read: Callable[[str], torch.Tensor], causal_lm, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
-    """Returns what reads a frozen weight as a run in `dtype` had it, through 4 bits."""
-    layers = {f"{name}.weight": layer for name, layer in quantized.layers_to_quantize(causal_lm).items()}
-
-    def read_quantized(name: str) -> torch.Tensor:
-        weight = read(name)
-        return quantized.through_4_bits(weight.to(dtype), layers[name]) if name in layers else weight
-
-    return read_quantized
 
 
 def _own_weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Callable[[], torch.Tensor]]:

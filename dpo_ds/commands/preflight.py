@@ -34,7 +34,7 @@ from dpo_ds.data.prompts import Prompt, Prompts, read_prompts
 from dpo_ds.data.tokenize import fingerprint
 from dpo_ds.errors import ConfigError
 from dpo_ds.models.fingerprint import file_digests
-from dpo_ds.models.layers.quantized import check_quantize
+from dpo_ds.models.layers.quantized import check_gathering, check_quantize
 from dpo_ds.models.loading import check_model, has_table_of_positions, load_tokenizer
 from dpo_ds.models.lora import check_lora
 from dpo_ds.models.packed import spread
@@ -61,7 +61,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     text_config = model_config.get_text_config()
     check_lora(run.model.lora, text_config.hidden_size)
     machine = this_machine(launch)
-    check_quantize(run.model, machine)
+    check_quantize(run.model, machine, model_config)
     task.check_model(model_config)
     check_sequence("train", run.train.sequence_parallel, text_config, launch)
     tokenizer = load_tokenizer(run.model, model_config, run.model.path)
@@ -70,6 +70,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
         given, run.deepspeed.config, run.train, machine, text_config.hidden_size
     )
     say(notes)
+    check_gathering(run.model, policy_config, run.deepspeed.config)
     reference_config = manifest = None
     if task.reference is not None:
         reference_text_config = check_reference_model(run, text_config)

@@ -18,6 +18,7 @@ from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION, canary_pairs, canary_tolerance, one_by_one, packed_refusal
 from dpo_ds.models.engine import LoadedModel
 from dpo_ds.models.layers.activations import take_tiles_away, tiles_of
+from dpo_ds.models.layers.quantized import shape_of
 from dpo_ds.models.layers.rope import check_lengths
 from dpo_ds.models.layers.units import decoder_layers
 from dpo_ds.models.packed.backends import refused_backends
@@ -219,7 +220,8 @@ def _naming(model: LoadedModel) -> AbstractContextManager:
 def _not_finite(model: LoadedModel) -> str:
     """Says whose fault it is that a model's own outputs are NaN or infinite. All ranks enter."""
     parameters = model.causal_lm.named_parameters()
-    own = [name for name, p in parameters if not getattr(p, "ds_tensor", p).isfinite().all()]
+    numbers = [(name, getattr(p, "ds_tensor", p)) for name, p in parameters if shape_of(p) is None]
+    own = [name for name, tensor in numbers if not tensor.isfinite().all()]
     names = sorted({name for part in collectives.gather_objects(own) for name in part})
     path = model.causal_lm.config._name_or_path or type(model.causal_lm).__name__
     if not names:

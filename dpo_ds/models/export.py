@@ -252,6 +252,8 @@ def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
     title = titles.get(command, f"Preference optimisation ({loss['name']})")
     adapters_alone = run["model"]["lora"]["r"] and command != "reward"
     names = loss["name"] if isinstance(loss["name"], list) else [loss["name"]]
+    packed = run["model"].get("quantize", "none") != "none"  # configs of before have no such key
+    trained_on = "\nAdapters were trained on that model's weights in 4 bits (NF4, bitsandbytes).\n" if packed else ""
     front = {"library_name": "peft" if adapters_alone else "transformers"}
     if is_on_hub(run["model"]["path"]):
         front["base_model"] = run["model"]["path"]
@@ -260,7 +262,7 @@ def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
 # {title} of {run["model"]["path"]}
 
 Trained by dpo_ds {__version__} on {source}.
-{SCORING if command == "reward" else ""}
+{trained_on}{SCORING if command == "reward" else ""}
 | last metric | value |
 | --- | --- |
 {rows}

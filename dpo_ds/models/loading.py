@@ -163,7 +163,7 @@ def load_model(
         name = type(causal_lm).__name__
         raise ModelError(f"{path}: its text part, {name}, is nothing that transformers could open by itself again")
     causal_lm.dropouts = dropouts
-    if quantizes and (lines := quantized.check_loaded(causal_lm)) and collectives.rank() == 0:
+    if quantizes and (lines := quantized.take_loaded(causal_lm)) and collectives.rank() == 0:
         print(*(f"dpo-ds: {line}" for line in lines), sep="\n", flush=True)
     switch_jitter_off(causal_lm)
     return causal_lm

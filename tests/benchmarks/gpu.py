@@ -32,7 +32,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from tests.benchmarks import jobs, machine  # noqa: E402
 
-TESTS = ("tests/logprobs/test_triton.py", "tests/models/packed/test_on_gpu.py")  # they use a GPU where there is one
+TESTS = (  # they use a GPU where there is one
+    "tests/logprobs/test_triton.py", "tests/models/packed/test_on_gpu.py", "tests/models/layers/test_linear_4bit.py",
+)  # fmt: skip
 EIGHT_BILLION = dict(  # Llama 3 8B's, with 8 of its 32 layers
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dpo_ds.config import ModelSection
 from dpo_ds.config.deepspeed import Machine
@@ -22,13 +24,15 @@ from dpo_ds.errors import ConfigError, ModelError
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # whoever imports it, as peft does, hears of CPU kernels
 KIND, BLOCK = "nf4", 64
 BITS = 4 + 8 / BLOCK + 32 / (256 * BLOCK)  # of a weight: itself, its block's value in a byte, and theirs in fp32
+ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")  # of ZeRO++, while weights are gathered
 
 
-def check_quantize(section: ModelSection, machine: Machine) -> None:
-    """Checks that this machine can do what model.quantize asks for.
+def check_quantize(section: ModelSection, machine: Machine, model_config) -> None:
+    """Checks that this machine can do what model.quantize asks for, and the model have it done.
 
     Raises:
         ConfigError: no CUDA, or no bitsandbytes.
+        ModelError: a folder whose weights are quantised already.
     """
     if section.quantize == "none":
         return
@@ -36,6 +40,21 @@ def check_quantize(section: ModelSection, machine: Machine) -> None:
         without = "leave it out to train adapters on the weights as they are"
         raise ConfigError(f"--model.quantize {section.quantize} needs a CUDA GPU, and torch sees none here; {without}")
     require_bitsandbytes(f"--model.quantize {section.quantize}")
+    if getattr(model_config, "quantization_config", None) is not None:
+        problem = f"{section.path} holds quantised weights already; name the folder that they were made from"
+        raise ModelError(f"--model.quantize {section.quantize}: {problem}")
+
+
+def check_gathering(section: ModelSection, filled: dict, path: str) -> None:
+    """Raises ConfigError where DeepSpeed, by its config `filled` from `path`, would round packed weights as if they
+    were numbers.
+    """
+    wanted = [key for key in ROUNDING if filled["zero_optimization"].get(key)]
+    if section.quantize != "none" and wanted:
+        raise ConfigError(
+            f"{path}: zero_optimization.{wanted[0]} rounds weights to 8 bits while they are gathered, which those of "
+            f"model.quantize {section.quantize} would not survive; set it to false"
+        )
 
 
 def require_bitsandbytes(what: str) -> None:
@@ -56,12 +75,16 @@ def settings(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def layers_to_quantize(causal_lm: PreTrainedModel) -> dict[str, nn.Module]:
-    """Returns the layers that are quantised, by name: linear ones but the head, and not the adapters' own."""
-    head = causal_lm.get_output_embeddings()
+    """Returns the layers that transformers quantises, by name: linear ones but the head and what the family wants in
+    full precision, as the indexers of DeepSeek 3.2; not the adapters' own.
+    """
+    kept = HfQuantizer.get_modules_to_not_convert(causal_lm, None, causal_lm._keep_in_fp32_modules)
     return {
         name: module
         for name, module in causal_lm.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head and ".lora_" not in name
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and should_convert_module(name.removesuffix(".base_layer"), kept)
+        and ".lora_" not in name
     }
 
 
@@ -75,18 +98,23 @@ def shape_of(parameter: Tensor) -> torch.Size | None:
     return None if state is None else state.shape
 
 
-def check_loaded(causal_lm: PreTrainedModel) -> list[str]:
-    """Looks what transformers has quantised; returns a line for the user.
+def take_loaded(causal_lm: PreTrainedModel) -> list[str]:
+    """Looks what transformers has quantised, and lets ZeRO-3 free it between forward and backward; returns a line for
+    the user.
 
     Raises:
         ModelError: nothing, or the head, whose log-probs are computed from its weights.
     """
     from bitsandbytes.nn import Linear4bit
 
+    from dpo_ds.models.layers.linear_4bit import UnitLinear4bit
+
     found = [module for module in causal_lm.modules() if isinstance(module, Linear4bit)]
     name = type(causal_lm).__name__
     if not found or isinstance(causal_lm.get_output_embeddings(), Linear4bit):
         raise ModelError(f"model.quantize: {name} has {'its head' if found else 'no linear layer'} to be quantised")
+    for module in found:
+        module.__class__ = UnitLinear4bit
     packed = sum(module.in_features * module.out_features for module in found)
     others = sum(p.numel() for p in causal_lm.parameters()) - sum(module.weight.numel() for module in found)
     return [f"{name}: {packed:,} of {packed + others:,} weights in 4 bits ({KIND.upper()}), the others as they are"]

@@ -2,6 +2,7 @@
 
 import math
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ds.commands import cli
-from dpo_ds.config import load
+from dpo_ds.config import LoraSection, ModelSection
 from dpo_ds.config.deepspeed import Machine
-from dpo_ds.errors import ConfigError
+from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.memory.trace import Pass, parameters
+from dpo_ds.models import checks
 from dpo_ds.models.layers import quantized
 from tests import small_jobs
 from tests.small_jobs import steps
@@ -50,6 +52,7 @@ def test_it_trains_and_merges_as_the_same_weights_unpacked_do(forks, world):
         argv = ["export", folder, "--to", f"{folder}-merged", "--merge", "true"]
         codes, output = run(forks, world, "export", ranks=1, argv=argv)
         assert codes == [0], output
+    assert "weights in 4 bits (NF4" in (world / "packed/final/README.md").read_text()
     packed, whole = ([line["loss"] for line in steps(world / out)] for out in ("packed", "whole"))
     assert packed[0] == pytest.approx(math.log(2), abs=1e-6) and packed[-1] < packed[0] - 0.01
     assert packed == pytest.approx(whole, abs=1e-5)
@@ -57,6 +60,18 @@ def test_it_trains_and_merges_as_the_same_weights_unpacked_do(forks, world):
         ours, theirs = (load_file(world / name) for name in (file, file.replace("packed", "whole", 1)))
         assert ours.keys() == theirs.keys()
         assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in ours), file
+
+
+@has_bitsandbytes
+def test_packed_codes_that_look_like_nan_are_not_blamed_for_one(world, monkeypatch):
+    """0xf in every place, NF4's 1.0, is a NaN of bf16."""
+    settings = quantized.settings(torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.bfloat16, quantization_config=settings)
+    model.model.layers[0].mlp.up_proj.weight.data.view(torch.uint8).fill_(0xFF)
+    assert model.model.layers[0].mlp.up_proj.weight.isnan().all()
+    model.model.norm.weight.data[0] = math.inf
+    monkeypatch.setattr(checks.collectives, "gather_objects", lambda own: [own])
+    assert "its weights model.norm.weight hold" in checks._not_finite(SimpleNamespace(causal_lm=model))
 
 
 def run(forks, world, out, ranks=2, argv=None, **keys):
@@ -72,6 +87,7 @@ def run(forks, world, out, ranks=2, argv=None, **keys):
         ("train", {"model__lora__r": 0, "reference__kind": "none"}, ["model.lora.r"]),
         ("train", {"reference__kind": "live"}, ["reference.kind live", "reference.kind adapter"]),
         ("train", {"model__from_config": "true"}, ["not from_config"]),
+        ("train", {"deepspeed__config": "none"}, ["deepspeed.config none"]),
         ("reward", {}, ["only sft and train can"]),
     ],
 )
@@ -88,15 +104,18 @@ def test_no_cache_is_filled_by_quantised_weights(capsys):
     assert "a cache is of the reference's own weights" in capsys.readouterr().err
 
 
-def test_without_bitsandbytes_it_says_what_to_install(world, monkeypatch):
-    run = load("train", None, dict(zip(*[iter(flags(world))] * 2, strict=True)))[0]
+def test_what_a_gpu_alone_is_told(monkeypatch):
+    section, machine = ModelSection(path="m", quantize="4bit", lora=LoraSection(r=4)), Machine(1, "cuda", True)
+    quantized_already = SimpleNamespace(quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelError, match="m holds quantised weights already"):
+        quantized.check_quantize(section, machine, quantized_already)
+    filled = {"zero_optimization": {"zero_quantized_weights": True}}
+    with pytest.raises(ConfigError, match=r"ds\.json: zero_optimization\.zero_quantized_weights rounds"):
+        quantized.check_gathering(section, filled, "ds.json")
+    quantized.check_gathering(ModelSection(path="m"), filled, "ds.json")
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'dpo-ds\[quantize\]'"):
-        quantized.check_quantize(run.model, Machine(1, "cuda", True))
-
-
-def flags(world) -> list[str]:
-    return [word.removeprefix("--") for word in small_jobs.train_command(world, "out", **KEYS)[1:]]
+        quantized.check_quantize(section, machine, SimpleNamespace())
 
 
 def test_memory_counts_half_a_byte_a_weight(world):
