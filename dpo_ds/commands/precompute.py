@@ -33,10 +33,12 @@ from dpo_ds.data.batching import Layout
 from dpo_ds.data.chat.template import DATE, dated, set_date, set_template, settle_template
 from dpo_ds.data.shard import SHARD_NAME, head_of, shard_files, shard_name
 from dpo_ds.errors import ConfigError
+from dpo_ds.models.layers.quantized import check_gathering, check_quantize
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.reference.cache import (
     FORMAT,
     MANIFEST,
+    QUANTIZE,
     SHARDS,
     KeyIndex,
     Manifest,
@@ -146,7 +148,8 @@ def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
     lock = FolderLock(folder, launch.rank, "reference.cache")
     if launch.is_first:
         lock.take(speaker(launch))
-    policy_config = check_model(run.model, run.model.path)
+    policy_config, machine = check_model(run.model, run.model.path), this_machine(launch)
+    check_quantize(run.model, machine, policy_config)
     text_config = check_reference_model(run, policy_config.get_text_config())
     tokenizer = load_tokenizer(run.model, policy_config, run.model.path)
     set_template(tokenizer, run.data.chat_template)
@@ -158,8 +161,9 @@ def prepare(run: PrecomputeConfig, launch: Launch) -> Work:
     if source != NO_DEEPSPEED:
         key = "deepspeed.reference_config" if run.deepspeed.reference_config else "deepspeed.config"
         given = ds_config.read(source, key)
-        filled, notes = ds_config.fill_reference(given, source, this_machine(launch), text_config.hidden_size)
+        filled, notes = ds_config.fill_reference(given, source, machine, text_config.hidden_size)
         speaker(launch)(notes)
+        check_gathering(run.model, filled, source)
     manifest, of_model = read_manifest(folder), None
     heads = [head_of(path) for path in shard_files(folder)] if manifest is None else [manifest.values]
     set_date(tokenizer, *heads)
@@ -236,7 +240,8 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
     threads, used = run.precompute.threads, versions()
     settings = kernels(model, layout_name) | {"micro_batch_tokens": layout.budget, "threads": threads}
     settings["versions"] = {name: used[name] for name in ("dpo_ds", "torch", "transformers")}
-    head = {"format": FORMAT, **{what: of_model[what] for what in ("weights", "tokenizer", DATE) if what in of_model}}
+    known = ("weights", "tokenizer", QUANTIZE, DATE)
+    head = {"format": FORMAT, **{what: of_model[what] for what in known if what in of_model}}
     head |= settings
     torch.set_num_threads(threads)
     if device.type == "cpu" and launch.threads > threads:

@@ -59,6 +59,13 @@ class SftConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _quantizes_what_is_frozen(self):
+        if self.model.quantize != "none" and not self.model.lora.r:
+            remedy = "train adapters on them, with --model.lora.r above 0"
+            raise ValueError(f"model.quantize {self.model.quantize}: only frozen weights can be; {remedy}")
+        return self
+
+    @model_validator(mode="after")
     def _has_prompts_to_complete(self):
         if self.train.sample_every and not self.is_classifier and self.sample.prompts is None:
             every = self.train.sample_every
@@ -136,16 +143,16 @@ class RlConfig(Section):
 
 def _check_quantize(model: ModelSection, why_not: str) -> None:
     if model.quantize != "none":
-        raise ValueError(f"model.quantize {model.quantize}: only sft and train can; {why_not}")
+        raise ValueError(f"model.quantize {model.quantize}: only sft, train and precompute can; {why_not}")
 
 
 def _check_reference(run: TrainConfig | RlConfig) -> None:
     """Raises ValueError for a reference that this run cannot have."""
     wanted = run.reference
-    if run.model.quantize != "none" and wanted.kind not in ("adapter", "none"):
+    if run.model.quantize != "none" and wanted.kind == "live":
         raise ValueError(
-            f"model.quantize {run.model.quantize} with reference.kind {wanted.kind}: that reference would not be "
-            "quantised, and so another model from the first step; use reference.kind adapter"
+            f"model.quantize {run.model.quantize} with reference.kind live: a second copy of the model that is there; "
+            "use reference.kind adapter, or cached"
         )
     if wanted.update_every and (wanted.kind != "live" or run.model.lora.r):
         why = f"reference.kind {wanted.kind}" if wanted.kind != "live" else "LoRA"
@@ -185,7 +192,6 @@ class PrecomputeConfig(Section):
     def _needs_a_folder(self):
         if self.reference.cache is None:
             raise ValueError("reference.cache is required; give it as --reference.cache or in --config")
-        _check_quantize(self.model, "a cache is of the reference's own weights")
         return self
 
 

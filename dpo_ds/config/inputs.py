@@ -59,12 +59,9 @@ class ModelSection(SampleModelSection):
     lora: LoraSection = LoraSection()
 
     @model_validator(mode="after")
-    def _quantizes_what_is_frozen(self):
-        if self.quantize != "none":
-            if not self.lora.r:
-                raise ValueError(f"quantize {self.quantize}: only frozen weights can be; give model.lora.r adapters")
-            if self.from_config:
-                raise ValueError(f"quantize {self.quantize}: weights are quantised as they are read; not from_config")
+    def _quantizes_what_is_read(self):
+        if self.quantize != "none" and self.from_config:
+            raise ValueError(f"quantize {self.quantize}: weights are quantised as they are read; not from_config")
         return self
 
 

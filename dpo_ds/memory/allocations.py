@@ -118,9 +118,10 @@ def expected(
     if policy is not None:
         _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets, run.is_classifier)
     if reference is not None:
-        _add_frozen(memory, reference_config or model_config, machine, nodes, reference, segments, targets)
+        how = {"quantized": run.model.quantize != "none"}
+        _add_frozen(memory, reference_config or model_config, machine, nodes, reference, segments, targets, **how)
     elif not run.trains:
-        _add_replica(memory, reference_config or model_config, machine, segments, targets)
+        _add_replica(memory, reference_config or model_config, machine, segments, targets, run.model.quantize != "none")
     if policy is not None and run.command == "rl":
         gathered = memory.phases["forward and backward"].get(GATHERED, 0)
         drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
@@ -188,8 +189,7 @@ def _add_policy(
     own = _shard(trained, ranks)  # elements
     per_node = ranks // nodes
     _place_weights(memory, "policy", found, zero, width, ranks, per_node)
-    if packed := [p.packed for p in found if p.packed]:
-        memory.state["policy: values of its 4-bit weights' blocks, whole"] = int(sum(packed) * (BITS - 4) / 8)
+    packed = [p.packed for p in found if p.packed]
 
     offload = _device_of(zero, "offload_optimizer")
     state = {"fp32 master weights": 4 * own, "Adam's moments": 8 * own}
@@ -236,7 +236,7 @@ def _add_policy(
         flat = 4 * max(subgroups) + (accumulation * max(subgroups) if accumulation != 4 else 0)
         norm = 8 * max(math.ceil(p.numel / ranks) for p in trained)  # norms are taken in float64
         memory.phases["optimizer step"] = {"gradients of a sub-group, flattened": max(flat, norm)}
-    whole = width * sum(p.numel for p in found)
+    whole = width * sum(p.numel for p in found) + _blocks(found)
     if packed and (more := whole - sum(memory.state.values())) > 0:
         memory.phases["loading"] = {"the whole model on every GPU, beyond the state": more}
     if machine.device == "cuda" and run.checkpoint.asynchronous:
@@ -252,24 +252,27 @@ def _heads(text_config, ranks: int) -> int:
 
 def _add_frozen(
     memory: Memory, config, machine: Machine, nodes: int, ds: dict, segments, targets: int, whose: str = "reference",
-    is_reward: bool = False,
+    is_reward: bool = False, quantized: bool = False,
 ) -> None:  # fmt: skip
     zero, ranks = ds["zero_optimization"], machine.ranks
     bf16 = ds_config.is_bf16(ds)
     width = 2 if bf16 else 4
     dtype, units = torch.bfloat16 if bf16 else torch.float32, "leaf_module" not in zero
-    how = Pass(segments, targets, dtype, machine.device, training=False, units=units, is_reward=is_reward)
+    kind = {"units": units, "is_reward": is_reward, "quantized": quantized}
+    how = Pass(segments, targets, dtype, machine.device, training=False, **kind)
     found = parameters(config, how)
     _place_weights(memory, whose, found, zero, width, ranks, ranks // nodes)
     gathered = _gathered(found, zero, width, ranks)
     memory.phases[f"{whose}'s forward"] = gathered | {"operators of the forward": peaks(config, how)["forward"]}
 
 
-def _add_replica(memory: Memory, config, machine: Machine, segments, targets: int) -> None:
+def _add_replica(memory: Memory, config, machine: Machine, segments, targets: int, quantized: bool) -> None:
     """A whole copy on every rank: --deepspeed.config none."""
     dtype = torch.bfloat16 if machine.has_bf16 else torch.float32
-    how = Pass(segments, targets, dtype, machine.device, training=False)
-    memory.state["reference: weights"] = dtype.itemsize * sum(p.numel for p in parameters(config, how))
+    how = Pass(segments, targets, dtype, machine.device, training=False, quantized=quantized)
+    found = parameters(config, how)
+    memory.state["reference: weights"] = dtype.itemsize * sum(p.numel for p in found)
+    _add_blocks(memory, "reference", found)
     memory.phases["reference's forward"] = {"operators of the forward": peaks(config, how)["forward"]}
 
 
@@ -278,6 +281,7 @@ def _place_weights(
 ) -> None:
     offload = _device_of(zero, "offload_param")
     own = width * _shard(found, ranks)
+    _add_blocks(memory, whose, found)
     if offload == "none":
         memory.state[f"{whose}: weights"] = own
     elif offload == "cpu":
@@ -295,6 +299,16 @@ def _place_weights(
     if ranks > 1 or offload != "none":  # else a weight is its slice
         threshold = _setting(zero, "param_persistence_threshold")
         memory.state[f"{whose}: small weights, whole"] = width * sum(p.numel for p in found if p.numel <= threshold)
+
+
+def _add_blocks(memory: Memory, whose: str, found: list[Parameter]) -> None:
+    if size := _blocks(found):
+        memory.state[f"{whose}: values of its 4-bit weights' blocks, whole"] = size
+
+
+def _blocks(found: list[Parameter]) -> int:
+    """Returns the bytes that ZeRO-3 does not see beside packed weights."""
+    return int(sum(p.packed for p in found) * (BITS - 4) / 8)
 
 
 def _gathered(found: list[Parameter], zero: dict, width: int, ranks: int) -> dict[str, int]:

@@ -33,6 +33,7 @@ from dpo_ds.models.fingerprint import file_digest
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 KEY_BYTES = 16
+QUANTIZE = "quantize"  # the key's value, in the manifest and in shards of a reference that was quantised
 MEND = "delete it and run dpo-ds precompute again: whole shards are kept"
 SIDES = [(side, pa.list_(pa.float32())) for side in PAIR]
 SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), *SIDES])

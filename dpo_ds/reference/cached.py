@@ -24,7 +24,7 @@ from dpo_ds.models.fingerprint import weights_digest
 from dpo_ds.models.layers.units import is_compiled
 from dpo_ds.models.packed.backends import backend_for
 from dpo_ds.reference import Reference
-from dpo_ds.reference.cache import Manifest, check_shards, read_manifest
+from dpo_ds.reference.cache import QUANTIZE, Manifest, check_shards, read_manifest
 from dpo_ds.reference.store import Store, data_rows, open_store
 
 SPOT_CHECK_PAIRS = 8
@@ -67,17 +67,21 @@ class CachedReference(Reference):
 
 
 def identity(run: TrainConfig | PrecomputeConfig, tokenizer) -> dict[str, str]:
-    """Returns what a cache is of: digests of the reference's weights and of the tokenizer, its template left out.
+    """Returns what a cache is of: digests of the reference's weights and of the tokenizer, its template left out, and
+    how the weights were quantised, where they were.
 
     A template, like a cut, changes token ids and thereby the pairs' keys.
     """
     section = reference_section(run)
     words = hashlib.sha256(fingerprint_without_template(tokenizer).encode()).hexdigest()
-    return {"reference": section.path, "weights": weights_digest(section, section.path), "tokenizer": words}
+    quantized = {} if section.quantize == "none" else {QUANTIZE: section.quantize}
+    return {"reference": section.path, "weights": weights_digest(section, section.path), "tokenizer": words} | quantized
 
 
 def check_identity(run: TrainConfig | PrecomputeConfig, found: dict, now: dict) -> None:
-    """Raises ConfigError where a cache, or a shard of one, was computed with other weights or another tokenizer."""
+    """Raises ConfigError where a cache, or a shard of one, was computed with other weights, with weights that were or
+    were not quantised, or with another tokenizer.
+    """
     for what, path in (("weights", now["reference"]), ("tokenizer", run.model.path)):
         if found[what] != now[what]:
             raise ConfigError(
@@ -85,6 +89,12 @@ def check_identity(run: TrainConfig | PrecomputeConfig, found: dict, now: dict) 
                 f"{found.get('reference', 'a run that was stopped')}, but {path} now has {now[what][:12]}; use what "
                 "it was computed with, or another folder"
             )
+    then, is_now = (of.get(QUANTIZE, "none") for of in (found, now))
+    if then != is_now:
+        raise ConfigError(
+            f"--reference.cache {run.reference.cache}: computed with model.quantize {then}, this run has {is_now}, "
+            "which makes another reference; use another folder"
+        )
 
 
 def refuse_random_weights(run: TrainConfig | PrecomputeConfig) -> None:

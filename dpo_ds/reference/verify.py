@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_ds.errors import ConfigError
-from dpo_ds.reference.cache import MANIFEST, check_shards, read_manifest, read_shards
+from dpo_ds.reference.cache import MANIFEST, QUANTIZE, check_shards, read_manifest, read_shards
 
 
 def verify(folder: Path) -> None:
@@ -30,7 +30,9 @@ def verify(folder: Path) -> None:
     if (rows, unique) != (values["rows"], values["rows"]):
         raise ConfigError(f"--verify {folder}: {rows} rows, {unique} of them unique; {MANIFEST} says {values['rows']}")
     print(f"{folder}: cache {manifest.id}, every hash is right")
-    print(f"  reference  {values['reference']}, weights {values['weights'][:12]}, tokenizer {values['tokenizer'][:12]}")
+    quantized = f" in {values[QUANTIZE]}" if QUANTIZE in values else ""
+    weights, tokenizer = values["weights"][:12], values["tokenizer"][:12]
+    print(f"  reference  {values['reference']}, weights {weights}{quantized}, tokenizer {tokenizer}")
     print(f"  rows       {rows} in {len(manifest.shards)} shards, {sum(s['bytes'] for s in manifest.shards)} bytes")
     print(f"  tokens     {int(counts.sum())}, mean log-prob {sums.sum() / counts.sum():.4f}")
     for build in values["builds"]:

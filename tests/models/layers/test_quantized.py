@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ds.commands import cli
-from dpo_ds.config import LoraSection, ModelSection
+from dpo_ds.config import ModelSection
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.memory.trace import Pass, parameters
@@ -33,7 +33,7 @@ def world(tmp_path_factory):
 
 @has_bitsandbytes
 @pytest.mark.distributed
-def test_it_trains_and_merges_as_the_same_weights_unpacked_do(forks, world):
+def test_it_trains_and_merges_as_the_same_weights_unpacked_do(forks, world, capsys):
     unpacked = AutoModelForCausalLM.from_pretrained(world / "model")
     with torch.no_grad():
         for layer in quantized.layers_to_quantize(unpacked).values():
@@ -56,10 +56,24 @@ def test_it_trains_and_merges_as_the_same_weights_unpacked_do(forks, world):
     packed, whole = ([line["loss"] for line in steps(world / out)] for out in ("packed", "whole"))
     assert packed[0] == pytest.approx(math.log(2), abs=1e-6) and packed[-1] < packed[0] - 0.01
     assert packed == pytest.approx(whole, abs=1e-5)
+    check_its_cache(forks, world, packed, capsys)
     for file in ("packed/final/adapter_model.safetensors", "packed-merged/model.safetensors"):
         ours, theirs = (load_file(world / name) for name in (file, file.replace("packed", "whole", 1)))
         assert ours.keys() == theirs.keys()
         assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in ours), file
+
+
+def check_its_cache(forks, world, losses, capsys):
+    """Computed by a replica, it is the reference of a run on quantised weights, and of no other."""
+    cache = {"reference__cache": world / "logps"}
+    codes, output = run(forks, world, "filling", ranks=1, argv=precompute_command(world, world / "logps"))
+    assert codes == [0], output
+    cached = KEYS | cache | {"reference__kind": "cached", "train__max_steps": 2}
+    codes, output = run(forks, world, "cached", ranks=1, **cached)
+    assert codes == [0] and "pairs recomputed, within" in output, output
+    assert [line["loss"] for line in steps(world / "cached")] == pytest.approx(losses[:2], abs=1e-5)
+    assert cli.main(small_jobs.train_command(world, "other", **cached | {"model__quantize": "none"})) == 2
+    assert "computed with model.quantize 4bit, this run has none" in capsys.readouterr().err
 
 
 @has_bitsandbytes
@@ -72,6 +86,12 @@ def test_packed_codes_that_look_like_nan_are_not_blamed_for_one(world, monkeypat
     model.model.norm.weight.data[0] = math.inf
     monkeypatch.setattr(checks.collectives, "gather_objects", lambda own: [own])
     assert "its weights model.norm.weight hold" in checks._not_finite(SimpleNamespace(causal_lm=model))
+
+
+def precompute_command(world, cache) -> list[str]:
+    keys = {"model.path": world / "model", "data.train": world / "train.jsonl", "deepspeed.config": "none"}
+    keys |= {"model.quantize": "4bit", "reference.cache": cache}
+    return ["precompute", *(str(word) for key, value in keys.items() for word in (f"--{key}", value))]
 
 
 def run(forks, world, out, ranks=2, argv=None, **keys):
@@ -88,7 +108,7 @@ def run(forks, world, out, ranks=2, argv=None, **keys):
         ("train", {"reference__kind": "live"}, ["reference.kind live", "reference.kind adapter"]),
         ("train", {"model__from_config": "true"}, ["not from_config"]),
         ("train", {"deepspeed__config": "none"}, ["deepspeed.config none"]),
-        ("reward", {}, ["only sft and train can"]),
+        ("reward", {}, ["only sft, train and precompute can"]),
     ],
 )
 def test_mistakes_are_one_line(world, command, keys, parts, capsys):
@@ -98,14 +118,13 @@ def test_mistakes_are_one_line(world, command, keys, parts, capsys):
     assert [part for part in parts if part not in line] == [], line
 
 
-def test_no_cache_is_filled_by_quantised_weights(capsys):
-    words = "--model.path m --data.train t --deepspeed.config d --reference.cache c --model.quantize 4bit"
-    assert cli.main(["precompute", *words.split(), "--model.lora.r", "4"]) == 2
-    assert "a cache is of the reference's own weights" in capsys.readouterr().err
+def test_a_cache_is_not_filled_without_cuda(world, capsys):
+    assert cli.main(precompute_command(world, world / "none")) == 2
+    assert "--model.quantize 4bit needs a CUDA GPU" in capsys.readouterr().err
 
 
 def test_what_a_gpu_alone_is_told(monkeypatch):
-    section, machine = ModelSection(path="m", quantize="4bit", lora=LoraSection(r=4)), Machine(1, "cuda", True)
+    section, machine = ModelSection(path="m", quantize="4bit"), Machine(1, "cuda", True)
     quantized_already = SimpleNamespace(quantization_config={"quant_method": "gptq"})
     with pytest.raises(ModelError, match="m holds quantised weights already"):
         quantized.check_quantize(section, machine, quantized_already)
