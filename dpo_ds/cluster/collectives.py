@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ds.errors import UserError
+
+# The watchdog ends what hangs, and tells a job that hangs from one that was suspended for a night; no clock here does.
+TIMEOUT = timedelta(days=7)
 
 _sequence_size = 1
 _sequence_group: dist.ProcessGroup | None = None
@@ -29,7 +33,7 @@ def form_sequence_groups(size: int) -> None:
     _sequence_size, _sequence_group = size, None
     for first in range(0, world_size(), size) if size > 1 else ():
         members = list(range(first, first + size))
-        group = dist.new_group(members)
+        group = dist.new_group(members, timeout=TIMEOUT)  # a new group has torch's own otherwise: 10 minutes of NCCL
         if rank() in members:
             _sequence_group = group
 

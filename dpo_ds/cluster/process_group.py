@@ -10,18 +10,15 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from dpo_ds.cluster import rendezvous
+from dpo_ds.cluster import collectives, rendezvous
 from dpo_ds.cluster.launch import Launch, complete_environment
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import TrainingError, UserError
 
-# The watchdog ends what hangs, and tells a job that hangs from one that was suspended for a night; no clock here does.
-COLLECTIVE_TIMEOUT = timedelta(days=7)
 Say = Callable[[Iterable[str]], None]
 
 
@@ -78,7 +75,7 @@ def enter(launch: Launch) -> torch.device:
     else:
         get_accelerator().set_device(launch.local_rank)
         device = torch.device(get_accelerator().device_name(launch.local_rank))
-    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False)
+    deepspeed.init_distributed(timeout=collectives.TIMEOUT, verbose=False, auto_mpi_discovery=False)
     return device
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_ds.cluster import process_group
+from dpo_ds.cluster import collectives, process_group
 from tests.ranks import ROOT
 
 TOLD = "barrier(): using the device under current context. You can specify `device_id` in `init_process_group`"
@@ -65,5 +65,19 @@ def test_deepspeed_binds_several_ranks_to_their_devices(monkeypatch, ranks, devi
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
-    backend.TorchBackend.init_process_group(SimpleNamespace(), None, process_group.COLLECTIVE_TIMEOUT, None, -1, -1)
+    backend.TorchBackend.init_process_group(SimpleNamespace(), None, collectives.TIMEOUT, None, -1, -1)
     assert given == {"device": device}
+
+
+def test_a_sequence_group_waits_as_long_as_all_ranks(monkeypatch):
+    """torch would give it the backend's own limit, and a job that was suspended would end there."""
+    given = []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda ranks, timeout=None: given.append((ranks, timeout)))
+    try:
+        collectives.form_sequence_groups(2)
+        assert (collectives.data_rank(), collectives.sequence_place()) == (1, 1)
+    finally:
+        collectives.form_sequence_groups(1)
+    assert given == [([0, 1], collectives.TIMEOUT), ([2, 3], collectives.TIMEOUT)]

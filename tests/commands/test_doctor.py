@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from dpo_ds.cluster.launch import ALONE
@@ -17,6 +18,7 @@ from dpo_ds.commands.doctor.report import FAIL, PASS, WARN, Finding, softened
 from dpo_ds.commands.doctor.versions import judge as judge_versions
 from dpo_ds.demo.tiny import save_tiny_model, tiny_llama
 from dpo_ds.errors import ConfigError
+from dpo_ds.training.objectives.balanced import BalancedObjective
 from tests.small_jobs import make_world, train_command
 
 PLANTED = {  # fault: the check that finds it, and what it says
@@ -106,6 +108,17 @@ def test_known_bad_versions_are_named_with_a_link():
     (finding,) = judge_versions([here, here])
     assert finding.verdict == WARN and "pull/174338" in finding.remedy
     assert judge_versions([here | {"NCCL": "2.29.3"}])[0].verdict == PASS
+
+
+def test_the_first_loss_is_without_the_routers():
+    """What balances them counts forwards with gradients, and an evaluation has none."""
+    asked = []
+    inner = SimpleNamespace(reference=object(), for_evaluation=lambda: inner)
+    means = lambda objective, *_: asked.append(objective) or {"loss": 0.5}  # noqa: E731
+    policy = SimpleNamespace(causal_lm=torch.nn.Linear(1, 1))
+    trainer = SimpleNamespace(means=means, data=None, policy=policy)
+    stepping.check_loss(trainer, BalancedObjective(inner, None), policy, None)
+    assert asked == [inner, inner]
 
 
 def test_experts_that_no_token_reached_are_no_failure():

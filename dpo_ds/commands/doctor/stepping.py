@@ -65,6 +65,7 @@ def micro_batch(data, rows: np.ndarray, layout: Layout) -> Batch:
 
 def check_loss(trainer, objective: Objective, policy: Policy, rows: np.ndarray) -> list[Finding]:
     """Compares the loss before any step with what its formula gives where the policy is the reference."""
+    objective = objective.for_evaluation()  # what a step adds to it needs gradients
     loss = trainer.means(objective, trainer.data, rows, 0)["loss"]
     reference = getattr(objective, "reference", None)
     if reference is None:

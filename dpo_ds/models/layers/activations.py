@@ -9,9 +9,10 @@ width is a layer's largest, is computed a tile of tokens at a time, each tile ag
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from dpo_ds.errors import ModelError
 from dpo_ds.models.layers.units import decoder_layers
 
 MLPS = ("mlp", "feed_forward", "ffn")  # as decoder layers call it
@@ -29,10 +31,16 @@ def save_activation_memory(model: PreTrainedModel, how: str, parked: type[Parked
     """Makes the model's layers keep what `how` says: none (everything), checkpoint or offload.
 
     parked: what an input becomes that waits, Parked if not given.
+
+    Raises:
+        ModelError: its layers cannot be computed again, as far as transformers knows.
     """
     if how == "none":
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"--train.activation_memory {how}: {error} Leave the key out") from None
     if how == "offload":
         parking = _Parking(parked or Parked)
         for module in model.modules():
@@ -77,17 +85,23 @@ def take_tiles_away(model: PreTrainedModel) -> None:
         vars(mlp).pop("tile", None)
 
 
-def _in_tiles(mlp: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """[..., tokens, D] -> [..., tokens, D]: all at once where they are few."""
+def _in_tiles(mlp: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+    """[..., tokens, D] -> [..., tokens, D]: all at once where they are few. others: what else a family gives its MLP;
+    a residual (Bloom, MPT) is cut as the hidden states are."""
     if hidden.shape[-2] <= 2 * mlp.tile:
-        return forward(hidden)
-    return _tile_by_tile(mlp.tile, forward, hidden)
+        return forward(hidden, *others)
+    return _tile_by_tile(mlp.tile, forward, hidden, *others)
 
 
 @torch.compiler.disable
-def _tile_by_tile(tile: int, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+def _tile_by_tile(tile: int, forward: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
+    def cut(given: Any) -> Iterable[Any]:
+        is_of_tokens = isinstance(given, Tensor) and given.shape == hidden.shape
+        return given.split(tile, dim=-2) if is_of_tokens else repeat(given)
+
     run = partial(checkpoint, forward, use_reentrant=False) if torch.is_grad_enabled() else forward
-    return torch.cat([run(part) for part in hidden.split(tile, dim=-2)], dim=-2)
+    parts = zip(hidden.split(tile, dim=-2), *map(cut, others), strict=False)
+    return torch.cat([run(*part) for part in parts], dim=-2)
 
 
 class _Parking:

@@ -35,7 +35,7 @@ def check_wanted(wanted: float | None, config: PreTrainedConfig) -> None:
     model of the folder's own code is looked at when it is loaded.
     """
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is not None and not _knows_the_loss(model_class):
+    if model_class is not None and not _knows_the_loss(model_class, config):
         _refuse(wanted, model_class)
 
 
@@ -45,7 +45,7 @@ def coefficient_of(causal_lm: PreTrainedModel, wanted: float | None) -> float:
     Raises:
         ModelError: it is wanted of a model that has no such loss.
     """
-    if not _knows_the_loss(type(causal_lm)) or not any(True for _ in _routers(causal_lm)):
+    if not _knows_the_loss(type(causal_lm), causal_lm.config) or not any(True for _ in _routers(causal_lm)):
         _refuse(wanted, type(causal_lm))
         return 0.0
     config = causal_lm.config.get_text_config()
@@ -59,9 +59,13 @@ def _refuse(wanted: float | None, model_class: type) -> None:
         raise ModelError(f"--model.router_aux_loss {wanted:g}: {problem}; leave the key out")
 
 
-def _knows_the_loss(model_class: type) -> bool:
+def _knows_the_loss(model_class: type, config: PreTrainedConfig) -> bool:
+    """Whether transformers has it for this class, with routers that give scores beside their logits: DBRX's do not, and
+    its config does not say k where others do."""
     function = getattr(sys.modules[model_class.__module__], "load_balancing_loss_func", None)
-    return function is not None and list(inspect.signature(function).parameters) == FORMULA
+    if function is None or not hasattr(config.get_text_config(), "num_experts_per_tok"):
+        return False
+    return list(inspect.signature(function).parameters) == FORMULA
 
 
 def _routers(causal_lm: PreTrainedModel) -> Iterator[tuple[nn.Module, int]]:

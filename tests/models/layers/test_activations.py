@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from dpo_ds.batch import packed_batch
+from dpo_ds.batch import packed_batch, padded_batch
 from dpo_ds.demo.tiny import FAMILIES, random_model, tiny_config
+from dpo_ds.errors import ModelError
 from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.layers import activations
 from dpo_ds.models.layers.activations import save_activation_memory, take_tiles_away, tiles_of
 from dpo_ds.models.loading import switch_dropout_off
+from tests.families import pairs, tiny_config_of
 from tests.tiny import VOCAB, random_pairs
 
 
@@ -44,6 +46,28 @@ def test_all_ways_give_the_same_gradients(family):
         assert are_there == (how == "offload" and family not in ("qwen3_moe", "gpt2"))
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_an_mlp_that_is_given_the_residual_too(family):
+    batch, found = padded_batch(pairs()), []
+    for how in ("none", "offload"):
+        config = tiny_config_of(family)
+        switch_dropout_off(config)
+        causal_lm = random_model(config).train()
+        save_activation_memory(causal_lm, how)
+        with tiles_of(causal_lm, 3) as are_there:
+            found.append(gradients(LogProbModel(causal_lm), batch))
+    assert are_there
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "offload"])
+def test_layers_that_cannot_be_computed_again(how):
+    model = random_model(tiny_config_of("jetmoe"))
+    with pytest.raises(ModelError, match=f"--train.activation_memory {how}: JetMoeForCausalLM does not support"):
+        save_activation_memory(model, how)
 
 
 def peak(how: str) -> int:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DbrxConfig
 
 from dpo_ds.batch import Group, packed_batch, padded_batch
 from dpo_ds.errors import ModelError
@@ -14,7 +14,7 @@ from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.layers import compile as compilation
 from dpo_ds.models.layers.compile import settle_compilation
-from dpo_ds.models.layers.routers import RouterBalance, Tally, coefficient_of, sight
+from dpo_ds.models.layers.routers import RouterBalance, Tally, check_wanted, coefficient_of, sight
 from dpo_ds.models.layers.units import is_compiled
 from tests.families import pairs, tiny_config_of
 
@@ -74,6 +74,16 @@ def test_models_without_a_loss_that_is_known(family):
     assert coefficient_of(model, None) == coefficient_of(model, 0.0) == 0.0
     with pytest.raises(ModelError, match="has no routers with an auxiliary loss"):
         coefficient_of(model, 0.01)
+
+
+def test_routers_that_give_logits_alone():
+    config = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=1, vocab_size=160, attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    )  # fmt: skip
+    assert coefficient_of(AutoModelForCausalLM.from_config(config), None) == 0.0
+    with pytest.raises(ModelError, match="DbrxForCausalLM has no routers with an auxiliary loss"):
+        check_wanted(0.01, config)
 
 
 def test_compiled_layers_count_and_pull_too(monkeypatch):
