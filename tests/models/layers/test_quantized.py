@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ds.commands import cli
-from dpo_ds.config import ModelSection
+from dpo_ds.config import ModelSection, PrecomputeConfig
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError, ModelError
+from dpo_ds.memory import allocations
 from dpo_ds.memory.trace import Pass, parameters
 from dpo_ds.models import checks
 from dpo_ds.models.layers import quantized
@@ -145,3 +146,8 @@ def test_memory_counts_half_a_byte_a_weight(world):
     assert sum(p.packed for p in packed) == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 96)
     assert all(2 * p.numel == p.packed / 2 for p in packed), "bytes of bf16 numbers"
     assert quantized.BITS == pytest.approx(4.127, abs=1e-3)  # QLoRA, section 3: 0.127 bits a parameter
+    sections = {"model": {"path": "m", "quantize": "4bit"}, "data": {"train": "d"}, "reference": {"cache": "c"}}
+    run = PrecomputeConfig.model_validate(sections | {"deepspeed": {"config": "none"}})
+    state = allocations.expected(run, config, Machine(1, "cuda", True), 1, None, None).state
+    others, weights = sum(p.numel for p in found if not p.packed), sum(p.packed for p in packed)
+    assert list(state.values()) == [weights // 2 + 2 * others, int(weights * (1 / 64 + 4 / 64 / 256))]
