@@ -231,7 +231,7 @@ def fill(run: PrecomputeConfig, work: Work, launch: Launch, device: torch.device
     say(layout_notes("precompute.layout", refusal))
     settle_compilation(run.model.compile, [model], say)
     ranks = settle_sequence(run.precompute.sequence_parallel, refusal, [model], "precompute")
-    # The same micro-batches, and so the same bytes, whether one rank computes them or several together.
+    # The same micro-batches, and so the same log-probs but for rounding, whether one rank computes them or several.
     spread = ranks, collectives.sequence_place() if work.engine else 0
     layout = Layout(layout_name, run.precompute.micro_batch_tokens, work.hidden_size, spread)
 

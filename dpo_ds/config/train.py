@@ -170,11 +170,10 @@ class PrecomputeSection(Section):
     layout: Literal["packed", "padded"] = Field("packed", description="packed: no padding, each prompt computed once")
     micro_batch_tokens: int = Field(16384, gt=0, description="tokens a rank holds in one forward, padding included")
     sequence_parallel: int = Field(
-        1, gt=0, description="neighbouring ranks that compute each micro-batch together, its tokens spread over them"
+        1, gt=0, description="neighbouring ranks that compute each micro-batch together and hold its tokens together"
     )
     shard_rows: int = Field(512, gt=0, le=2**20, description="pairs a file: the most that a killed rank computes again")
     threads: int = Field(1, gt=0, le=1024, description="CPU threads a rank; decides last bits, so not by the ranks")
-
 
     @model_validator(mode="after")
     def _spreads_packed_rows(self):
