@@ -75,6 +75,7 @@ def prepare(task: Supervised, launch: Launch, output_dir: Path) -> Prepared:
     if task.reference is not None:
         reference_text_config = check_reference_model(run, text_config)
         if task.reference.kind == "live":
+            check_sequence("train", run.train.sequence_parallel, reference_text_config, launch, "reference.path")
             reference_config = fill_reference(run, reference_text_config, given, machine, policy_config, say)
         if task.reference.kind == "cached":
             manifest = cached.check_cache(run, tokenizer, launch)
@@ -260,9 +261,11 @@ def check_room(prompts: Sequence[Prompt], text_config, key: str, max_new_tokens:
     say([f"{what} was made for {positions}"])
 
 
-def check_sequence(section: str, ranks: int, text_config, launch: Launch) -> None:
-    """Raises ConfigError where so many ranks cannot compute a row together. section: train or precompute, the key's."""
-    given = f"--{section}.sequence_parallel {ranks}"
+def check_sequence(section: str, ranks: int, text_config, launch: Launch, model: str = "") -> None:
+    """Raises ConfigError where so many ranks cannot compute a row together. section: train or precompute, the key's;
+    model: the key of the one that text_config is of, where it is not the only one.
+    """
+    given = f"--{section}.sequence_parallel {ranks}{model and f' --{model}'}"
     if launch.world_size % ranks:
         divisors = ", ".join(str(n) for n in range(1, launch.world_size + 1) if launch.world_size % n == 0)
         raise ConfigError(f"{given}: the run has {launch.world_size} ranks; take one of {divisors}")

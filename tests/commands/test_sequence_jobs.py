@@ -1,10 +1,13 @@
 """Jobs whose ranks compute rows together (train.sequence_parallel): the same as ranks with rows of their own."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from dpo_ds.commands.preflight import check_sequence
 from dpo_ds.demo.tiny import random_model, save_tiny_model, special_ids, tiny_config, train_tokenizer
+from dpo_ds.errors import ConfigError
 from tests.ranks import ROOT
 from tests.small_jobs import make_world, run, steps, train_command
 
@@ -125,3 +128,10 @@ def test_what_cannot_be_spread_is_one_line(forks, world, keys, line):
     keys = {key: world / value if key == "model__path" else value for key, value in keys.items()}
     codes, output = run(forks, world, "refused", **keys)
     assert codes[0] == 2 and line in output and output.count("dpo-ds: error") == 1, output
+
+
+def test_a_reference_of_other_heads_is_refused_before_it_is_loaded():
+    config, launch = SimpleNamespace(num_attention_heads=3, num_key_value_heads=3), SimpleNamespace(world_size=2)
+    line = "--train.sequence_parallel 2 --reference.path: its 3 attention heads cannot be dealt out to 2 ranks; take 1"
+    with pytest.raises(ConfigError, match=f"^{line}$"):
+        check_sequence("train", 2, config, launch, "reference.path")
