@@ -4,7 +4,8 @@ Each layer's own forward is compiled, inside ZeRO-3's hooks, so that these are n
 one code object, and the number of tokens is dynamic: a model has one graph to train with and one for forwards without
 gradients, again for every other kind of layer. Packed attention is one opaque operator in them. Activation checkpoints
 are within a graph, whose backward then computes again only what a gradient needs: not the layer's last product, a
-quarter of a Llama's. Inputs that wait in host memory are beside it, as in eager code.
+quarter of a Llama's. Inputs that wait in host memory are beside it, as in eager code, and so are checkpoints of layers
+whose routers are watched (`layers/routers`): torch compiles nothing of a checkpoint that a hook interrupts.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ class CompiledLayers:
 
     def __init__(self, layers: list[nn.Module], say: Say):
         self._layers, self._say = layers, say
+        inner = {layer: [module for module in layer.modules() if module is not layer] for layer in layers}
+        self._watched = {layer for layer, modules in inner.items() if any(m._forward_hooks for m in modules)}
 
     def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, saves = type(layer).forward, False
@@ -118,7 +121,7 @@ class CompiledLayers:
             forward = forward.__wrapped__  # the class puts checkpointing around what it was given
             saves = layer.gradient_checkpointing and layer.training
         compiles = _is_whole_sequence(args, kwargs)
-        if saves and compiles and inputs_stay(layer):
+        if saves and compiles and inputs_stay(layer) and layer not in self._watched:
             return self._run(_recomputed(forward), layer, *args, **kwargs)
         if compiles:
             forward = partial(self._run, forward)

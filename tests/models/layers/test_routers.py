@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DbrxConfig
 
 from dpo_ds.batch import Group, packed_batch, padded_batch
@@ -13,6 +14,7 @@ from dpo_ds.errors import ModelError
 from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.layers import compile as compilation
+from dpo_ds.models.layers.activations import save_activation_memory
 from dpo_ds.models.layers.compile import settle_compilation
 from dpo_ds.models.layers.routers import RouterBalance, Tally, check_wanted, coefficient_of, sight
 from dpo_ds.models.layers.units import is_compiled
@@ -86,13 +88,17 @@ def test_routers_that_give_logits_alone():
         check_wanted(0.01, config)
 
 
-def test_compiled_layers_count_and_pull_too(monkeypatch):
+@pytest.mark.parametrize("how", ["none", "checkpoint"])
+def test_compiled_layers_count_and_pull_too(monkeypatch, how):
     """By dynamo alone: what the hooks do stands outside of its graphs."""
+    torch._dynamo.reset()
+    counters.clear()
     monkeypatch.setattr(compilation, "_compiled", cache(partial(torch.compile, dynamic=True, backend="aot_eager")))
     monkeypatch.setattr(compilation, "missing_compiler", lambda _: "")
     batch, found = packed_batch(pairs()), []
     for compiled in (False, True):
         model = LogProbModel(model_of("qwen3_moe"))
+        save_activation_memory(model.causal_lm, how)
         balance = RouterBalance(model, 1.0)
         assert use_packed_attention(model.causal_lm) is None
         if compiled:
@@ -103,6 +109,7 @@ def test_compiled_layers_count_and_pull_too(monkeypatch):
         tally = Tally.total(tallies)
         balance.minimised(logps.mean(), tally.chosen / tally.tokens, tally.tokens).backward()
         assert not compiled or is_compiled(model.causal_lm), "it fell back"
+        assert (counters["stats"]["unique_graphs"] > 1) == compiled, "dynamo gave up on what it was to compile"
         found.append([len(tallies), *tally, *(parameter.grad for parameter in model.parameters())])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
