@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dpo_ds.config import SftConfig, TrainConfig
-from dpo_ds.errors import ConfigError
+from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.losses import make_loss
 from dpo_ds.memory.allocations import Memory, of_run
 from dpo_ds.memory.cards import Card
@@ -141,14 +141,14 @@ def _redone(start: Proposal, taken: list[tuple[Callable, int]]) -> list[Change]:
 def _fits(proposal: Proposal) -> bool:
     try:
         return proposal.fits
-    except ConfigError:  # a DeepSpeed file made for another number of ranks
+    except (ConfigError, ModelError):  # a file made for another number of ranks, layers that cannot be recomputed
         return False
 
 
 def _size(proposal: Proposal) -> float:
     try:
         return proposal.memory.device
-    except ConfigError:
+    except (ConfigError, ModelError):
         return math.inf
 
 
