@@ -223,10 +223,10 @@ class PeerWatch:
                 self._drop(other, selector)
                 return
             if any(known.rank == rank for known in self._connections) or self.peers[rank].left:
-                self._drop(other, selector)
                 with self.news:
                     self.mistake = f"two processes say that they are rank {rank}; each needs a RANK of its own"
                     self.news.notify_all()
+                self._drop(other, selector)
                 return
             other.rank = rank
             self.peers[rank].heard = self.peers[rank].moved = time.monotonic()

@@ -84,7 +84,7 @@ def test_utilisation_counts_the_reference_once_and_the_policy_three_times():
     ("name", "flops"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA A10G", 125e12), ("Tesla T4", None),
+        ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA A10", 125e12), ("Tesla T4", None),
     ],
 )  # fmt: skip
 def test_peaks_go_by_name_and_only_for_bfloat16(monkeypatch, name, flops):
