@@ -159,7 +159,8 @@ class _Clock:
 
     @classmethod
     def tells(cls, say: Say) -> None:
-        cls._only = cls._only or cls()
+        if cls._only is None or cls._only._start not in callback_handler.start_callbacks:
+            cls._only = cls()  # torch._dynamo.reset() forgets whom it called
         cls._only.say = say
 
     def _start(self, _) -> None:
