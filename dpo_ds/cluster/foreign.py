@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -98,7 +98,9 @@ def guarded(who: str, limit: Limit) -> Iterator[None]:
             opened again), or forked so that two processes came back (the child's ends at once).
     """
     late = UserError(f"{who} did not return {limit}")
-    with _last_resort(late, limit.seconds + LAST_SECONDS), time_limit(limit.seconds, lambda: late):
+    # From a thread, where the main thread sits in C code that no signal interrupts.
+    last_resort = otherwise(limit.seconds + LAST_SECONDS, rendezvous.give_up, late)
+    with last_resort, time_limit(limit.seconds, lambda: late):
         with _open_streams(who), _one_process(who):
             try:
                 yield
@@ -146,9 +148,9 @@ def told(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _last_resort(mistake: UserError, seconds: float) -> Iterator[None]:
-    """Ends the process from a thread where the main thread sits in C code that no signal interrupts."""
-    timer = threading.Timer(seconds, rendezvous.give_up, [mistake])
+def otherwise(seconds: float, call: Callable[[Any], Any], argument: Any) -> Iterator[None]:
+    """Calls `call(argument)` from a thread, unless the block ends within so many seconds."""
+    timer = threading.Timer(seconds, call, [argument])
     timer.daemon = True
     timer.start()
     try:

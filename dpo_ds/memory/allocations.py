@@ -25,7 +25,7 @@ from dpo_ds.losses import with_reference_of_loss
 from dpo_ds.memory.drawing import drawing, longest_groups
 from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
 from dpo_ds.models.layers.quantized import BITS
-from dpo_ds.models.loading import check_model
+from dpo_ds.models.loading import check_shape
 from dpo_ds.models.scoring import REWARD_BATCH
 
 GIB = 1 << 30
@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run, _ = load(given.command, given.config, {})
         if given.command == "train":
             run = with_reference_of_loss(run)
-        policy_shape = check_model(run.model.model_copy(update={"from_config": True}), run.model.path)
+        policy_shape = check_shape(run.model, run.model.path)
         memory = of_run(run, given.ranks, given.nodes, policy_shape)
     except UserError as mistake:
         parser.exit(2, f"dpo-ds: error: {mistake}\n")
@@ -436,7 +436,7 @@ def _add_critic_and_reward(
     if (section := critic_section(run)) is not None:
         config = model_config
         if section.path != run.model.path:
-            config = check_model(section.model_copy(update={"from_config": True}), section.path, "rl.critic", True)
+            config = check_shape(section, section.path, "rl.critic", True)
         filled = ds_config.fill_critic(given, name, run.train, machine, config.get_text_config().hidden_size)
         own, whole = Memory(), run.model_copy(update={"model": section})
         _add_policy(own, whole, config, machine, nodes, filled, segments, targets, is_reward=True)
@@ -444,8 +444,8 @@ def _add_critic_and_reward(
             found = {f"critic: {what.removeprefix('policy: ')}": size for what, size in getattr(own, part).items()}
             getattr(memory, part).update(found)
     if names_model(run.rl.score):
-        section = run.model.model_copy(update={"path": run.rl.score, "revision": None, "from_config": True})
-        config = check_model(section, run.rl.score, "rl.score", True)
+        section = run.model.model_copy(update={"path": run.rl.score, "revision": None})
+        config = check_shape(section, run.rl.score, "rl.score", True)
         width = config.get_text_config().hidden_size
         filled, _ = ds_config.fill_reference(given, name, machine, width, "reward")
         length = run.data.max_prompt_length + run.rl.max_new_tokens

@@ -67,6 +67,11 @@ def check_model(section: ModelSection, path: str, key: str = "model.path", class
     return config
 
 
+def check_shape(section: ModelSection, path: str, key: str = "model.path", classifier: bool = False):
+    """`check_model` for who needs the shapes alone: weights need not be there."""
+    return check_model(section.model_copy(update={"from_config": True}), path, key, classifier)
+
+
 def _check_hub(path: str, key: str) -> None:
     """Raises ModelError for a mistyped folder, at once: transformers would ask the Hub for it, half a minute long where
     there is no network.

@@ -81,7 +81,7 @@ class Course:
         if not self.keeps or best == self.step:
             return []
         instead = f"of step {best}, {self.kept[best]:.6g}" if best else "the last step"
-        what = f"{self.value:.6g} of step {self.step}" if self.step else "none, as no value was a number"
+        what = f"{self.value:.6g} of step {self.step}"
         return [f"checkpoint.best {self.metric}: {what}; a checkpoint of it was not saved, and final/ is {instead}"]
 
     def state(self) -> dict:

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ import torch
 from dpo_ds.batch import Batch
 from dpo_ds.checkpoint.writer import CheckpointWriter, state_bytes
 from dpo_ds.cluster import collectives, rendezvous
+from dpo_ds.cluster.foreign import otherwise
 from dpo_ds.cluster.launch import Launch, from_environment
 from dpo_ds.cluster.process_group import process_group, speaker, this_machine
 from dpo_ds.cluster.shared_files import make_writable, temporary_beside
@@ -32,7 +32,7 @@ from dpo_ds.data.batching import global_batches
 from dpo_ds.data.chat.template import first_line
 from dpo_ds.memory.allocations import expected
 from dpo_ds.memory.trace import PeakMemory
-from dpo_ds.models.loading import check_model
+from dpo_ds.models.loading import check_shape
 from dpo_ds.training import hub
 from dpo_ds.training.profile import StepProfile
 from dpo_ds.training.tasks import Prepared, Supervised, task_of
@@ -86,16 +86,9 @@ class Visit:
                 print(line, flush=True)
 
 
-@contextlib.contextmanager
-def _telling_late(error: Exception) -> Iterator[None]:
+def _telling_late(error: Exception) -> contextlib.AbstractContextManager:
     """Ends the job with what this rank alone could not do, where the others still wait for it within the check."""
-    timer = threading.Timer(ALONE_SECONDS, rendezvous.peers().fault, [error])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return otherwise(ALONE_SECONDS, rendezvous.peers().fault, error)
 
 
 def start(doctor: DoctorConfig) -> int:
@@ -234,11 +227,11 @@ def _check_memory(
     if not segments:
         text = f"{measured / 1e9:.2f} GB at the peak of a step; of the padded layout there is no estimate"
         return [Finding(stepping.MEMORY, PASS, text, figures={"measured_bytes": measured})]
-    model = check_model(run.model.model_copy(update={"from_config": True}), run.model.path)
+    model = check_shape(run.model, run.model.path)
     reference = None
     if prepared.reference_config is not None:
         section = reference_section(run)
-        reference = check_model(section.model_copy(update={"from_config": True}), section.path)
+        reference = check_shape(section, section.path)
     nodes = max(1, launch.world_size // launch.local_world_size)
     policy, frozen = prepared.policy_config, prepared.reference_config
     memory = expected(

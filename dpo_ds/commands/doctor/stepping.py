@@ -108,8 +108,9 @@ def check_reference(objective: Objective, policy: Policy, batch: Batch) -> list[
         return [Finding(REFERENCE, PASS, "this run has none")]
     batch = batch.to(policy.device)
     with policy.evaluating():
-        difference = (policy.token_logps(batch) - reference.token_logps(batch)).abs()
-        tolerance = _agreed_tolerance(policy, reference.token_logps(batch))
+        logps = reference.token_logps(batch)
+        difference = (policy.token_logps(batch) - logps).abs()
+        tolerance = _agreed_tolerance(policy, logps)
     worst = collectives.reduce_max(difference.max().item() if len(difference) else 0.0, policy.device)
     mean = collectives.reduce_max(difference.mean().item() if len(difference) else 0.0, policy.device)
     text, figures = f"log-probs of a token differ by {worst:.1e} at most, {mean:.1e} on average", {"worst": worst}

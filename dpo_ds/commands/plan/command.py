@@ -20,7 +20,7 @@ from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError
 from dpo_ds.memory.cards import card_named
-from dpo_ds.models.loading import check_model
+from dpo_ds.models.loading import check_shape
 
 EXIT_FITS, EXIT_DOES_NOT = 0, 1
 
@@ -49,10 +49,11 @@ def start(plan: PlanConfig) -> int:
 def _proposal(plan: PlanConfig) -> Proposal:
     """Returns the run as it is; with --gpus auto on as few as it fits, on a node of eight where it fits on none."""
     run, card = plan.run, card_named(plan.gpu)
-    model_config = _shape(run.model, "model.path")
+    model_config = check_shape(run.model, run.model.path, classifier=True)
     reference_config = model_config
     if hasattr(run, "reference") and run.reference.path not in (None, run.model.path):
-        reference_config = _shape(reference_section(run), "reference.path")
+        section = reference_section(run)
+        reference_config = check_shape(section, section.path, "reference.path", classifier=True)
     gpus = plan.gpus or 8 * (plan.nodes or 1)
     nodes = plan.nodes or nodes_for(gpus)
     if gpus % nodes:
@@ -64,11 +65,6 @@ def _proposal(plan: PlanConfig) -> Proposal:
     of_so_many = replace(ALONE, world_size=given.gpus)
     check_sequence("train", run.train.sequence_parallel, model_config.get_text_config(), of_so_many)
     return given
-
-
-def _shape(section, key: str):
-    """Returns a model's transformers config; its weights need not be there."""
-    return check_model(section.model_copy(update={"from_config": True}), section.path, key, classifier=True)
 
 
 def _facts(plan: PlanConfig, given: Proposal, turned: list[Change]) -> dict:
