@@ -1,9 +1,9 @@
 """The memory a run will need, item by item, before any GPU is taken: `python -m dpo_ds.memory run.yaml --ranks 8`.
 
-Parameters are counted one by one; what DeepSpeed 0.19.8 allocates for them in stage 3 is arithmetic (its source:
-runtime/zero/stage3.py, partition_parameters.py, partitioned_param_coordinator.py); activations and gradients come from
-the model's own code on tensors without data (trace.py). tests/memory/test_memory.py compares with what real runs
-allocate. What cannot be known beforehand (CUDA's context, NCCL's buffers, fragmentation) is one stated constant.
+Parameters are counted one by one; what DeepSpeed allocates for them in stage 3 is arithmetic (zero3.py); activations
+and gradients come from the model's own code on tensors without data (trace.py). tests/memory/test_memory.py compares
+with what real runs allocate. What cannot be known beforehand (CUDA's context, NCCL's buffers, fragmentation) is one
+stated constant.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 
@@ -22,6 +21,7 @@ from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError, UserError, shorten
 from dpo_ds.losses import with_reference_of_loss
+from dpo_ds.memory import zero3
 from dpo_ds.memory.drawing import drawing, longest_groups
 from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
 from dpo_ds.models.layers.quantized import BITS
@@ -29,22 +29,9 @@ from dpo_ds.models.loading import check_shape
 from dpo_ds.models.scoring import REWARD_BATCH
 
 GIB = 1 << 30
-GATHERED = "weights gathered for a while"
 OVERHEAD = 2 * GIB  # of a GPU: CUDA context, NCCL, cuBLAS workspaces, fragmentation; assumed, not measured
 PROCESS = 4 * GIB  # of a host, for every rank: Python, torch, CUDA's part, data; assumed, not measured
-DEFAULTS = {  # DeepSpeedZeroConfig's, kept equal by a test
-    "reduce_bucket_size": 500_000_000,
-    "sub_group_size": 1_000_000_000,
-    "prefetch_bucket_size": 50_000_000,
-    "param_persistence_threshold": 100_000,
-    "max_live_parameters": 1_000_000_000,
-    "max_reuse_distance": 1_000_000_000,
-    "contiguous_gradients": True,
-    "zero_hpz_partition_size": 1,
-}
-NVME_PARAM = {"buffer_count": 5, "buffer_size": 100_000_000, "max_in_cpu": 1_000_000_000}
 MOST_RANKS = 1 << 20
-NVME_OPTIMIZER = {"buffer_count": 4}
 
 
 @dataclass
@@ -123,9 +110,9 @@ def expected(
     elif not run.trains:
         _add_replica(memory, reference_config or model_config, machine, segments, targets, run.model.quantize != "none")
     if policy is not None and run.command == "rl":
-        gathered = memory.phases["forward and backward"].get(GATHERED, 0)
+        gathered = memory.phases["forward and backward"].get(zero3.GATHERED, 0)
         drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
-        memory.phases["drawing"] = {GATHERED: gathered} | drawn
+        memory.phases["drawing"] = {zero3.GATHERED: gathered} | drawn
     if machine.device == "cuda":
         memory.host["processes"] = PROCESS * machine.ranks // nodes
     return memory
@@ -166,9 +153,9 @@ def _add_policy(
     zero, ranks = ds["zero_optimization"], machine.ranks
     bf16 = ds_config.is_bf16(ds)
     width = 2 if bf16 else 4
-    communication = _width(ds.get("communication_data_type"), width)
-    accumulation = _width(ds.get("data_types", {}).get("grad_accum_dtype"), width)
-    bucket = int(_setting(zero, "reduce_bucket_size"))
+    communication = zero3.width_of(ds.get("communication_data_type"), width)
+    accumulation = zero3.width_of(ds.get("data_types", {}).get("grad_accum_dtype"), width)
+    bucket = int(zero3.setting(zero, "reduce_bucket_size"))
     how = Pass(
         segments,
         targets,
@@ -178,40 +165,40 @@ def _add_policy(
         is_reward=is_reward,
         lora=run.model.lora,
         quantized=run.model.quantize != "none",
-        bucket=bucket if _setting(zero, "contiguous_gradients") else 1,
+        bucket=bucket if zero3.setting(zero, "contiguous_gradients") else 1,
         communication={2: torch.bfloat16, 4: torch.float32}[communication],
         ranks=ranks,
         units="leaf_module" not in zero,
     )
     found = parameters(config, how)
     trained = [p for p in found if p.is_trained]
-    subgroups = _subgroups(trained, int(_setting(zero, "sub_group_size")), ranks)
-    own = _shard(trained, ranks)  # elements
+    subgroups = zero3.subgroups(trained, int(zero3.setting(zero, "sub_group_size")), ranks)
+    own = zero3.shard(trained, ranks)  # elements
     per_node = ranks // nodes
     _place_weights(memory, "policy", found, zero, width, ranks, per_node)
     packed = [p.packed for p in found if p.packed]
 
-    offload = _device_of(zero, "offload_optimizer")
+    offload = zero3.device_of(zero, "offload_optimizer")
     state = {"fp32 master weights": 4 * own, "Adam's moments": 8 * own}
     if offload == "none":
         memory.state |= state | {"gradient shards": accumulation * own}
     else:
         where = memory.host if offload == "cpu" else memory.disk
-        pinned = _pinned if zero["offload_optimizer"].get("pin_memory", True) else int
+        pinned = zero3.pinned if zero["offload_optimizer"].get("pin_memory", True) else int
         swapped = {"their gradients": sum(pinned(4 * size) for size in subgroups)}
         for name, size in (state | swapped).items():
             where[f"{name}"] = size * per_node
         memory.host["gradient shards"] = pinned(accumulation * own) * per_node
         if offload == "nvme":
-            count = (NVME_OPTIMIZER | zero["offload_optimizer"])["buffer_count"]
-            memory.host["buffers to the NVMe"] = _pinned(int(count) * 4 * max(subgroups)) * per_node
-    if _setting(zero, "contiguous_gradients"):
+            count = (zero3.NVME_OPTIMIZER | zero["offload_optimizer"])["buffer_count"]
+            memory.host["buffers to the NVMe"] = zero3.pinned(int(count) * 4 * max(subgroups)) * per_node
+    if zero3.setting(zero, "contiguous_gradients"):
         memory.state["reduce bucket"] = communication * bucket
 
-    gathered = _gathered(found, zero, width, ranks)
-    hpz = min(int(_setting(zero, "zero_hpz_partition_size")), ranks)
+    gathered = zero3.gathered(found, zero, width, ranks)
+    hpz = min(int(zero3.setting(zero, "zero_hpz_partition_size")), ranks)
     if hpz > 1:  # made when a weight is given back the first time, dropped with the update
-        gathered["hpZ: the node's own copy of the weights"] = width * _shard(found, hpz)
+        gathered["hpZ: the node's own copy of the weights"] = width * zero3.shard(found, hpz)
     traced = peaks(config, how)
     phase = max((name for name in traced if name != "saved"), key=traced.get)
     names = {
@@ -230,7 +217,7 @@ def _add_policy(
         traded = how.tokens * width * _heads(text, spread)
         memory.phases["forward and backward"]["heads, traded for tokens"] = traded
     if run.train.activations == "offload" and machine.device == "cuda":
-        kept = text.num_hidden_layers * _pinned(how.tokens * text.hidden_size * width)
+        kept = text.num_hidden_layers * zero3.pinned(how.tokens * text.hidden_size * width)
         memory.host["layers' inputs (train.activation_memory offload)"] = kept * per_node
     if offload == "none":
         flat = 4 * max(subgroups) + (accumulation * max(subgroups) if accumulation != 4 else 0)
@@ -262,7 +249,7 @@ def _add_frozen(
     how = Pass(segments, targets, dtype, machine.device, training=False, **kind)
     found = parameters(config, how)
     _place_weights(memory, whose, found, zero, width, ranks, ranks // nodes)
-    gathered = _gathered(found, zero, width, ranks)
+    gathered = zero3.gathered(found, zero, width, ranks)
     memory.phases[f"{whose}'s forward"] = gathered | {"operators of the forward": peaks(config, how)["forward"]}
 
 
@@ -279,25 +266,25 @@ def _add_replica(memory: Memory, config, machine: Machine, segments, targets: in
 def _place_weights(
     memory: Memory, whose: str, found: list[Parameter], zero: dict, width: int, ranks: int, per_node: int
 ) -> None:
-    offload = _device_of(zero, "offload_param")
-    own = width * _shard(found, ranks)
+    offload = zero3.device_of(zero, "offload_param")
+    own = width * zero3.shard(found, ranks)
     _add_blocks(memory, whose, found)
     if offload == "none":
         memory.state[f"{whose}: weights"] = own
     elif offload == "cpu":
-        flat = _pinned(width * _shard([p for p in found if p.is_trained], ranks))
-        pinned = _pinned if zero["offload_param"].get("pin_memory", True) else int
+        flat = zero3.pinned(width * zero3.shard([p for p in found if p.is_trained], ranks))
+        pinned = zero3.pinned if zero["offload_param"].get("pin_memory", True) else int
         one_by_one = sum(pinned(width * math.ceil(p.numel / ranks)) for p in found if not p.is_trained)
         memory.host[f"{whose}: weights"] = (flat + one_by_one) * per_node
     else:
-        section = NVME_PARAM | zero["offload_param"]
+        section = zero3.NVME_PARAM | zero["offload_param"]
         in_host = min(own, width * int(section["max_in_cpu"]))
         buffers = width * int(section["buffer_count"] * section["buffer_size"])
         memory.disk[f"{whose}: weights"] = (own - in_host) * per_node
-        memory.host[f"{whose}: weights (offload_param.max_in_cpu)"] = _pinned(in_host) * per_node
-        memory.host[f"{whose}: buffers to the NVMe"] = _pinned(buffers) * per_node
+        memory.host[f"{whose}: weights (offload_param.max_in_cpu)"] = zero3.pinned(in_host) * per_node
+        memory.host[f"{whose}: buffers to the NVMe"] = zero3.pinned(buffers) * per_node
     if ranks > 1 or offload != "none":  # else a weight is its slice
-        threshold = _setting(zero, "param_persistence_threshold")
+        threshold = zero3.setting(zero, "param_persistence_threshold")
         memory.state[f"{whose}: small weights, whole"] = width * sum(p.numel for p in found if p.numel <= threshold)
 
 
@@ -309,69 +296,6 @@ def _add_blocks(memory: Memory, whose: str, found: list[Parameter]) -> None:
 def _blocks(found: list[Parameter]) -> int:
     """Returns the bytes that ZeRO-3 does not see beside packed weights."""
     return int(sum(p.packed for p in found) * (BITS - 4) / 8)
-
-
-def _gathered(found: list[Parameter], zero: dict, width: int, ranks: int) -> dict[str, int]:
-    """Weights that are whole for a while. Prefetching goes on until max_live_parameters are; those that will be needed
-    again within max_reuse_distance are not given back; one layer (one parameter elsewhere) more is always fetched.
-
-    What is fetched together comes in one buffer, which stays until the last of it was used, beside the copies.
-    """
-    if ranks == 1 and _device_of(zero, "offload_param") == "none":
-        return {}
-    large = [p for p in found if p.numel > _setting(zero, "param_persistence_threshold")]
-    sizes = [p.numel for p in large]
-    units = groupby(large, lambda p: id(p) if p.layer is None else p.layer)
-    most = max((sum(p.numel for p in unit) for _, unit in units), default=0)
-    limit = max(_setting(zero, "max_live_parameters"), _setting(zero, "max_reuse_distance")) + most
-    fetch = most if most > max(sizes, default=0) else 0  # a single parameter needs no buffer
-    for start in range(len(sizes)):
-        total = count = 0
-        while total < _setting(zero, "prefetch_bucket_size") and start + count < len(sizes):
-            total += sizes[start + count]
-            count += 1
-        if count > 1:
-            fetch = max(fetch, total)
-    return {
-        GATHERED: int(width * min(sum(sizes), limit)),
-        "their transfer buffer": int(width * fetch),
-    }
-
-
-def _subgroups(trained: list[Parameter], size: int, ranks: int) -> list[int]:
-    """Elements of a rank in each of DeepSpeed's sub-groups: matrices first, then vectors (engine.parameter_groups)."""
-    found = []
-    for is_matrix in (True, False):
-        shards = [math.ceil(p.numel / ranks) for p in trained if p.is_matrix == is_matrix]
-        total = 0
-        for shard in shards:
-            total += shard
-            if total >= size:
-                found.append(total)
-                total = 0
-        found += [total] * (total > 0)
-    return found
-
-
-def _shard(found: list[Parameter], ranks: int) -> int:
-    return sum(math.ceil(p.numel / ranks) for p in found)
-
-
-def _setting(zero: dict, name: str):
-    return zero.get(f"stage3_{name}", zero.get(name, DEFAULTS[name]))
-
-
-def _device_of(zero: dict, section: str) -> str:
-    return zero.get(section, {}).get("device", "none")
-
-
-def _width(name: str | None, default: int) -> int:
-    return default if name is None else {"fp32": 4, "float32": 4, "float": 4}.get(name, 2)
-
-
-def _pinned(size: int) -> int:
-    """torch's allocator of pinned memory takes powers of two."""
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -432,7 +356,7 @@ def _add_critic_and_reward(
     if run.rl.replica:
         how = Pass(segments, targets, torch.bfloat16, machine.device, training=False)
         memory.state["replica: weights"] = 2 * sum(p.numel for p in parameters(model_config, how))
-        memory.phases["drawing"].pop(GATHERED)
+        memory.phases["drawing"].pop(zero3.GATHERED)
     if (section := critic_section(run)) is not None:
         config = model_config
         if section.path != run.model.path:

@@ -14,7 +14,7 @@ from dpo_ds.batch import Segment
 from dpo_ds.config import DataSection, TrainConfig, load
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.memory import allocations, trace
+from dpo_ds.memory import allocations, trace, zero3
 from dpo_ds.memory.drawing import drawing, longest_groups
 from tests.ranks import ROOT
 
@@ -171,7 +171,7 @@ def test_offload_moves_the_state_to_the_host_and_doubles_the_gradients():
 
 
 def test_pinned_buffers_are_powers_of_two():
-    assert [allocations._pinned(size) for size in (0, 1, 4096, 4097)] == [0, 1, 4096, 8192]
+    assert [zero3.pinned(size) for size in (0, 1, 4096, 4097)] == [0, 1, 4096, 8192]
 
 
 def test_the_largest_micro_batch_is_full_of_the_longest_pairs():
@@ -186,7 +186,7 @@ def test_the_largest_micro_batch_is_full_of_the_longest_pairs():
 def test_sub_groups_are_deepspeeds():
     """Elements of one of two ranks, cut where 30 are reached; matrices and vectors apart."""
     trained = [allocations.Parameter(numel, True, numel > 10) for numel in (40, 24, 8, 20, 41)]
-    assert allocations._subgroups(trained, 30, 2) == [32, 31, 4]
+    assert zero3.subgroups(trained, 30, 2) == [32, 31, 4]
 
 
 def test_defaults_are_deepspeeds():
@@ -195,8 +195,8 @@ def test_defaults_are_deepspeeds():
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig as Param
 
     for fields, ours in (
-        (DeepSpeedZeroConfig, allocations.DEFAULTS), (Param, allocations.NVME_PARAM),
-        (Optimizer, allocations.NVME_OPTIMIZER),
+        (DeepSpeedZeroConfig, zero3.DEFAULTS), (Param, zero3.NVME_PARAM),
+        (Optimizer, zero3.NVME_OPTIMIZER),
     ):  # fmt: skip
         assert {name: fields.model_fields[name].default for name in ours} == ours
 
