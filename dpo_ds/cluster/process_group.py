@@ -91,7 +91,8 @@ def quiet_libraries() -> None:
         return
     import transformers
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for talker in ("DeepSpeed", "torch._higher_order_ops.wrap"):  # the second on what layers/selective asks of torch
+        logging.getLogger(talker).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for caller in ("torch", "transformers", "deepspeed"):  # they call what each other will rename

@@ -56,10 +56,11 @@ class TrainSection(Section):
     sequence_parallel: int = Field(
         1, gt=0, description="neighbouring ranks that compute each micro-batch together, its tokens spread over them"
     )
-    activation_memory: Literal["none", "checkpoint", "offload"] = Field(
+    activation_memory: Literal["none", "selective", "checkpoint", "offload"] = Field(
         "none",
-        description="checkpoint: a layer keeps its input and is computed again in backward; offload: the input waits "
-        "in host memory, and long rows go through the MLP in tiles",
+        description="checkpoint: a layer keeps its input and is computed again in backward; selective: all of it but "
+        "attention and the products around it; offload: the input waits in host memory, and long rows go through the "
+        "MLP in tiles",
     )
     activation_checkpointing: bool = Field(False, description="true is activation_memory checkpoint")
     profile_steps: tuple[int, int] | None = Field(
@@ -70,7 +71,7 @@ class TrainSection(Section):
 
     @property
     def activations(self) -> str:
-        """What layers keep for backward: none, checkpoint or offload, whichever key says so."""
+        """What layers keep for backward: none (all), selective, checkpoint or offload, whichever key says so."""
         is_alias = self.activation_checkpointing and self.activation_memory == "none"
         return "checkpoint" if is_alias else self.activation_memory
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dpo_ds.batch import Segment
+from dpo_ds.cluster.process_group import quiet_libraries
 from dpo_ds.config import DataSection, RlConfig, Section, critic_section, load, names_model
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
@@ -305,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=1, help="GPUs in all")
     parser.add_argument("--nodes", type=int, default=1, help="that they are spread over evenly")
     given = parser.parse_args(argv)
+    quiet_libraries()
     try:
         for key in ("ranks", "nodes"):
             if not 0 < getattr(given, key) <= MOST_RANKS:

@@ -47,9 +47,10 @@ class Pass:
     """How a model is run: on `device` "cuda" or "cpu" in `dtype`, on one packed row of `segments` of which `targets`
     rows are scored by the head, or, with is_reward, one row a completion by a classifier's.
 
-    activations: what layers keep for backward, none (all), checkpoint or offload. bucket: elements of DeepSpeed's
-    reduce bucket, communication its dtype; ranks that a gradient is cut for. units: whether decoder layers are ZeRO-3's
-    leaves, whose gradients are all there before the first is taken. quantized: layers' weights lie in 4 bits each.
+    activations: what layers keep for backward, none (all), selective, checkpoint or offload. bucket: elements of
+    DeepSpeed's reduce bucket, communication its dtype; ranks that a gradient is cut for. units: whether decoder layers
+    are ZeRO-3's leaves, whose gradients are all there before the first is taken. quantized: layers' weights lie in 4
+    bits each.
     """
 
     segments: tuple[Segment, ...]
@@ -283,14 +284,22 @@ def _padded_tile(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, math.ceil(columns / PADDING) * PADDING, dtype=dtype)
 
 
+def _results(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns attention's result [T, H, D] and log-sums [H, T], without numbers."""
+    return torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+
+
+_attention = torch.library.custom_op("dpo_ds::attention_of_shapes", _results, mutates_args=())
+_attention.register_fake(_results)  # one operator, which layers/selective knows by its name
+
+
 class _FlashAttention(torch.autograd.Function):
     """The memory of models/packed/varlen.py: query [T, H, D], key and value [T, G, D] -> [T, H, D]."""
 
     @staticmethod
     def forward(ctx, query, key, value, segments):
         copies = [_rows(x, _copied_keys(segments)) for x in (key, value)]
-        output = _rows(query, len(query))
-        log_sums = torch.empty(query.shape[1], len(query))
+        output, log_sums = _attention(query)
         del copies
         merged = [segment for segment in segments if is_merged(segment)]
         if merged:

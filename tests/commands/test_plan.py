@@ -80,9 +80,10 @@ def test_every_training_command_and_reference_is_planned(config, capsys):
 
 
 def size(run, gpus: int, nodes: int, model_config, reference_config, ds: dict) -> SimpleNamespace:
-    """Bytes to add up: 4, 1 or 0 a token of a micro-batch; over the GPUs 1000 for each model's weights and 3000 for the
-    optimizer."""
-    activations = {"none": 4, "checkpoint": 1, "offload": 0}[run.train.activations] * run.train.micro_batch_tokens
+    """Bytes to add up: 4, 2, 1 or 0 a token of a micro-batch; over the GPUs 1000 for each model's weights and 3000 for
+    the optimizer."""
+    of_a_token = {"none": 4, "selective": 2, "checkpoint": 1, "offload": 0}[run.train.activations]
+    activations = of_a_token * run.train.micro_batch_tokens
     zero = ds["zero_optimization"]
     policy = 1000 * ("offload_param" not in zero) + 3000 * ("offload_optimizer" not in zero)
     return SimpleNamespace(device=activations + (policy + 1000 * (run.reference.kind == "live")) / gpus)
@@ -95,14 +96,16 @@ def start(monkeypatch, config: Path, card: float, *words: str) -> fitting.Propos
     return replace(command._proposal(planned), card=Card(card, 1e12))
 
 
-CHECKPOINT, CACHED = "train.activation_memory checkpoint", "reference.kind cached"
+SELECTIVE, CHECKPOINT = (f"train.activation_memory {how}" for how in ("selective", "checkpoint"))
+CACHED = "reference.kind cached"
 HALF, OFFLOAD = "train.micro_batch_tokens 400", "DeepSpeed's offload_optimizer cpu"
 
 
 @pytest.mark.parametrize(
     ("card", "wanted"),
     [  # as it is: 4 x 800 tokens and 5000 / 2
-        (3300, [CHECKPOINT]),  # 800 + 2500
+        (4100, [SELECTIVE]),  # 1600 + 2500
+        (4099, [CHECKPOINT]),  # 800 + 2500
         (3299, [CHECKPOINT, HALF]),  # 400 + 2500
         (2500, [CHECKPOINT, HALF, CACHED]),  # 400 + 2000; 96 tokens, the longest pair, were tried with 2500
         (1400, [CHECKPOINT, HALF, OFFLOAD]),  # 400 + 1000: the cache is not needed any more
@@ -190,7 +193,7 @@ def test_the_table_says_what_json_does(config, capsys, monkeypatch):
     assert "on 16 GPUs on 2 nodes: h100, 74.5 GiB and 989 TFLOP/s each; expected, not measured" in out
     for words in ("2 GiB for context, NCCL", "FITS into 74.5 GiB", "--lengths 20,10", "0.4 of the peak", "at 2 a GPU"):
         assert words in out
-    monkeypatch.setattr(fitting, "WAYS", (fitting._checkpoint,))
+    monkeypatch.setattr(fitting, "WAYS", (fitting._recompute,))
     assert cli.main(["plan", str(config), "--gpus", "1", "--gpu", "1GB:1TFLOPS"]) == 1
     out = capsys.readouterr().out
     assert "DOES NOT FIT into 0.9 GiB" in out and "GiB  train.activation_memory checkpoint\n" in out

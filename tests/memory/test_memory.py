@@ -39,6 +39,7 @@ CASES = {
     for model, live, activations in product(MODELS, (False, True), ("none", "checkpoint"))
 }  # fmt: skip
 CASES["3M-offload-spread"] = CASES["3M-none"] | {"activations": "offload", "spread": 2, "pairs": 4 * PAIRS}
+CASES["3M-selective"] = CASES["3M-none"] | {"activations": "selective"}
 CASES["3M-spread"] = CASES["3M-none"] | {"spread": 2}
 CASES["3M-group-of-4"] = CASES["3M-none"] | {"shape": (64, 32, 32, 32, 32)}
 ON_HOST = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}

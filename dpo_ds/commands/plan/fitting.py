@@ -152,9 +152,11 @@ def _size(proposal: Proposal) -> float:
         return math.inf
 
 
-def _checkpoint(proposal: Proposal) -> Iterator[Change]:
-    if proposal.run.train.activations == "none":
-        yield Change("train.activation_memory checkpoint", proposal.with_keys(train__activation_memory="checkpoint"))
+def _recompute(proposal: Proposal) -> Iterator[Change]:
+    """Keeps ever less of a layer for backward."""
+    stronger = {"none": ("selective", "checkpoint"), "selective": ("checkpoint",)}
+    for how in stronger.get(proposal.run.train.activations, ()):
+        yield Change(f"train.activation_memory {how}", proposal.with_keys(train__activation_memory=how))
 
 
 def _micro_batch(proposal: Proposal) -> Iterator[Change]:
@@ -218,4 +220,4 @@ def _more_gpus(proposal: Proposal) -> Iterator[Change]:
         yield Change(f"--gpus {gpus}", more)
 
 
-WAYS = (_checkpoint, _micro_batch, _reference, _offload, _sequence_parallel, _more_gpus)
+WAYS = (_recompute, _micro_batch, _reference, _offload, _sequence_parallel, _more_gpus)

@@ -1,9 +1,10 @@
 """What a layer keeps from forward to backward: everything, its input alone, or its input in host memory.
 
-checkpoint: each decoder layer keeps its input and is computed again in backward. offload: that input lies in pinned
-host memory meanwhile, copied beside the computation, there and back; and of rows that are long the MLP, whose inner
-width is a layer's largest, is computed a tile of tokens at a time, each tile again in backward (TiledMLP, arXiv
-2506.13996). A layer then needs memory for attention and for one tile, and the GPU holds one layer's input.
+checkpoint: each decoder layer keeps its input and is computed again in backward. selective: attention and the products
+around it are kept too (`layers/selective`). offload: the input lies in pinned host memory meanwhile, copied beside the
+computation, there and back; and of rows that are long the MLP, whose inner width is a layer's largest, is computed a
+tile of tokens at a time, each tile again in backward (TiledMLP, arXiv 2506.13996). A layer then needs memory for
+attention and for one tile, and the GPU holds one layer's input.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from dpo_ds.errors import ModelError
+from dpo_ds.models.layers.selective import keep_attention
 from dpo_ds.models.layers.units import decoder_layers
 
 MLPS = ("mlp", "feed_forward", "ffn")  # as decoder layers call it
@@ -28,7 +30,7 @@ LEAST_TILE = 1024  # tokens: enough for products to be as fast as with all of th
 
 
 def save_activation_memory(model: PreTrainedModel, how: str, parked: type[Parked] | None = None) -> None:
-    """Makes the model's layers keep what `how` says: none (everything), checkpoint or offload.
+    """Makes the model's layers keep what `how` says: none (everything), selective, checkpoint or offload.
 
     parked: what an input becomes that waits, Parked if not given.
 
@@ -37,8 +39,9 @@ def save_activation_memory(model: PreTrainedModel, how: str, parked: type[Parked
     """
     if how == "none":
         return
+    arguments = {"use_reentrant": False} | ({"context_fn": keep_attention} if how == "selective" else {})
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     except ValueError as error:
         raise ModelError(f"--train.activation_memory {how}: {error} Leave the key out") from None
     if how == "offload":
@@ -54,6 +57,11 @@ def save_activation_memory(model: PreTrainedModel, how: str, parked: type[Parked
 def inputs_stay(layer: nn.Module) -> bool:
     """Returns whether the input of a layer that is checkpointed stays where it is until backward."""
     return not isinstance(getattr(layer._gradient_checkpointing_func, "__self__", None), _Parking)
+
+
+def contexts_of(layer: nn.Module) -> Callable | None:
+    """Returns what torch's checkpoint is given as `context_fn` for a layer whose input stays; None: nothing."""
+    return layer._gradient_checkpointing_func.keywords.get("context_fn")
 
 
 def _mlps(model: PreTrainedModel) -> Iterator[nn.Module]:

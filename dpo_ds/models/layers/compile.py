@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_ds.cluster.process_group import Say
-from dpo_ds.models.layers.activations import inputs_stay
+from dpo_ds.models.layers.activations import contexts_of, inputs_stay
 from dpo_ds.models.layers.quantized import is_quantized
 from dpo_ds.models.layers.units import decoder_layers
 
@@ -98,11 +98,13 @@ def _compiled(forward: Callable) -> Callable:
 
 
 @cache
-def _recomputed(forward: Callable) -> Callable:
-    """Returns `forward` as one that keeps its inputs alone for backward; without gradients it is the same."""
+def _recomputed(forward: Callable, contexts: Callable | None) -> Callable:
+    """Returns `forward` as one that keeps for backward its inputs and what `contexts`, as torch's checkpoint takes
+    them, keep; without gradients it is the same."""
+    given = {"context_fn": contexts} if contexts else {}
 
     def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(partial(forward, layer, **kwargs), *args, use_reentrant=False)
+        return checkpoint(partial(forward, layer, **kwargs), *args, use_reentrant=False, **given)
 
     return recomputed
 
@@ -122,7 +124,7 @@ class CompiledLayers:
             saves = layer.gradient_checkpointing and layer.training
         compiles = _is_whole_sequence(args, kwargs)
         if saves and compiles and inputs_stay(layer) and layer not in self._watched:
-            return self._run(_recomputed(forward), layer, *args, **kwargs)
+            return self._run(_recomputed(forward, contexts_of(layer)), layer, *args, **kwargs)
         if compiles:
             forward = partial(self._run, forward)
         if saves:

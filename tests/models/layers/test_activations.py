@@ -39,7 +39,7 @@ def gradients(model: LogProbModel, batch) -> list[torch.Tensor]:
 def test_all_ways_give_the_same_gradients(family):
     batch = packed_batch(random_pairs(5))
     expected = gradients(model_of(family, "none"), batch)
-    for how in ("checkpoint", "offload"):
+    for how in ("selective", "checkpoint", "offload"):
         model = model_of(family, how)
         with tiles_of(model.causal_lm, 7) as are_there:
             found = gradients(model, batch)
@@ -84,6 +84,22 @@ def peak(how: str) -> int:
 def test_less_is_kept():
     whole, inputs, tiled = (peak(how) for how in ("none", "checkpoint", "offload"))
     assert inputs < whole / 2 and tiled < inputs * 0.7, (whole, inputs, tiled)
+
+
+def test_selective_keeps_attention_and_the_products_that_do_not_widen():
+    width, of_keys, inner, layers = 32, 16, 96, 3
+    batch = packed_batch(random_pairs(4))
+    saved = {}
+    for how in ("checkpoint", "selective"):
+        model = model_of("llama", how, num_hidden_layers=layers, intermediate_size=inner)
+        with PeakMemory([]) as meter:
+            logps = model(batch)
+            saved[how] = meter.live
+        del logps
+    products = 3 * width + 2 * of_keys  # query, behind attention, the MLP's last; key, value
+    bytes_of_numbers = 4 * batch.num_tokens * layers
+    more = saved["selective"] - saved["checkpoint"] - bytes_of_numbers * products
+    assert bytes_of_numbers * width <= more <= 1.5 * bytes_of_numbers * width, "attention's result, log-sums"
 
 
 def test_an_mlp_that_looks_at_other_tokens_can_do_without_tiles():

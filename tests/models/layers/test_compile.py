@@ -3,12 +3,13 @@ compiler.
 """
 
 from functools import cache, partial
+from unittest import mock
 
 import pytest
 import torch
 import torch._inductor.config
 from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import ProfilerActivity, profile
 
 from dpo_ds.batch import packed_batch
 from dpo_ds.demo.tiny import random_model, tiny_config
@@ -16,8 +17,10 @@ from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.engine import Replica
 from dpo_ds.models.layers import compile as compilation
+from dpo_ds.models.layers.activations import save_activation_memory
 from dpo_ds.models.layers.compile import settle_compilation
 from dpo_ds.models.layers.units import is_compiled
+from dpo_ds.models.packed import operator
 from tests.tiny import VOCAB, random_pairs
 
 CPU = torch.device("cpu")
@@ -87,35 +90,47 @@ def test_a_single_token_and_a_cache_make_no_graph(pair):
     assert torch.equal(ours, theirs) and graphs() == before
 
 
-def test_checkpoints_keep_a_layers_input_and_compute_all_but_its_last_product_again(monkeypatch):
+@pytest.mark.parametrize("how", ["checkpoint", "selective"])
+def test_what_recomputed_layers_keep_and_compute_again(monkeypatch, how):
     layers, width, inner = 3, 32, 96
     model = LogProbModel(random_model(tiny_config("llama", VOCAB, hidden=width, layers=layers)))
     use_packed_attention(model.causal_lm)
     batch = packed_batch(random_pairs(4))
     tokens = batch.num_tokens
 
-    def step() -> tuple[int, list[torch.Size], list[torch.Tensor]]:
+    def step() -> tuple[int, int, list[torch.Size], list[torch.Tensor]]:
         saved = []
         keep = torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.shape), x)[1], lambda x: x)
-        with FlopCounterMode(display=False) as flops, keep:
+        forwards = mock.Mock(side_effect=operator.sdpa)
+        counting = profile(activities=[ProfilerActivity.CPU], with_flops=True)  # a mode would switch graphs off
+        with counting, keep, mock.patch.object(operator, "sdpa", forwards):
             model.train()(batch).sum().backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         model.zero_grad(set_to_none=True)
-        return flops.get_total_flops(), [shape for shape in saved if tokens in shape], gradients
+        of_tokens = [shape for shape in saved if tokens in shape]
+        flops = sum(event.flops for event in counting.key_averages() if event.key == "aten::mm")
+        return flops, forwards.call_count, of_tokens, gradients
 
-    all_kept, _, expected = step()
+    expected = step()[-1]
     graph = partial(torch.compile, dynamic=True, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(compilation, "_compiled", cache(graph))
-    settle_compilation(True, [Replica(model, CPU)], pytest.fail)
+    settle_compilation(True, [Replica(model, CPU)], lambda _: None)
     model.requires_grad_(True)
-    model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again, saved, gradients = step()
+    step()  # operators run while a graph is made, too
+    all_kept, *_ = step()
+    save_activation_memory(model.causal_lm, how)
+    step()
+    again, attentions, saved, gradients = step()
     for ours, theirs in zip(gradients, expected, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * max(1.0, theirs.norm())
-    products = tokens * width * (2 * width + 2 * 16 + 2 * inner)  # query, output; key, value; gate, up
+    around_attention = 2 * width + 2 * 16  # query and output; key and value
+    products = tokens * width * (2 * inner + (how == "checkpoint") * around_attention)  # gate, up
     assert again - all_kept == layers * 2 * products
+    assert attentions == layers * (2 if how == "checkpoint" else 1)
     inputs_and_last_norm = layers + 3
     assert sum(shape == (1, tokens, width) for shape in saved) == inputs_and_last_norm
+    kept = sorted(shape[1] for shape in saved if len(shape) == 2 and shape[0] == tokens)
+    assert kept == ([] if how == "checkpoint" else sorted(layers * [width, width, 16, 16])), saved
     assert max(shape[-1] for shape in saved if len(shape) > 2) == width
 
 
