@@ -159,6 +159,7 @@ class Contender:
 
 
 EAGER = partial(ours, layout="packed", reference="live", changes={"model.compile": "false"})
+SELECTIVE = {"train.activation_checkpointing": "false", "train.activation_memory": "selective"}
 CONTENDERS = {
     "packed, live reference": Contender(partial(ours, layout="packed", reference="live"), 4, "DPO loss"),
     "packed, live reference, not compiled": Contender(EAGER, 4, "DPO loss", usual=False),
@@ -166,6 +167,9 @@ CONTENDERS = {
     "TRL, live reference": Contender(partial(trl, precompute=False), 4, "DPO loss"),
     "TRL, precomputed reference": Contender(partial(trl, precompute=True), 3, "DPO loss"),
     "packed, cached reference": Contender(partial(ours, layout="packed", reference="cached"), 3, "DPO loss"),
+    "packed, cached reference, attention kept": Contender(
+        partial(ours, layout="packed", reference="cached", changes=SELECTIVE), 3, "DPO loss", usual=False
+    ),
     "packed, no reference": Contender(partial(ours, layout="packed", reference="none"), 3, "loss without a reference"),
     "bare forward+backward": Contender(bare, 3, "loss of rank 0's share"),
     "precompute": Contender(precompute_pass.ours, 1, "mean log-prob of chosen", usual=False),

@@ -153,7 +153,7 @@ def cases(small: bool) -> list[Case]:
         ),
         Case(
             "8B's shapes with 8 layers, cached reference, 40 pairs a step, activation checkpointing",
-            ("packed, cached reference",),
+            ("packed, cached reference", "packed, cached reference, attention kept"),
             TINY if small else EIGHT_BILLION,
             cached | {"activation_checkpointing": True},
         ),

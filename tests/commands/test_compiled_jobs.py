@@ -66,10 +66,13 @@ def test_compile_may_change_on_resume(forks, world, runs):
 
 
 def test_adapters_and_recomputed_layers_compile(forks, world):
-    for name, wanted in (("eager", "false"), ("compiled", "true")):
-        settings = {"model__lora__r": 4, "reference__kind": "adapter", "train__activation_checkpointing": "true"}
-        codes, output = run(forks, world, f"lora-{name}", train__max_steps=4, model__compile=wanted, **settings)
-        assert codes == [0, 0] and "cannot be compiled" not in output, output
+    adapters = {"model__lora__r": 4, "reference__kind": "adapter"}
+    for name, changes in {
+        "eager": {"model__compile": "false", "train__activation_checkpointing": "true"},
+        "compiled": {"model__compile": "true", "train__activation_memory": "selective"},
+    }.items():
+        codes, output = run(forks, world, f"lora-{name}", train__max_steps=4, **adapters, **changes)
+        assert codes == [0, 0] and "cannot be compiled" not in output and "context_fn" not in output, output
     eager, compiled = (steps(world / f"lora-{name}") for name in ("eager", "compiled"))
     for name in COMPARED:
         assert [line[name] for line in compiled] == pytest.approx([line[name] for line in eager], rel=1e-5, abs=1e-5)

@@ -17,6 +17,7 @@ TOGETHER = {"train__sequence_parallel": 2}
 WAYS = {
     "preferences": ("train", {"loss__name": "[dpo, aot]", "data__eval": "eval.jsonl"}),
     "discounted and weighted": ("train", {"loss__ld_alpha": 0.3, "loss__wpo": True}),
+    "recomputed in part": ("train", {"train__activation_memory": "selective"}),
     "parked": ("train", {"train__activation_memory": "offload"}),
     "adapters": ("train", {"model__lora__r": 4, "reference__kind": "adapter"}),
     "labels": ("train", {"data__train": "labels.jsonl", "loss__name": "kto"}),
