@@ -103,7 +103,7 @@ def main() -> None:
     dist.barrier()
     machine = Machine(place.world_size, "cpu", False)
     policies = {}
-    for how in ("none", "checkpoint", "offload"):
+    for how in ("none", "selective", "checkpoint", "offload"):
         ds_config, _ = fill_policy({}, "benchmark", TrainSection(), machine, given.width)
         model = load_causal_lm(ModelSection(path=str(folder)), ds_config)
         save_activation_memory(model, how)
@@ -130,6 +130,10 @@ def main() -> None:
     medians = [statistics.median(column) for column in zip(*seconds[1:], strict=True)]
     told = f"{statistics.median(ratios[1:]):.3f} times as long ({min(ratios[1:]):.3f} to {max(ratios[1:]):.3f})"
     say(f"{given.tokens} tokens, a step: apart {medians[0]:.2f} s, together {medians[1]:.2f} s; {told}")
+    rounds = [[seconds_of(policy, batch_of(group, True)) for policy in policies.values()] for _ in range(given.rounds)]
+    ratios = [statistics.median(times[way] / times[0] for times in rounds) for way in range(len(policies))]
+    told = ", ".join(f"{how} {ratio:.2f}" for how, ratio in zip(policies, ratios, strict=True))
+    say(f"{given.tokens} tokens together, times as long a step as with none: {told}")
     leave()
 
 

@@ -17,11 +17,10 @@ TOGETHER = {"train__sequence_parallel": 2}
 WAYS = {
     "preferences": ("train", {"loss__name": "[dpo, aot]", "data__eval": "eval.jsonl"}),
     "discounted and weighted": ("train", {"loss__ld_alpha": 0.3, "loss__wpo": True}),
-    "recomputed in part": ("train", {"train__activation_memory": "selective"}),
     "parked": ("train", {"train__activation_memory": "offload"}),
     "adapters": ("train", {"model__lora__r": 4, "reference__kind": "adapter"}),
     "labels": ("train", {"data__train": "labels.jsonl", "loss__name": "kto"}),
-    "compiled": ("train", {}),
+    "compiled": ("train", {"train__activation_memory": "selective"}),
     "routers": ("train", {"model__path": "experts", "model__router_aux_loss": 2.0}),
     "supervised": ("sft", {}),
     "rewards": ("reward", {"data__eval": "eval.jsonl"}),
