@@ -38,10 +38,9 @@ def packed_attention(
         probe.backends.append(backend)
         probe.windowed.update([window] if window else [])
     if backend != "sdpa":
-        output, log_sums = varlen_forward(backend, query_THD, key_TGD, value_TGD, table, rule)
-        return output.contiguous(), log_sums
+        return varlen_forward(backend, query_THD, key_TGD, value_TGD, table, rule)
     output = sdpa(*(x.transpose(0, 1)[None] for x in (query_THD, key_TGD, value_TGD)), table, rule)[0]
-    return output.contiguous(), _log_sums(query_THD).zero_()
+    return output, _log_sums(query_THD).zero_()
 
 
 @packed_attention.register_fake

@@ -40,7 +40,8 @@ class ScoreRule(NamedTuple):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule) -> Tensor:
-    """Attends: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; a block a completion, whatever the pack.
+    """Attends: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D], contiguous; a block a completion,
+    whatever the pack.
 
     `split` and not slices: a slice's backward is as large as the whole pack, a split's is one concatenation. The prompt
     and y_1 lie side by side, so that the prompt's keys are copied for the other completions alone.
@@ -52,15 +53,15 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: S
     for segment in table.segments:
         first, *keys_and_values = next(parts)
         if first.shape[2]:
-            outputs.append(_attend(first, *keys_and_values, table, rule))
+            outputs.append(_attend(first, *keys_and_values, table, rule).transpose(1, 2))
         for own_query, *own in islice(parts, len(segment.completions[1:])):
             if own_query.shape[2]:
                 prompt_and_own = (
                     torch.cat([shared[:, :, : segment.prompt], x], dim=2)
                     for shared, x in zip(keys_and_values, own, strict=True)
                 )
-                outputs.append(_attend(own_query, *prompt_and_own, table, rule))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+                outputs.append(_attend(own_query, *prompt_and_own, table, rule).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule) -> Tensor:

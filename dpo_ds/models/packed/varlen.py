@@ -62,7 +62,7 @@ def varlen_forward(
     rule: ScoreRule,
     merge: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output [T, H, D] and the log-sums [H, T] of the whole attention."""
+    """Returns the output [T, H, D], contiguous, and the log-sums [H, T] of the whole attention."""
     forward, index = KERNELS[kernel].forward, _index(table, query_THD, rule, merge)
     keys, values = (_copied(x, index) for x in (key_TGD, value_TGD))
     output, log_sums = forward(query_THD, keys, values, index.own, rule, True)
@@ -76,7 +76,7 @@ def varlen_forward(
         whole = (part * (1 - own_weight)).addcmul_(own, own_weight)
         _put(output, query_rows, whole.to(output.dtype))
         _put(log_sums, query_rows, torch.logaddexp(own_sums, part_sums), dim=1)
-    return output, log_sums
+    return output.contiguous(), log_sums  # kernels lay it out as the query
 
 
 def varlen_backward(

@@ -18,6 +18,7 @@ def attend(rule: ScoreRule, dtype: torch.dtype) -> list[torch.Tensor]:
     shapes = [(1, heads, length, 16) for heads in (4, 2, 2)]
     inputs = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
     output = sdpa(*inputs, SegmentTable(SEGMENTS), rule)
+    assert output.is_contiguous()
     grad = torch.randn(output.shape, generator=generator, dtype=dtype)
     return [output, *torch.autograd.grad(output, inputs, grad)]
 

@@ -51,7 +51,7 @@ def by_definition(query, key, value, table: SegmentTable, rule: ScoreRule) -> Te
     scores = query @ key.mT * rule.scale
     if rule.softcap:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2)
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2).contiguous()
 
 
 def random_inputs(table: SegmentTable, heads=HEADS, key_heads=KEY_HEADS, dtype=torch.float64) -> list[Tensor]:
@@ -62,6 +62,7 @@ def random_inputs(table: SegmentTable, heads=HEADS, key_heads=KEY_HEADS, dtype=t
 
 def with_gradients(attention, inputs: list[Tensor]) -> list[Tensor]:
     output = attention(*inputs)
+    assert output.is_contiguous()
     weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
     return [output, *torch.autograd.grad((output * weights).sum(), inputs)]
 
