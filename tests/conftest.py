@@ -3,8 +3,12 @@
 import os
 
 import pytest
+import torch
 
 from tests.forkserver import fork_server
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns on a terminal that some tests read
 
 
 @pytest.fixture(autouse=True)

@@ -43,9 +43,6 @@ def this_machine(launch: Launch) -> Machine:
 @contextlib.contextmanager
 def process_group(launch: Launch) -> Iterator[torch.device]:
     """Gives this rank's device, in the group of all ranks, who enter together; who fails alone ends all of them."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
-    quiet_libraries()
     try:
         yield enter(launch)
     except (UserError, TrainingError):  # every rank has it, and rank 0 says so
@@ -86,13 +83,18 @@ def leave() -> None:
 
 
 def quiet_libraries() -> None:
-    """Switches chatter, progress bars and deprecations of the libraries off, unless DPO_DS_VERBOSE asks for them."""
+    """Switches chatter, progress bars and deprecations of the libraries off, unless DPO_DS_VERBOSE asks for them. To be
+    called as a command starts: transformers imports deepspeed where it likes.
+    """
     if os.environ.get("DPO_DS_VERBOSE"):
         return
     import transformers
 
-    for talker in ("DeepSpeed", "torch._higher_order_ops.wrap"):  # the second on what layers/selective asks of torch
-        logging.getLogger(talker).setLevel(logging.ERROR)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
+    # Above all levels: torch 2.13's profiler says "USDT: profiler_start" above that of errors (pytorch/kineto#1325).
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # on what layers/selective asks of torch
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for caller in ("torch", "transformers", "deepspeed"):  # they call what each other will rename

@@ -20,6 +20,7 @@ from dpo_ds.checkpoint.manifest import MANIFEST, Checkpoint, open_folder
 from dpo_ds.checkpoint.resume import find
 from dpo_ds.checkpoint.shards import ENGINE_PREFIX, Shards
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
+from dpo_ds.cluster.process_group import quiet_libraries
 from dpo_ds.cluster.shared_files import leftovers, temporary_beside
 from dpo_ds.config import ExportConfig, ModelSection
 from dpo_ds.data.chat.template import BUILT_IN, DEFAULT_CHAT_TEMPLATE, TEMPLATE, set_template
@@ -46,6 +47,7 @@ def start(run: ExportConfig, shard_bytes: int = SHARD_BYTES) -> int:
     Raises:
         UserError: no complete, undamaged checkpoint; its model's config or tokenizer is gone; DIR exists.
     """
+    quiet_libraries()
     checkpoint, target = _find(Path(run.source)), Path(run.to)
     if target.exists():
         raise ConfigError(f"--to {target}: exists already; choose a new folder")

@@ -5,7 +5,6 @@ folder, and the model that it leaves there.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dpo_ds.checkpoint.resume import set_aside_newer
 from dpo_ds.checkpoint.writer import CheckpointWriter
 from dpo_ds.cluster import collectives, stopping
 from dpo_ds.cluster.launch import Launch, from_environment
-from dpo_ds.cluster.process_group import process_group, speaker
+from dpo_ds.cluster.process_group import process_group, quiet_libraries, speaker
 from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.cluster.watchdog import PeerWatch, Silent
 from dpo_ds.config import to_plain
@@ -43,7 +42,7 @@ def run_job(task: Supervised, prepare: Callable, train: Callable) -> int:
         UserError: on every rank, for the caller to print on rank 0.
     """
     launch, output_dir = from_environment(), Path(task.run.output_dir)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_libraries()
     started = time.time()
     with keeping_status(output_dir, launch) as lock:
         prepared = prepare(task, launch, output_dir)

@@ -7,7 +7,6 @@ its micro-batches depend on nothing but its rows, so that its bytes are the same
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from dpo_ds.batch import PAIR, Group
 from dpo_ds.checkpoint.manifest import versions
 from dpo_ds.cluster import collectives, signals
 from dpo_ds.cluster.launch import Launch, from_environment
-from dpo_ds.cluster.process_group import process_group, speaker, this_machine
+from dpo_ds.cluster.process_group import process_group, quiet_libraries, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, leftovers, make_writable, refuse_foreign
 from dpo_ds.commands.preflight import check_fit, check_reference_model, check_sequence, prepare_data, tell_content
 from dpo_ds.config import PrecomputeConfig, VerifyConfig, reference_section
@@ -120,7 +119,7 @@ def start_verify(run: VerifyConfig) -> int:
 def start(run: PrecomputeConfig) -> int:
     """Runs the command on this rank; returns its exit code."""
     launch = from_environment()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_libraries()
     work = prepare(run, launch)
     if not work.shards:
         there = f"{work.manifest.values['rows']} rows"

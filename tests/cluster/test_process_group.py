@@ -26,6 +26,24 @@ def test_torchs_warning_of_a_single_ranks_barrier_is_not_shown(monkeypatch):
     assert [str(warning.message) for warning in shown] == ["barrier(): something else"]
 
 
+PROFILED = """
+from dpo_ds.cluster.process_group import quiet_libraries
+quiet_libraries()
+import torch
+from deepspeed.accelerator import get_accelerator
+get_accelerator()
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+    torch.ones(2)
+"""
+
+
+def test_neither_deepspeeds_choice_of_a_device_nor_torchs_profiler_is_told_of():
+    environment = {k: v for k, v in os.environ.items() if k not in ("DS_ACCELERATOR", "KINETO_LOG_LEVEL")}
+    command = [sys.executable, "-c", PROFILED]
+    done = subprocess.run(command, env=environment | {"DPO_DS_VERBOSE": ""}, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 AT_TORCH = """
 import os, sys
 class Told:

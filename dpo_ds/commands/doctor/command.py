@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ from dpo_ds.checkpoint.writer import CheckpointWriter, state_bytes
 from dpo_ds.cluster import collectives, rendezvous
 from dpo_ds.cluster.foreign import otherwise
 from dpo_ds.cluster.launch import Launch, from_environment
-from dpo_ds.cluster.process_group import process_group, speaker, this_machine
+from dpo_ds.cluster.process_group import process_group, quiet_libraries, speaker, this_machine
 from dpo_ds.cluster.shared_files import make_writable, temporary_beside
 from dpo_ds.cluster.stopping import StopFlag
 from dpo_ds.commands import preflight
@@ -98,7 +97,7 @@ def start(doctor: DoctorConfig) -> int:
         UserError: what `train` itself would refuse, before any check.
     """
     started, launch = time.monotonic(), from_environment()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_libraries()
     if launch.is_first and doctor.run.hub.push:
         hub.check_token(doctor.run.hub.push, "hub.push")
     run = as_examined(doctor.run)

@@ -6,7 +6,6 @@ policies' samples; then a baseline; then what scores the texts.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import torch
 from dpo_ds import data
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.launch import Launch, from_environment
-from dpo_ds.cluster.process_group import process_group, speaker, this_machine
+from dpo_ds.cluster.process_group import process_group, quiet_libraries, speaker, this_machine
 from dpo_ds.commands.evaluate.judging import Judge, give_preferences, give_scores, load_judge, read_baseline
 from dpo_ds.commands.evaluate.measure import Sequences, compared, draw, numbered, sums_of_logps
 from dpo_ds.commands.evaluate.results import BASELINE, REFERENCE, Measured, Outcome
@@ -76,7 +75,7 @@ class BaselineModel:
 def start(run: EvaluateConfig) -> int:
     """Runs the command on this rank; returns its exit code."""
     launch = from_environment()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_libraries()
     output_dir = Path(run.output_dir)
     _refuse_training_folder(output_dir)
     with keeping_status(output_dir, launch) as lock:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import logging
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from dpo_ds.cluster import collectives, signals
 from dpo_ds.cluster.launch import Launch, from_environment
-from dpo_ds.cluster.process_group import process_group, speaker, this_machine
+from dpo_ds.cluster.process_group import process_group, quiet_libraries, speaker, this_machine
 from dpo_ds.cluster.shared_files import FolderLock, make_writable, refuse_foreign
 from dpo_ds.commands.precompute import NO_DEEPSPEED
 from dpo_ds.commands.preflight import check_room, tell_content
@@ -60,7 +59,7 @@ class Work:
 def start(run: SampleConfig) -> int:
     """Runs the command on this rank; returns its exit code."""
     launch = from_environment()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_libraries()
     work = prepare(run, launch)
     kept = f"finished shards stay in {run.sample.to}, and the same command goes on from there"
     with signals.keeping(kept), contextlib.closing(work.lock), process_group(launch) as device:

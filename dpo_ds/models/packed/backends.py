@@ -61,8 +61,8 @@ def _candidates(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, rule: ScoreRule, merge: bool | None = None
 ) -> Tensor:
-    """Attends by the kernel that serves these: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D], contiguous
-    as transformers' own attentions give it: some models view it (JetMoe).
+    """Attends by the kernel that serves these: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D],
+    contiguous as transformers' own attentions give it: some models view it (JetMoe).
     """
     backend = backend_of(query, value, rule)
     if backend == "sdpa":
