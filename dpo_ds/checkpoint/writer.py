@@ -118,7 +118,7 @@ class CheckpointWriter:
             self._try_to_commit()
         if self._pruning is not None:
             if problem := self._pruning.result():
-                self._say(f"an old checkpoint could not be deleted: {problem}; training goes on")
+                self._say(f"an old checkpoint could not be deleted: {problem}; the newer ones are complete")
             self._pruning = None
 
     def _make_room(self, needed: int) -> None:
@@ -221,7 +221,7 @@ class CheckpointWriter:
     def _failed(self, step: int, problem: str | None) -> None:
         if problem is not None:
             stays = f"that of step {self.newest} stays" if self.newest else "there is none yet"
-            self._say(f"checkpoint of step {step} NOT saved: {problem}; {stays}, training goes on")
+            self._say(f"checkpoint of step {step} NOT saved: {problem}; {stays}")
 
 
 class _Writing:

@@ -9,6 +9,8 @@ import math
 import os
 import re
 import socket
+import sys
+import traceback
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import MethodType
@@ -28,7 +30,7 @@ from dpo_ds.cluster import collectives
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.cluster.records import Damaged, read_object
 from dpo_ds.config import ModelSection
-from dpo_ds.errors import ConfigError, ModelError
+from dpo_ds.errors import ConfigError, ModelError, UserError
 from dpo_ds.models.adapters import folder_of, is_adapter, make_whole
 from dpo_ds.models.layers import quantized
 
@@ -140,7 +142,12 @@ def load_model(
     quantizes = getattr(section, "quantize", "none") != "none"  # then every rank first has the whole model, in 4 bits
     path = folder_of(section.path)
 
-    def mistake(what: str) -> ModelError:
+    def mistake(what: str) -> UserError:
+        frames = traceback.extract_tb(sys.exc_info()[2])
+        if any("/deepspeed/runtime/swap_tensor/" in frame.filename for frame in frames):
+            swap = ds_config["zero_optimization"]["offload_param"]["nvme_path"]
+            needs = "each node must be able to write there and to build DeepSpeed's async_io (libaio; ds_report tells)"
+            return ConfigError(f"deepspeed.config: offload_param.nvme_path {swap}: {what}; {needs}{SHOWN_BY}")
         how = "weights of other shapes than its config.json says" if "mismatch" in what else "cannot be loaded"
         return ModelError(f"{path}: {how}: {what}{SHOWN_BY}")
 

@@ -245,7 +245,7 @@ def test_a_disk_that_refuses_a_rename_or_a_deletion_is_a_line(tmp_path, monkeypa
         broken.setattr(writer_module.shutil, "rmtree", refuse)
         writer._pruning = writer_module.in_background(lambda: writer._prune(8))
         writer.finish()
-    busy = "an old checkpoint could not be deleted: Device or resource busy (somewhere); training goes on"
+    busy = "an old checkpoint could not be deleted: Device or resource busy (somewhere); the newer ones are complete"
     assert said == [busy]
     assert [found.step for found in find(tmp_path, "auto")[0]][:2] == [12, 11]
     assert open_folder(old)[0], "step 8 is the best, and stays"

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 
 from dpo_ds.cluster.launch import ALONE
 from dpo_ds.commands import cli
-from dpo_ds.commands.doctor import command, disk, network, stepping
+from dpo_ds.commands.doctor import command, disk, network, saving, stepping
 from dpo_ds.commands.doctor.command import as_examined
 from dpo_ds.commands.doctor.report import FAIL, PASS, WARN, Finding, softened
 from dpo_ds.commands.doctor.versions import judge as judge_versions
@@ -48,7 +49,7 @@ def examine(forks, world, out, ranks, **settings) -> tuple[int, str, list[dict]]
     """Exit code of rank 0, all output, the findings in JSON."""
     module = settings.pop("module", "dpo_ds.commands.cli")
     command = train_command(world, out, "doctor", **settings) + ["--json"]
-    logs, cache = world / f"{out}.logs", str(world / "cache")
+    logs, cache = world / f"{Path(out).name}.logs", str(world / "cache")
     codes, output = forks.run(command, ranks, logs, module=module, DPO_DS_CACHE=cache)
     printed = [line for line in output.splitlines() if line.startswith("{")]
     return codes[0], output, json.loads(printed[-1])["findings"] if printed else []
@@ -80,6 +81,17 @@ def test_it_finds_every_planted_fault(forks, world):
     for fault, (check, says) in PLANTED.items():
         found = [f["text"] for f in findings if f["check"] == check and f["verdict"] != PASS]
         assert any(says in text for text in found), f"{fault}: {found}\n{output}"
+
+
+@pytest.mark.distributed
+def test_an_engine_that_does_not_open_is_a_failed_check_and_nothing_is_left(forks, world):
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(world / "train.jsonl/swap")}}
+    (world / "nvme.json").write_text(json.dumps({"zero_optimization": zero}))
+    code, output, findings = examine(forks, world, "new/folders/out", 1, deepspeed__config=world / "nvme.json")
+    (failed,) = [finding["text"] for finding in findings if finding["verdict"] != PASS]
+    assert code == 1 and "Traceback" not in output
+    assert "offload_param.nvme_path" in failed and "train.jsonl/swap: NotADirectoryError: " in failed
+    assert not (world / "new").exists()
 
 
 def turn(role: str, content: str) -> dict:
@@ -165,6 +177,13 @@ def test_a_full_disk_is_told_to_all_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.collectives, "from_rank_0", lambda value: value)
     (finding,) = disk.check(tmp_path / "scratch", ALONE, 1000, 2)
     assert finding.verdict == FAIL and "No space left on device" in finding.text
+
+
+def test_a_save_that_fails_is_told_in_the_check_s_line():
+    said = ["checkpoint of step 1 NOT saved: the disk is full; there is none yet"]
+    writer = SimpleNamespace(save=lambda *args, **kwargs: None, newest=0)
+    (finding,) = saving.check(SimpleNamespace(engine=None), writer, {}, said)
+    assert (finding.verdict, finding.text) == (FAIL, said[0])
 
 
 def test_a_fault_of_one_rank_is_told_where_the_others_do_not_come(monkeypatch):

@@ -29,6 +29,7 @@ from dpo_ds.commands.train import assemble
 from dpo_ds.config import DoctorConfig, SftConfig, reference_section
 from dpo_ds.data.batching import global_batches
 from dpo_ds.data.chat.template import first_line
+from dpo_ds.errors import UserError
 from dpo_ds.memory.allocations import expected
 from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models.loading import check_shape
@@ -67,13 +68,15 @@ class Visit:
             except Exception as error:
                 if os.environ.get("DPO_DS_VERBOSE"):
                     traceback.print_exc()
-                problem = f"{type(error).__name__}: {first_line(error)}"
+                problem = (first_line(error), "")  # which has its remedy
+                if not isinstance(error, UserError):
+                    problem = (f"{type(error).__name__}: {first_line(error)}", "DPO_DS_VERBOSE=1 shows where")
                 waiting.enter_context(_telling_late(error))
             problems = collectives.gather_objects(problem)
-        rank = next((rank for rank, text in enumerate(problems) if text is not None), None)
+        rank = next((rank for rank, problem in enumerate(problems) if problem is not None), None)
         if rank is not None:
-            text = f"rank {rank} could not do it: {problems[rank]}"
-            found = [Finding(name, FAIL, text, "DPO_DS_VERBOSE=1 shows where")]
+            text, remedy = problems[rank]
+            found = [Finding(name, FAIL, f"rank {rank} could not do it: {text}", remedy)]
         found = softened(found, self.lenient)
         self.findings += found
         self.say(finding.line(sys.stdout.isatty()) for finding in found)
@@ -132,8 +135,8 @@ def as_examined(run: SftConfig) -> SftConfig:
 
 @contextlib.contextmanager
 def _scratch(folder: Path, launch: Launch) -> Iterator[None]:
-    """Makes rank 0's folder beside output_dir, on its file system, and removes it, also where the watch over the ranks
-    ends this process.
+    """Makes rank 0's folder beside output_dir, on its file system, and removes it with the folders above it that were
+    not there, also where the watch over the ranks ends this process.
 
     Raises:
         ConfigError: it cannot be made.
@@ -141,12 +144,20 @@ def _scratch(folder: Path, launch: Launch) -> Iterator[None]:
     if not launch.is_first:
         yield
         return
-    make_writable(folder, "output_dir")
-    rendezvous.peers().on_end = lambda *_: shutil.rmtree(folder, ignore_errors=True)
+    new = [parent for parent in folder.parents if not parent.exists()]  # the deepest first
+
+    def remove(*_) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
+            for parent in new:
+                parent.rmdir()
+
+    rendezvous.peers().on_end = remove
     try:
+        make_writable(folder, "output_dir")
         yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove()
 
 
 def _look_at_cluster(visit: Visit, device: torch.device) -> None:
@@ -172,7 +183,7 @@ def _look_at_model(visit: Visit, task: Supervised, prepared: Prepared, scratch: 
     from dpo_ds.commands.doctor import saving, stepping
     from dpo_ds.training.trainer import Trainer
 
-    run, parts = task.run, []
+    run, parts, told = task.run, [], []
     meter = PeakMemory([]) if device.type == "cpu" else None
     with meter or contextlib.nullcontext():
 
@@ -188,7 +199,7 @@ def _look_at_model(visit: Visit, task: Supervised, prepared: Prepared, scratch: 
         visit.look(disk.DISK, lambda: disk.check(scratch, visit.launch, size, keep))
         stop = StopFlag()
         writer = CheckpointWriter(
-            scratch, run, prepared.identity, 0, stop.committing, print, lambda step: rendezvous.peers().progress()
+            scratch, run, prepared.identity, 0, stop.committing, told.append, lambda step: rendezvous.peers().progress()
         )
         trainer = Trainer(
             policy, objective, prepared.data, None, layout, run.train, writer, 0, None, stop, rendezvous.peers(),
@@ -201,9 +212,10 @@ def _look_at_model(visit: Visit, task: Supervised, prepared: Prepared, scratch: 
         visit.look(stepping.LOSS, lambda: stepping.check_loss(trainer, objective, policy, chosen))
         visit.look(stepping.REFERENCE, lambda: stepping.check_reference(objective, policy, batch))
         visit.look(stepping.LEAK, lambda: stepping.check_cross_talk(policy, layout, group, run.is_classifier))
-        before, peaks = stepping.digests(policy), []
+        peaks = []
 
         def step() -> list[Finding]:
+            before = stepping.digests(policy)
             with stepping.measured(meter, device, peaks):
                 trainer.step_on(chosen)
             return stepping.check_moved(policy, before, has_adapters=run.model.lora.r > 0)
@@ -211,7 +223,7 @@ def _look_at_model(visit: Visit, task: Supervised, prepared: Prepared, scratch: 
         if not visit.look(stepping.MOVED, step):
             return
         visit.look(stepping.MEMORY, lambda: _check_memory(task, prepared, batch, peaks, device))
-    visit.look(saving.SAVED, lambda: saving.check(policy, writer, trainer.state()))
+    visit.look(saving.SAVED, lambda: saving.check(policy, writer, trainer.state(), told))
 
 
 def _check_memory(

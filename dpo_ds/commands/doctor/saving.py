@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +22,14 @@ STEP = 1
 LOSES = "does output_dir's file system keep what is written? choose another"
 
 
-def check(policy: Policy, writer: CheckpointWriter, state: dict) -> list[Finding]:
-    """All ranks enter; the policy has made one step, so that Adam has moments."""
+def check(policy: Policy, writer: CheckpointWriter, state: dict, told: Sequence[str]) -> list[Finding]:
+    """All ranks enter; the policy has made one step, so that Adam has moments. told: what the writer has said, on rank 0.
+    """
     started = time.perf_counter()
     writer.save(policy.engine, STEP, state, wait=True)
     seconds = time.perf_counter() - started
     if writer.newest != STEP:
-        return [Finding(SAVED, FAIL, "could not be written; the line above says why", "make room, or mend the disk")]
+        return [Finding(SAVED, FAIL, " ".join(told), "make room, or mend the disk")]
     checkpoint, problem = collectives.from_rank_0(open_folder(writer.folder / step_folder(STEP)))
     if checkpoint is None:
         return [Finding(SAVED, FAIL, f"is not there once written: {problem}", LOSES)]
