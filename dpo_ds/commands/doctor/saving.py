@@ -23,8 +23,7 @@ LOSES = "does output_dir's file system keep what is written? choose another"
 
 
 def check(policy: Policy, writer: CheckpointWriter, state: dict, told: Sequence[str]) -> list[Finding]:
-    """All ranks enter; the policy has made one step, so that Adam has moments. told: what the writer has said, on rank 0.
-    """
+    """All ranks enter; the policy has made one step, so that Adam has moments. told: by the writer, on rank 0."""
     started = time.perf_counter()
     writer.save(policy.engine, STEP, state, wait=True)
     seconds = time.perf_counter() - started
