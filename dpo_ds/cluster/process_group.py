@@ -35,9 +35,13 @@ def speaker(launch: Launch) -> Say:
 
 def this_machine(launch: Launch) -> Machine:
     """Returns what DeepSpeed's configuration depends on: the number of ranks, their device, whether it has bf16."""
-    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    has_bf16 = has_cuda and torch.cuda.is_bf16_supported()
-    return Machine(launch.world_size, "cuda" if has_cuda else "cpu", has_bf16)
+    has_bf16 = on_gpu() and torch.cuda.is_bf16_supported()
+    return Machine(launch.world_size, "cuda" if on_gpu() else "cpu", has_bf16)
+
+
+def on_gpu() -> bool:
+    """Tells whether this process computes on a GPU; DS_ACCELERATOR=cpu leaves one alone that is there."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 @contextlib.contextmanager

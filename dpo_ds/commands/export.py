@@ -106,7 +106,8 @@ def _push(folder: Path, run: ExportConfig) -> int:
     try:
         print(f"dpo-ds: pushed to {hub.push(folder, run.push, run.private)}", flush=True)
     except Exception as error:
-        print(f"dpo-ds: error: {hub.failure(folder, run.push, run.private, error)}", file=sys.stderr, flush=True)
+        failure = hub.failure(folder, run.push, run.private, hub.words_of(error))
+        print(f"dpo-ds: error: {failure}", file=sys.stderr, flush=True)
         return 1
     return 0
 

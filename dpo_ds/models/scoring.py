@@ -29,11 +29,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dpo_ds.cluster.foreign import SHOWN_BY, Limit, Raised, guarded, refusing, time_limit
+from dpo_ds.cluster.process_group import on_gpu
 from dpo_ds.config import FUNCTION, REGEX, ModelSection, did_you_mean
 from dpo_ds.data.formats import Conversation
-from dpo_ds.data.rows import shorten
 from dpo_ds.data.tokenize import GroupTokenizer, Tokenized
-from dpo_ds.errors import ConfigError, ModelError, UserError
+from dpo_ds.errors import ConfigError, ModelError, UserError, shorten
 from dpo_ds.models.fingerprint import weights_digest
 from dpo_ds.models.loading import check_complete, check_folder, load_tokenizer
 from dpo_ds.models.reward_model import REWARD_MEAN, RewardHead
@@ -133,6 +133,22 @@ class FunctionScorer:
         return f"on {len(completions)} rows together, on none alone"
 
 
+def forwards_for(count: int) -> int:
+    """Returns how many forwards `count` texts take."""
+    return math.ceil(count / REWARD_BATCH)
+
+
+def by_length(ids: Sequence[np.ndarray], forward: Callable, forwards: int) -> np.ndarray:  # [n] float64
+    """Gives texts to `forward`, so many times, those of like lengths together; the last times none, where other ranks
+    have more texts and need this one.
+    """
+    order, outputs = sorted(range(len(ids)), key=lambda row: -len(ids[row])), np.zeros(len(ids))
+    for turn in range(forwards):
+        rows = order[turn * REWARD_BATCH :][:REWARD_BATCH]
+        outputs[rows] = forward([ids[row] for row in rows])
+    return outputs
+
+
 class ScoringModel:
     """A classifier of one label over prompt, completion and EOS, read at the last token; scores are float32.
 
@@ -163,12 +179,7 @@ class ScoringModel:
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         ids = self.tokens(prompts, completions)
-        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # like lengths share a forward
-        scores = np.zeros(len(ids))
-        for start in range(0, len(ids), REWARD_BATCH):
-            rows = order[start : start + REWARD_BATCH]
-            scores[rows] = self._forward([ids[row] for row in rows])
-        return self.scores(scores, completions)
+        return self.scores(by_length(ids, self._forward, forwards_for(len(ids))), completions)
 
     def identity(self) -> str:
         return f"{self.path} {weights_digest(self.section, self.path)[:12]} mean {self._mean!r}"
@@ -186,7 +197,7 @@ class ScoringModel:
         return np.concatenate([group.prompt, group.chosen])
 
     @torch.no_grad()
-    def _forward(self, ids: list[np.ndarray]) -> np.ndarray:
+    def _forward(self, ids: Sequence[np.ndarray]) -> np.ndarray:
         self._model = self._model or self._load()
         device = self._model.device
         # transformers reads the last token that is not this one
@@ -201,8 +212,7 @@ class ScoringModel:
         return logits[:, 0].double().cpu().numpy()
 
     def _load(self):
-        has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-        dtype = "auto" if has_cuda else torch.float32
+        dtype = "auto" if on_gpu() else torch.float32
         with refusing(lambda what: ModelError(f"{self.path}: cannot be loaded: {what}{SHOWN_BY}")):
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 self.path, dtype=dtype, output_loading_info=True
@@ -210,7 +220,7 @@ class ScoringModel:
         check_complete(self.path, set(loading["missing_keys"]))
         if type(getattr(model, "score", None)) is nn.Linear:
             model.score.__class__ = RewardHead  # else bfloat16 weights would round scores, and make ties
-        return model.requires_grad_(False).eval().to("cuda" if has_cuda else "cpu")
+        return model.requires_grad_(False).eval().to("cuda" if on_gpu() else "cpu")
 
 
 def load_function(module: str, name: str, given: str, limit: Limit) -> Callable:

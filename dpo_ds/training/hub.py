@@ -53,8 +53,8 @@ def prepare(repository: str, private: bool, key: str) -> list[str]:
         is_public = private and not api.model_info(repository).private
     except Exception as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in REFUSALS:
-            raise ConfigError(f"{given}: the Hub refuses ({_why(error)})") from None
-        return [f"{given}: the Hub cannot be asked now ({_why(error)}); the push at the end is tried all the same"]
+            raise ConfigError(f"{given}: the Hub refuses ({words_of(error)})") from None
+        return [f"{given}: the Hub cannot be asked now ({words_of(error)}); the push at the end is tried all the same"]
     if is_public:
         raise ConfigError(f"{given}: this repository is public; push there with private false, or name another one")
     return []
@@ -91,22 +91,18 @@ class Push:
         if not self._pushing.done():
             why = "the run was told to stop" if is_stopped() else f"not done after {self._section.timeout:g} s"
         elif error := self._pushing.exception():
-            why = _why(error)
+            why = words_of(error)
         else:
             return f"pushed to {self._pushing.result()}"
-        return _failure(self._folder, self._section.push, self._section.private, why)
+        return failure(self._folder, self._section.push, self._section.private, why)
 
 
-def failure(folder: Path, repository: str, private: bool, error: Exception) -> str:
+def failure(folder: Path, repository: str, private: bool, why: str) -> str:
     """Words a push that came to nothing."""
-    return _failure(folder, repository, private, _why(error))
-
-
-def _failure(folder: Path, repository: str, private: bool, why: str) -> str:
     return f"{folder} was not pushed to {repository} ({why}); {by_hand(folder, repository, private)}"
 
 
-def _why(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
     """Returns the Hub's own words where there are some."""
     if isinstance(error, HfHubHTTPError):
         return f"HTTP {error.response.status_code}: {error.server_message or type(error).__name__}"

@@ -57,7 +57,8 @@ class Supervised:
     @property
     def reference(self) -> ReferenceSection | None:
         """The section of the frozen model that is compared with; None where there is none."""
-        return None
+        section = getattr(self.run, "reference", None)  # sft and reward have no such section
+        return None if section is None or section.kind == "none" else section
 
     @property
     def margin_column(self) -> str | None:
@@ -154,10 +155,6 @@ class Preference(Supervised):
     """Optimises a policy on pairs, against a frozen reference where the loss has one."""
 
     run: TrainConfig
-
-    @property
-    def reference(self) -> ReferenceSection | None:
-        return None if self.run.reference.kind == "none" else self.run.reference
 
     @property
     def margin_column(self) -> str | None:

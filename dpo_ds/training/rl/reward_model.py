@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from dpo_ds.batch import Group, padded_batch
 from dpo_ds.cluster import collectives
 from dpo_ds.models.engine import FrozenModel
 from dpo_ds.models.reward_model import RewardModel, load_classifier
-from dpo_ds.models.scoring import REWARD_BATCH, ScoringModel
+from dpo_ds.models.scoring import ScoringModel, by_length, forwards_for
 
 NOTHING = np.zeros(0, np.int64)
 
@@ -29,14 +28,13 @@ class LiveRewardModel:
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:  # [n] float64
         """UserError, one line, for a score that is not finite."""
         ids = self._scoring.tokens(prompts, completions)
-        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # like lengths share a forward
-        outputs = np.zeros(len(ids))
-        for turn in range(int(collectives.reduce_max(math.ceil(len(ids) / REWARD_BATCH), self._model.device))):
-            rows = order[turn * REWARD_BATCH :][:REWARD_BATCH]  # none: the others still need this rank's part
-            batch = padded_batch([Group(ids[row], (NOTHING,), (NOTHING.astype(bool),)) for row in rows])
-            with torch.no_grad():
-                outputs[rows] = self._model.engine(batch.to(self._model.device)).double().cpu().numpy()
-        return self._scoring.scores(outputs, completions)
+        forwards = int(collectives.reduce_max(forwards_for(len(ids)), self._model.device))
+        return self._scoring.scores(by_length(ids, self._forward, forwards), completions)
 
     def identity(self) -> str:
         return self._scoring.identity()
+
+    @torch.no_grad()
+    def _forward(self, ids: list[np.ndarray]) -> np.ndarray:
+        batch = padded_batch([Group(tokens, (NOTHING,), (NOTHING.astype(bool),)) for tokens in ids])
+        return self._model.engine(batch.to(self._model.device)).double().cpu().numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_ds.config import ModelSection, ReferenceSection, RlConfig, critic_section
+from dpo_ds.config import ModelSection, RlConfig, critic_section
 from dpo_ds.errors import ModelError
 from dpo_ds.training.tasks import Supervised, load_reference
 
@@ -24,10 +24,6 @@ class Reinforcement(Supervised):
     """Raises the score of what a policy draws, held to a frozen reference; loaded as any policy is."""
 
     run: RlConfig
-
-    @property
-    def reference(self) -> ReferenceSection | None:
-        return None if self.run.reference.kind == "none" else self.run.reference
 
     @property
     def critic(self) -> ModelSection | None:
