@@ -36,6 +36,11 @@ class TrainingError(RuntimeError):
     """The run cannot go on, on all ranks alike; the last checkpoint stays."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an exception says; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def shorten(value: Any, width: int = 60) -> str:
     """Returns a value as Python writes it, cut to `width` characters, for a message."""
     shown = repr(value)

@@ -17,6 +17,12 @@ class Oracle:
     gradients: dict[str, torch.Tensor]
 
 
+def relative_errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
+    """|found - wanted| / |wanted| by name; what is below a thousandth of the largest is measured by that."""
+    least = 1e-3 * max(gradient.norm().item() for gradient in wanted.values())
+    return {name: ((found[name] - own).norm() / max(own.norm().item(), least)).item() for name, own in wanted.items()}
+
+
 def sequence_logp(model, prompt, completion, mask) -> torch.Tensor:
     """The sum of the trained tokens' log-probs, one unpadded sequence, from the model's own logits."""
     ids = torch.from_numpy(np.concatenate([prompt, completion]))[None]

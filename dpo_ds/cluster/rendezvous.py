@@ -28,7 +28,7 @@ from dpo_ds.cluster import connection
 from dpo_ds.cluster.connection import Foreign
 from dpo_ds.cluster.launch import Launch, complete_environment
 from dpo_ds.cluster.watchdog import GRACE_SECONDS, PREPARING, WORKING, PeerWatch, Silent
-from dpo_ds.errors import ConfigError, CutOff, UserError
+from dpo_ds.errors import ConfigError, CutOff, UserError, first_line
 
 START_SECONDS = 600  # between the first rank's start and the last one's
 PREPARE_SECONDS = 24 * 3600  # between the first rank that has prepared its data and the last one
@@ -285,7 +285,7 @@ def _open_store(launch: Launch) -> dist.Store:
     except dist.DistError as error:
         if not is_server:
             raise CutOff(f"what listens on {host}:{port} is not rank 0 of this job; {OTHER_PORT}") from error
-        in_use = "is in use" if "EADDRINUSE" in str(error) else f"cannot be opened ({str(error).splitlines()[0]})"
+        in_use = "is in use" if "EADDRINUSE" in str(error) else f"cannot be opened ({first_line(error)})"
         raise ConfigError(f"port {port} on {socket.gethostname()} {in_use}; {OTHER_PORT}") from error
     return dist.PrefixStore(f"dpo_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

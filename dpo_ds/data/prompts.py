@@ -13,11 +13,12 @@ import numpy as np
 from dpo_ds.batch import CHOSEN_ONLY, PAIR
 from dpo_ds.data.census import Census, listed
 from dpo_ds.data.chat.render import render_prompt
+from dpo_ds.data.files import Rows
 from dpo_ds.data.formats import ANSWERS, check_columns, check_name, detect, read
 from dpo_ds.data.formats.joining import with_system
 from dpo_ds.data.reading import Intake
 from dpo_ds.data.rows import BadRow, Location, Row
-from dpo_ds.data.sources import Files, HuggingFace, Rows, open_source
+from dpo_ds.data.sources import Files, HuggingFace, open_source
 from dpo_ds.data.tokenize import GroupTokenizer
 from dpo_ds.errors import DataError
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dpo_ds.data.census import Census
+from dpo_ds.data.files import Rows
 from dpo_ds.data.formats import FIELDS
 from dpo_ds.data.rows import BadRow, Location, Row, shorten, unreadable
-from dpo_ds.data.sources import Rows
 
 BATCH = 1000  # rows that are read, then tokenised together
 LETTERS = 1 << 23  # of a batch, but for a longer row: a tokenizer takes some 100 bytes for each

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_ds.cluster.shared_files import write_whole
-from dpo_ds.errors import DataError
+from dpo_ds.errors import DataError, first_line
 
 HEAD = b"dpo_ds"
 SHARD_NAME = r"shard-\d{6,}\.parquet"  # a regular expression of `shard_name`
@@ -78,8 +78,8 @@ class ShardKind(Generic[T]):
             head, content = json.loads(table.schema.metadata[HEAD]), self.from_table(table)
             is_whole = head["content"] == self.digest(content)
         except UNREADABLE as error:
-            problem = (str(error).splitlines() or [""])[0]
-            raise DamagedShard(f"{path}: missing, damaged or no shard ({type(error).__name__}: {problem})") from error
+            problem = f"{type(error).__name__}: {first_line(error)}"
+            raise DamagedShard(f"{path}: missing, damaged or no shard ({problem})") from error
         if not is_whole:
             raise DamagedShard(f"{path}: damaged, its rows do not have the digest that was written with them")
         return content, head

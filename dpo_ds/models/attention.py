@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from dpo_ds.batch import Batch, Group, Segment, packed_batch, padded_batch
-from dpo_ds.models.packed.backends import attend, backend_of, first_line, try_backends
+from dpo_ds.errors import first_line
+from dpo_ds.models.packed.backends import attend, backend_of, try_backends
 from dpo_ds.models.packed.operator import packed_attention
 from dpo_ds.models.packed.probe import open_probe, probe_attention, refuse
 from dpo_ds.models.packed.sdpa import ScoreRule

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_ds.config import LoraSection
-from dpo_ds.errors import ConfigError
+from dpo_ds.errors import ConfigError, first_line
 from dpo_ds.models.loading import save_tensors
 
 ADAPTER = "default"  # peft's name for the only one
@@ -55,7 +55,7 @@ def add_adapters(causal_lm: PreTrainedModel, section: LoraSection, seed: int, ta
         causal_lm.add_adapter(config, ADAPTER)
     except ValueError as error:
         raise ConfigError(
-            f"--model.lora.target_modules {section.target_modules}: {str(error).splitlines()[0][:150]}; "
+            f"--model.lora.target_modules {section.target_modules}: {first_line(error)[:150]}; "
             f"{_layers_that_can(causal_lm)}"
         ) from None
     for parameter in trained(causal_lm).values():

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig  # noqa: E402
 
 from dpo_ds.batch import Batch, Group, Segment, packed_batch, padded_batch  # noqa: E402
 from dpo_ds.demo.tiny import tiny_config  # noqa: E402
+from dpo_ds.errors import first_line  # noqa: E402
 from dpo_ds.models.attention import packed_refusal  # noqa: E402
 from dpo_ds.models.causal_lm import LogProbModel  # noqa: E402
 from dpo_ds.models.packed import backends, segments  # noqa: E402
@@ -180,7 +181,7 @@ def measure(cases: list[tuple[int, int, int]], dtype=torch.bfloat16) -> bool:
                     cells.append(f"{found[0]:.2f} ({found[1]:.2f}); {found[2]:.0f}")
                 except Exception as error:  # the others' figures are worth having
                     traceback.print_exc()
-                    cells.append(f"{type(error).__name__}: {backends.first_line(error)}")
+                    cells.append(f"{type(error).__name__}: {first_line(error)}")
                     passed = False
             ratio = f"{times[1] / times[0]:.2f}" if len(times) == 3 else "-"
             line = [f"{prompt}, {completion}, {pairs}", kernel, *cells, ratio, how]
@@ -197,7 +198,7 @@ def usable_kernels(dtype: torch.dtype) -> list[str]:
             if is_installed(kernel):
                 reason = backends._trial(kernel, DEVICE, dtype, HEADS, KEY_HEADS, WIDTH, ScoreRule(WIDTH**-0.5))
         except Exception as error:
-            reason = backends.first_line(error)
+            reason = first_line(error)
         if reason is None:
             found.append(kernel)
         else:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ds.data import json_stream, sources
+from dpo_ds.data import files, json_stream
 from dpo_ds.data.rows import BadRow
 from dpo_ds.data.sources import open_source
 from dpo_ds.errors import DataError
@@ -256,7 +256,7 @@ def test_white_space_without_end_in_an_array(tmp_path, monkeypatch):
 
 
 def test_a_line_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE", 1 << 20)
+    monkeypatch.setattr(files, "MAX_LINE", 1 << 20)
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n{"a": "' + b"x" * (1 << 21)))
     assert error_of(tmp_path / "x.jsonl.gz").endswith("x.jsonl.gz:2: a line of more than 1 MiB; one object a line")
 

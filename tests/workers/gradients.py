@@ -26,7 +26,7 @@ from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.loading import load_causal_lm
 from dpo_ds.training.metrics import preference_sums
-from tests.oracle import dpo_by_autograd
+from tests.oracle import dpo_by_autograd, relative_errors
 from tests.tiny import VOCAB, as_pairs, random_groups, random_pairs
 
 TRAITS = {  # windows shorter than the sequences, soft-caps that bend; dropout stays at the family's own default
@@ -90,11 +90,7 @@ def check(family: str, folder: Path, rank: int, ranks: int, device, layout: str,
     if rank != 0:
         return {}
     oracle = dpo_by_autograd(paths[0], paths[1], pairs, beta=0.5, label_smoothing=0.1, attn=attn)
-    scale = max(g.norm().item() for g in oracle.gradients.values())
-    errors = {
-        name: ((gradients[name] - g).norm() / max(g.norm().item(), 1e-3 * scale)).item()
-        for name, g in oracle.gradients.items()
-    }
+    errors = relative_errors(gradients, oracle.gradients)
     still = [name for name in names if torch.equal(before[name], after[name])]
     return {
         "gradient_error": max(errors.values()),

@@ -24,7 +24,7 @@ from dpo_ds.models.engine import Policy
 from dpo_ds.models.export import gathered_state_dict
 from dpo_ds.models.reward_model import INITIAL_STD, RewardModel, load_classifier
 from dpo_ds.training.objectives.reward import BradleyTerry, RewardObjective
-from tests.oracle import reward_by_autograd
+from tests.oracle import relative_errors, reward_by_autograd
 from tests.tiny import VOCAB, random_pairs
 
 MARGINS = [0.0, 0.5, 1.0, 0.25, 2.0, 0.0, 1.5]
@@ -60,11 +60,7 @@ def check(path: str, layout: str, rank: int, ranks: int, device) -> dict:
     if rank != 0:
         return {}
     oracle = reward_by_autograd(path, pairs, MARGINS, CENTERING)
-    scale = max(g.norm().item() for g in oracle.gradients.values())
-    errors = {
-        name: ((gradients[name] - g).norm() / max(g.norm().item(), 1e-3 * scale)).item()
-        for name, g in oracle.gradients.items()
-    }
+    errors = relative_errors(gradients, oracle.gradients)
     return {
         "settled": settled,
         "gradient_error": max(errors.values()),

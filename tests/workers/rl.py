@@ -34,6 +34,7 @@ from dpo_ds.training.rl.algorithms import GRPO, PPO, RLOO, Reinforce
 from dpo_ds.training.rl.experience import Models
 from dpo_ds.training.rl.learners import Critic, OnlinePreference, PolicyGradient, descend
 from dpo_ds.training.rl.rollouts import Rollout
+from tests.oracle import relative_errors
 from tests.rl_oracle import BETA, CLIP, DECAY, VALUE_CLIP, RlOracle, drift
 from tests.tiny import VOCAB, random_groups
 
@@ -62,13 +63,6 @@ def gradients_of(model) -> dict:
     from deepspeed.utils import safe_get_full_grad
 
     return {name: safe_get_full_grad(p).clone() for name, p in model.causal_lm.named_parameters()}
-
-
-def errors(found: dict, wanted: dict) -> float:
-    scale = max(gradient.norm().item() for gradient in wanted.values())
-    return max(
-        ((found[name] - own).norm() / max(own.norm().item(), 1e-3 * scale)).item() for name, own in wanted.items()
-    )
 
 
 def main(out: str) -> None:
@@ -147,10 +141,12 @@ def main(out: str) -> None:
         loss = getattr(oracle, name)()
         loss, value_loss = loss if name == "ppo" else (loss, None)
         results[name]["loss"] = loss.item()
-        results[name]["error"] = errors(seen[policy], oracle.gradients(loss, oracle.policy))
+        errors = relative_errors(seen[policy], oracle.gradients(loss, oracle.policy))
+        results[name]["error"] = max(errors.values())
         if value_loss is not None:
             results[name]["value_loss"] = value_loss.item()
-            results[name]["critic_error"] = errors(seen[critic], oracle.gradients(value_loss, oracle.critic))
+            errors = relative_errors(seen[critic], oracle.gradients(value_loss, oracle.critic))
+            results[name]["critic_error"] = max(errors.values())
     if place.is_first:
         Path(out).write_text(json.dumps(results))
     leave()

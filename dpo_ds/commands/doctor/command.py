@@ -28,8 +28,7 @@ from dpo_ds.commands.doctor.report import FAIL, PASS, Finding, as_json, softened
 from dpo_ds.commands.train import assemble
 from dpo_ds.config import DoctorConfig, SftConfig, reference_section
 from dpo_ds.data.batching import global_batches
-from dpo_ds.data.chat.template import first_line
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, first_line
 from dpo_ds.memory.allocations import expected
 from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models.loading import check_shape

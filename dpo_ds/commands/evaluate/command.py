@@ -30,8 +30,8 @@ from dpo_ds.config import EvaluateConfig, ModelSection
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.data.batching import Layout
 from dpo_ds.data.chat.template import set_date, set_template, settle_template
+from dpo_ds.data.files import KINDS
 from dpo_ds.data.prompts import Prompt, read_prompts
-from dpo_ds.data.sources import KINDS
 from dpo_ds.errors import ConfigError, ModelError, UserError
 from dpo_ds.models.loading import check_model, load_tokenizer
 from dpo_ds.models.scoring import Scorer, load_scorer

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from dpo_ds.cluster.foreign import time_limit
-from dpo_ds.data.chat.template import first_line
 from dpo_ds.data.chat.turns import LONGEST, MARKER, Conversation, Turn, called, left_out
 from dpo_ds.data.rows import REASONING, TRAINED, BadRow, Messages, as_text, shorten
-from dpo_ds.errors import ModelError
+from dpo_ds.errors import ModelError, first_line
 
 TEMPLATE_SECONDS = 60.0  # for one conversation, which takes a millisecond
 RENDERED = "the chat template's text"

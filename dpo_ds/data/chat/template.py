@@ -10,7 +10,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from dpo_ds.config.inputs import JINJA
-from dpo_ds.errors import ConfigError, ModelError, shorten
+from dpo_ds.errors import ConfigError, ModelError, first_line, shorten
 
 # For a tokenizer without a template. Role lines as in Tulu 2 (arXiv 2311.10702), EOS after each assistant turn:
 #   <|user|>\nHello\n<|assistant|>\nHi</s>\n
@@ -112,7 +112,3 @@ def set_clock(tokenizer: Any, template: str) -> None:
     if day is not None:
         when = datetime.fromisoformat(day)
         _compile_jinja_template(template).globals[CLOCK] = when.strftime
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 
 from dpo_ds.batch import Segment
+from dpo_ds.errors import first_line
 from dpo_ds.models.packed.kernels import is_installed
 from dpo_ds.models.packed.sdpa import ScoreRule, sdpa
 from dpo_ds.models.packed.segments import SegmentTable
@@ -136,7 +137,3 @@ def _trial_table() -> SegmentTable:
 
 def _relative(x: Tensor, exact: Tensor) -> float:
     return ((x.float() - exact).norm() / exact.norm()).item()
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
