@@ -180,8 +180,8 @@ def rows_at_once(size: int, rows: int) -> int:
 
 
 def columns_read(names: list[str], wanted: Collection[str] | None) -> list[str]:
-    """Returns the columns that are asked for: others may hold what Python cannot, dates beyond its range, bytes that are
-    not UTF-8.
+    """Returns the columns that are asked for; in others there may be what Python cannot hold: dates beyond its range,
+    bytes that are not UTF-8.
     """
     return [name for name in names if wanted is None or name in wanted] or names[:1]  # one still counts the rows
 
