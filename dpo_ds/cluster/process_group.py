@@ -96,7 +96,7 @@ def quiet_libraries() -> None:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
-    # Above all levels: torch 2.13's profiler says "USDT: profiler_start" above that of errors (pytorch/kineto#1325).
+    # Torch 2.13's profiler tells of its begin and end at 5, USDT, which is above its errors (pytorch/kineto#1325).
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # on what layers/selective asks of torch
     transformers.utils.logging.set_verbosity_error()
