@@ -197,7 +197,7 @@ class ScoringModel:
         return np.concatenate([group.prompt, group.chosen])
 
     @torch.no_grad()
-    def _forward(self, ids: Sequence[np.ndarray]) -> np.ndarray:
+    def _forward(self, ids: list[np.ndarray]) -> np.ndarray:
         self._model = self._model or self._load()
         device = self._model.device
         # transformers reads the last token that is not this one

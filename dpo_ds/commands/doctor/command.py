@@ -67,9 +67,9 @@ class Visit:
             except Exception as error:
                 if os.environ.get("DPO_DS_VERBOSE"):
                     traceback.print_exc()
-                problem = (first_line(error), "")  # which has its remedy
-                if not isinstance(error, UserError):
-                    problem = (f"{type(error).__name__}: {first_line(error)}", "DPO_DS_VERBOSE=1 shows where")
+                problem = (f"{type(error).__name__}: {first_line(error)}", "DPO_DS_VERBOSE=1 shows where")
+                if isinstance(error, UserError):
+                    problem = (first_line(error), "")  # it names the remedy itself
                 waiting.enter_context(_telling_late(error))
             problems = collectives.gather_objects(problem)
         rank = next((rank for rank, problem in enumerate(problems) if problem is not None), None)
