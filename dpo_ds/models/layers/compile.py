@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_ds.cluster.process_group import Say
+from dpo_ds.errors import first_line
 from dpo_ds.models.layers.activations import AGAIN, contexts_of, inputs_stay
 from dpo_ds.models.layers.quantized import is_quantized
 from dpo_ds.models.layers.units import decoder_layers
@@ -37,6 +38,7 @@ OPTIONS = {
     "emulate_precision_casts": True,  # rounds where eager code does, so that all graphs of a layer agree
 }
 GRAPHS = 64  # of one class: to train, to evaluate, of the reference, each for every kind of layer; torch allows 8
+WORDS = 200  # characters of a compiler's complaint
 CACHES = ("past_key_values", "past_key_value", "layer_past")  # keyword arguments
 
 
@@ -79,7 +81,7 @@ def missing_compiler(device: torch.device) -> str:
     try:
         torch.compile(lambda x: (x.sin() * 2).sum(), dynamic=True, options=OPTIONS)(x).backward()
     except Exception as error:  # whatever compilers, drivers and caches on disk run into
-        return _first_line(error)
+        return first_line(error)[:WORDS]
     return ""
 
 
@@ -137,7 +139,8 @@ class CompiledLayers:
         except TorchDynamoException as error:  # before the graph has run
             for each in self._layers:
                 vars(each).pop("forward", None)
-            self._say([f"{type(layer).__name__} cannot be compiled, its layers run as they are: {_first_line(error)}"])
+            why = first_line(error)[:WORDS]
+            self._say([f"{type(layer).__name__} cannot be compiled, its layers run as they are: {why}"])
             return forward(layer, *args, **kwargs)
 
 
@@ -170,7 +173,3 @@ class _Clock:
 
     def _end(self, _) -> None:
         self.say([f"compiled a decoder layer in {time.perf_counter() - self._started:.1f} s"])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
