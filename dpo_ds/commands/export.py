@@ -138,7 +138,7 @@ def write_merged(
 ) -> None:
     """The model's own weights with what was trained in their place, or what adapters add to them, summed in fp32."""
     task = "SEQ_CLS" if isinstance(getattr(causal_lm, "score", None), torch.nn.Module) else "CAUSAL_LM"
-    layers = {} if section.quantize == "none" else quantized.layers_to_quantize(causal_lm)
+    layers = {} if section.quantize is None else quantized.layers_to_quantize(causal_lm)
     if section.lora.r:
         with torch.device("meta"):
             lora.add_adapters(causal_lm, section.lora, seed=0, task=task)  # for their names alone
@@ -180,7 +180,7 @@ def _check_mergeable(checkpoint: Checkpoint, section: ModelSection, config) -> N
         raise ConfigError(
             f"--merge: {checkpoint.path} has no adapters, all its weights were trained; leave --merge out"
         )
-    if section.quantize != "none":
+    if section.quantize:
         quantized.require_bitsandbytes("--merge of adapters that were trained on quantised weights")
     then = checkpoint.manifest["identity"][MODEL]
     now = model_as_recorded(then, section.path, config)

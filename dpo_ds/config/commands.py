@@ -60,7 +60,7 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _quantizes_what_is_frozen(self):
-        if self.model.quantize != "none" and not self.model.lora.r:
+        if self.model.quantize and not self.model.lora.r:
             remedy = "train adapters on them, with --model.lora.r above 0"
             raise ValueError(f"model.quantize {self.model.quantize}: only frozen weights can be; {remedy}")
         return self
@@ -142,14 +142,14 @@ class RlConfig(Section):
 
 
 def _check_quantize(model: ModelSection, why_not: str) -> None:
-    if model.quantize != "none":
+    if model.quantize:
         raise ValueError(f"model.quantize {model.quantize}: only sft, train and precompute can; {why_not}")
 
 
 def _check_reference(run: TrainConfig | RlConfig) -> None:
     """Raises ValueError for a reference that this run cannot have."""
     wanted = run.reference
-    if run.model.quantize != "none" and wanted.kind == "live":
+    if run.model.quantize and wanted.kind == "live":
         raise ValueError(
             f"model.quantize {run.model.quantize} with reference.kind live: a second copy of the model that is there; "
             "use reference.kind adapter, or cached"

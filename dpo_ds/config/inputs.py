@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from dpo_ds.config.section import FilePath, Section, checked_source, path_of
 from dpo_ds.config.text_file import read_text
@@ -53,19 +53,20 @@ class ModelSection(SampleModelSection):
     router_aux_loss: float | None = Field(
         None, ge=0, description="what the auxiliary loss of a mixture's routers counts; null: what config.json says"
     )
-    quantize: Literal["none", "4bit"] = Field(
-        "none", description="4bit: frozen weights in NF4, on which LoRA's adapters train (QLoRA); needs CUDA"
+    quantize: Literal["4bit"] | None = Field(
+        None, description="4bit: frozen weights in NF4, on which LoRA's adapters train (QLoRA); needs CUDA"
     )
     lora: LoraSection = LoraSection()
 
     @model_validator(mode="after")
     def _quantizes_what_is_read(self):
-        if self.quantize != "none" and self.from_config:
+        if self.quantize and self.from_config:
             raise ValueError(f"quantize {self.quantize}: weights are quantised as they are read; not from_config")
         return self
 
 
 JINJA = ("{{", "{%")  # what every chat template holds
+INTEGER = TypeAdapter(int)
 
 
 class PromptDataSection(Section):
@@ -110,9 +111,14 @@ class PromptDataSection(Section):
     @classmethod
     def _half_for_the_prompt(cls, values):
         """Gives the prompt half of max_length where that alone is given and the other's default would leave no room."""
-        length = str(values.get("max_length")) if isinstance(values, dict) else ""  # the command line gives text
-        if re.fullmatch("[0-9]{1,9}", length) and 1 < int(length) <= cls.model_fields["max_prompt_length"].default:
-            return {"max_prompt_length": int(length) // 2} | values
+        if not isinstance(values, dict) or "max_length" not in values:
+            return values
+        try:
+            length = INTEGER.validate_python(values["max_length"])  # text of the command line, 512.0 of a YAML file
+        except ValidationError:  # which the key itself tells
+            return values
+        if 1 < length <= cls.model_fields["max_prompt_length"].default:
+            return {"max_prompt_length": length // 2} | values
         return values
 
 

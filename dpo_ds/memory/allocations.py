@@ -106,10 +106,10 @@ def expected(
     if policy is not None:
         _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets, run.is_classifier)
     if reference is not None:
-        how = {"quantized": run.model.quantize != "none"}
+        how = {"quantized": run.model.quantize is not None}
         _add_frozen(memory, reference_config or model_config, machine, nodes, reference, segments, targets, **how)
     elif not run.trains:
-        _add_replica(memory, reference_config or model_config, machine, segments, targets, run.model.quantize != "none")
+        _add_replica(memory, reference_config or model_config, machine, segments, targets, run.model.quantize is not None)
     if policy is not None and run.command == "rl":
         gathered = memory.phases["forward and backward"].get(zero3.GATHERED, 0)
         drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
@@ -165,7 +165,7 @@ def _add_policy(
         activations=run.train.activations,
         is_reward=is_reward,
         lora=run.model.lora,
-        quantized=run.model.quantize != "none",
+        quantized=run.model.quantize is not None,
         bucket=bucket if zero3.setting(zero, "contiguous_gradients") else 1,
         communication={2: torch.bfloat16, 4: torch.float32}[communication],
         ranks=ranks,

@@ -252,7 +252,7 @@ def model_card(command: str, run: dict, metrics: dict, versions: dict) -> str:
     title = titles.get(command, f"Preference optimisation ({loss['name']})")
     adapters_alone = run["model"]["lora"]["r"] and command != "reward"
     names = loss["name"] if isinstance(loss["name"], list) else [loss["name"]]
-    packed = run["model"].get("quantize", "none") != "none"  # configs of before have no such key
+    packed = run["model"].get("quantize") is not None  # configs of before have no such key
     trained_on = "\nAdapters were trained on that model's weights in 4 bits (NF4, bitsandbytes).\n" if packed else ""
     front = {"library_name": "peft" if adapters_alone else "transformers"}
     if is_on_hub(run["model"]["path"]):

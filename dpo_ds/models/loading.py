@@ -139,7 +139,7 @@ def load_model(
     options = {"trust_remote_code": section.trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
     if section.attn != "auto":
         options["attn_implementation"] = section.attn
-    quantizes = getattr(section, "quantize", "none") != "none"  # then every rank first has the whole model, in 4 bits
+    quantizes = getattr(section, "quantize", None) is not None  # then every rank first has the whole model, in 4 bits
     path = folder_of(section.path)
 
     def mistake(what: str) -> UserError:

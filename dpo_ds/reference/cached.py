@@ -74,7 +74,7 @@ def identity(run: TrainConfig | PrecomputeConfig, tokenizer) -> dict[str, str]:
     """
     section = reference_section(run)
     words = hashlib.sha256(fingerprint_without_template(tokenizer).encode()).hexdigest()
-    quantized = {} if section.quantize == "none" else {QUANTIZE: section.quantize}
+    quantized = {} if section.quantize is None else {QUANTIZE: section.quantize}
     return {"reference": section.path, "weights": weights_digest(section, section.path), "tokenizer": words} | quantized
 
 

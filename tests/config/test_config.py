@@ -89,7 +89,7 @@ def test_defaults_are_the_contract():
         None, "train.learning_rate": 5e-7, "train.schedule": "linear", "train.warmup_steps": 0, "train.weight_decay": 0,
         "train.max_grad_norm": 1.0, "train.adam_betas": [0.9, 0.999], "train.adam_eps": 1e-8, "train.seed": 0,
         "train.eval_every": 0, "checkpoint.every": 0, "checkpoint.keep": 2, "checkpoint.resume": "auto",
-        "model.attn": "auto", "model.from_config": False,
+        "model.attn": "auto", "model.from_config": False, "model.quantize": None,
     }  # fmt: skip
     assert {key: flat[key] for key in expected} == expected
 
@@ -124,6 +124,7 @@ def test_a_max_length_alone_leaves_half_of_it_to_the_prompt():
     assert limits("--data.max_length", "1024") == (1024, 512)
     assert limits("--data.max_length", "1025") == (1025, 1024)
     assert limits("--data.max_length", "512", "--data.max_prompt_length", "500") == (512, 500)
+    assert limits("--data.max_length", "512.0") == limits("--data.max_length", "5_12") == (512, 256)
 
 
 @pytest.mark.parametrize(

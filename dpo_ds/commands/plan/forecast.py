@@ -119,7 +119,7 @@ def _rows_of_file(path: Path) -> int:
 def _pass(run: SftConfig, training: bool) -> Pass:
     """Describes the policy, its adapters included, or a live reference."""
     one, is_reward = (Segment(0, 1, (1,)),), run.is_classifier
-    how = {"lora": run.model.lora, "quantized": run.model.quantize != "none"} if training else {}
+    how = {"lora": run.model.lora, "quantized": run.model.quantize is not None} if training else {}
     return Pass(one, 1, torch.bfloat16, training=training, is_reward=is_reward, **how)
 
 

@@ -34,7 +34,7 @@ def check_quantize(section: ModelSection, machine: Machine, model_config) -> Non
         ConfigError: no CUDA, or no bitsandbytes.
         ModelError: a folder whose weights are quantised already.
     """
-    if section.quantize == "none":
+    if section.quantize is None:
         return
     if machine.device != "cuda":
         without = "leave it out to train adapters on the weights as they are"
@@ -50,7 +50,7 @@ def check_gathering(section: ModelSection, filled: dict, path: str) -> None:
     were numbers.
     """
     wanted = [key for key in ROUNDING if filled["zero_optimization"].get(key)]
-    if section.quantize != "none" and wanted:
+    if section.quantize and wanted:
         raise ConfigError(
             f"{path}: zero_optimization.{wanted[0]} rounds weights to 8 bits while they are gathered, which those of "
             f"model.quantize {section.quantize} would not survive; set it to false"
