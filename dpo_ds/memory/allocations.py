@@ -103,13 +103,14 @@ def expected(
     segments = tuple(segments) or longest_pairs(run.data, budget * spread, run.sides)
     segments = segments if spread == 1 else _part(segments, spread)
     targets = sum(sum(segment.completions) for segment in segments)
+    quantized = run.model.quantize is not None
     if policy is not None:
         _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets, run.is_classifier)
     if reference is not None:
-        how = {"quantized": run.model.quantize is not None}
+        how = {"quantized": quantized}
         _add_frozen(memory, reference_config or model_config, machine, nodes, reference, segments, targets, **how)
     elif not run.trains:
-        _add_replica(memory, reference_config or model_config, machine, segments, targets, run.model.quantize is not None)
+        _add_replica(memory, reference_config or model_config, machine, segments, targets, quantized)
     if policy is not None and run.command == "rl":
         gathered = memory.phases["forward and backward"].get(zero3.GATHERED, 0)
         drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
