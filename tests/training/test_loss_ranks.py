@@ -5,8 +5,10 @@ rank with micro-batches of its own, and both with the tokens of each spread over
 import json
 
 import pytest
+import torch
 
-from dpo_ds.losses import LOSSES
+from dpo_ds.losses import KTO, LOSSES
+from dpo_ds.training.objectives.labelled import LabelledObjective
 from tests.ranks import run_worker
 
 GROUP_CASES = ("groups", "groups with a discount and a likelihood", "groups weighted", "rankings")
@@ -52,3 +54,11 @@ def test_labelled_completions_are_those_of_one_process(seen, case):
     if case == "labels, kto":
         assert found["baseline"] == pytest.approx(found["expected_baseline"], abs=1e-6)
         assert len(set(found["kl"])) == 7
+
+
+def test_a_completion_on_the_baseline_is_on_neither_side():
+    """Desirable ones above it and the others below it are right: 1 of 2 and 1 of 3 here; the rest is on it or across."""
+    objective = LabelledObjective(KTO(beta=0.1), reference=None, baseline=0.5)
+    rewards, labels = torch.tensor([0.6, 0.5, 0.5, 0.4, 0.6]), torch.tensor([True, True, False, False, False])
+    sums = objective._sums(torch.zeros(5), rewards, torch.zeros(5), labels)
+    assert dict(zip(objective.names, sums.tolist(), strict=True))["rewards/accuracies"] == 2

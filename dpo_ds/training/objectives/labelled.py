@@ -26,8 +26,8 @@ LABELLED = (
 class LabelledObjective(AgainstReference):
     """The mean of a loss over the global batch's completions.
 
-    rewards/chosen is the mean of desirable completions, rewards/rejected of the others; accuracies: how many are on
-    their side of the baseline, which is rewards/baseline; desirable: the share that is.
+    rewards/chosen is the mean of desirable completions, rewards/rejected of the others; accuracies: how many lie
+    strictly on their side of the baseline, which is rewards/baseline; desirable: the share that is.
     """
 
     loss: Labelled
@@ -68,7 +68,7 @@ class LabelledObjective(AgainstReference):
 
     @torch.no_grad()
     def _sums(self, losses: Tensor, rewards: Tensor, logps: Tensor, labels: Tensor) -> Tensor:  # [names] float64
-        is_right = (rewards > self.baseline) == labels
+        is_right = torch.where(labels, rewards > self.baseline, rewards < self.baseline)
         columns = (losses, rewards * labels, rewards * ~labels, is_right, logps * labels, logps * ~labels)
         sums = [column.double().sum() for column in columns]
         return torch.stack([*sums, sums[0].new_tensor(self.baseline * len(labels)), labels.double().sum()])
