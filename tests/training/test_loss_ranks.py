@@ -57,7 +57,7 @@ def test_labelled_completions_are_those_of_one_process(seen, case):
 
 
 def test_a_completion_on_the_baseline_is_on_neither_side():
-    """Desirable ones above it and the others below it are right: 1 of 2 and 1 of 3 here; the rest is on it or across."""
+    """Desirable ones above it and the others below it are right: 1 of 2 and 1 of 3; the rest is on it or across."""
     objective = LabelledObjective(KTO(beta=0.1), reference=None, baseline=0.5)
     rewards, labels = torch.tensor([0.6, 0.5, 0.5, 0.4, 0.6]), torch.tensor([True, True, False, False, False])
     sums = objective._sums(torch.zeros(5), rewards, torch.zeros(5), labels)
