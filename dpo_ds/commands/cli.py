@@ -30,10 +30,14 @@ EXIT_DONE, EXIT_FAULT, EXIT_USER = 0, 1, 2
 
 
 class Command(NamedTuple):
-    """Names a command in the overview, and `module:function` below dpo_ds.commands, which takes its config."""
+    """Names a command in the overview, and `module:function` below dpo_ds.commands, which takes its config.
+
+    by_one: what one process does; under a launcher that is rank 0, and the other ranks have nothing to do.
+    """
 
     summary: str
     start: str
+    by_one: bool = False
 
 
 COMMANDS = {
@@ -42,10 +46,10 @@ COMMANDS = {
     "train": Command("preference optimisation on pairs (DPO)", "train:start"),
     "rl": Command("reinforcement learning from a score (PPO and others)", "rl.command:start"),
     "evaluate": Command("accuracy, KL, rewards and win rates, with a report", "evaluate.command:start"),
-    "export": Command("a sharded checkpoint as a Hugging Face model", "export:start"),
+    "export": Command("a sharded checkpoint as a Hugging Face model", "export:start", by_one=True),
     "sample": Command("completions of prompts, scored and ranked into pairs", "sample.command:start"),
-    "convert": Command("a config of TRL, LLaMA-Factory or Axolotl as one of ours", "convert:start"),
-    "plan": Command("memory, time and cost of a training run, before it", "plan.command:start"),
+    "convert": Command("a config of TRL, LLaMA-Factory or Axolotl as one of ours", "convert:start", by_one=True),
+    "plan": Command("memory, time and cost of a training run, before it", "plan.command:start", by_one=True),
     "precompute": Command("the reference's log-probs, stored for reference.kind cached", "precompute:start"),
     "doctor": Command("looks at cluster, data and model before a long run, and makes one step", "doctor.command:start"),
 }
@@ -217,9 +221,13 @@ def _run(argv: Sequence[str]) -> int:
             return code
         if wrong_launch is not None:
             raise wrong_launch
+        by_one = command in COMMANDS and COMMANDS[command].by_one
+        if by_one and not launch.is_first:
+            code = EXIT_DONE
+            return code
         for note in launch_notes():
             print(f"dpo-ds: {note}", file=sys.stderr, flush=True)
-        if launch.world_size > 1:
+        if launch.world_size > 1 and not by_one:
             meeting = _meet(launch)
             meeting.compare(config.flatten(config.to_plain(run)), lets_code_differ=command == "doctor")
         has_started = True

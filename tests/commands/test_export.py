@@ -48,9 +48,10 @@ def all_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.distributed
-def test_it_equals_what_the_run_itself_exported_file_by_file(trained, tmp_path):
-    run = ExportConfig(source=str(trained), to=str(tmp_path / "a"))
-    command.start(run)
+def test_it_equals_what_the_run_itself_exported_file_by_file(forks, trained, tmp_path):
+    """Under a launcher one of the ranks does it."""
+    codes, output = forks.run(["export", trained, "--to", tmp_path / "a"], 2, tmp_path / "logs")
+    assert codes == [0, 0] and output.count("is now") == 1, output
     names = sorted(path.name for path in (trained / "final").iterdir())
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(names)
     same, different, odd = filecmp.cmpfiles(trained / "final", tmp_path / "a", names, shallow=False)

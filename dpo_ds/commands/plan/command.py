@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from dpo_ds import config
-from dpo_ds.cluster.launch import ALONE, from_environment
+from dpo_ds.cluster.launch import ALONE
 from dpo_ds.cluster.process_group import quiet_libraries
 from dpo_ds.commands.plan.fitting import Change, Proposal, changes, fewest, nodes_for
 from dpo_ds.commands.plan.forecast import step_of, steps_of
@@ -26,7 +26,7 @@ EXIT_FITS, EXIT_DOES_NOT = 0, 1
 
 
 def start(plan: PlanConfig) -> int:
-    """Prints the plan on rank 0; returns 0 where the run fits as it is, else 1.
+    """Prints the plan; returns 0 where the run fits as it is, else 1.
 
     Raises:
         UserError: no such card, model config or file; a number of GPUs that cannot be.
@@ -38,8 +38,6 @@ def start(plan: PlanConfig) -> int:
     turned = [] if given.fits else changes(given)
     told = _facts(plan, given, turned)
     fitting = turned[-1].proposal if turned else given
-    if not from_environment().is_first:
-        return EXIT_FITS if given.fits else EXIT_DOES_NOT
     if plan.write and fitting.fits:
         told["written"] = _write(Path(plan.write), plan, fitting)
     print(json.dumps(told) if plan.as_json else "\n".join(lines(plan, given, told)))
