@@ -321,7 +321,8 @@ class PeerWatch:
         """Without this rank the job ends."""
         peer = self.peers[rank]
         if self.phase == WORKING:
-            step = self._step if peer.step is None else peer.step  # it may not have told yet
+            known = [step for step in (self._step, peer.step) if step is not None]
+            step = max(known, default=None)  # ranks go in step, and what it told last may be some steps old
             self._end(f"rank {rank} {what}{_at(step)}{how}")
         elif self.rank == 0:
             when = "while the ranks met" if self.phase == MEETING else "while it prepared its data"

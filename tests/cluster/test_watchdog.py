@@ -152,6 +152,15 @@ def test_silence_counts_only_while_ones_own_clock_ran():
     assert watch.peers[1].heard == 3700.0, "and never in the future"
 
 
+@pytest.mark.parametrize("told, here, named", [(11, 19, 19), (19, 18, 19), (None, 19, 19), (None, None, None)])
+def test_a_lost_rank_was_where_the_others_are(told, here, named):
+    """Ranks go in step, and what one has told last may be some steps old."""
+    said = []
+    watch = SimpleNamespace(phase=watchdog.WORKING, _step=here, peers={1: Peer(step=told)}, _end=said.append)
+    PeerWatch._lose(watch, 1, "died", "")
+    assert said == ["rank 1 died" + (f" at step {named}" if named else "")]
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
 def test_a_time_that_is_none_is_named(value, monkeypatch):
     monkeypatch.setenv(watchdog.PEER_SECONDS, value)
