@@ -23,13 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
 from dpo_ds.cluster import collectives
 from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.cluster.records import Damaged, read_object
-from dpo_ds.config import ModelSection
+from dpo_ds.config import ModelSection, did_you_mean
 from dpo_ds.errors import ConfigError, ModelError, UserError
 from dpo_ds.models.adapters import folder_of, is_adapter, make_whole
 from dpo_ds.models.layers import quantized
@@ -45,7 +46,11 @@ def check_model(section: ModelSection, path: str, key: str = "model.path", class
     Raises:
         ModelError: no such folder or Hub id, no readable config.json, not a causal language model, no weights; an
             adapter without its base, or one that is to have adapters of its own.
+        ConfigError: a model.attn that transformers does not know.
     """
+    known = ["auto", "eager", *ALL_ATTENTION_FUNCTIONS]
+    if section.attn not in known and "/" not in section.attn:  # OWNER/NAME is a kernel on the Hub
+        raise ConfigError(f"--model.attn {section.attn}: unknown to transformers; {did_you_mean(section.attn, known)}")
     folder = Path(path)
     if is_adapter(folder):
         make_whole(section, path, key)

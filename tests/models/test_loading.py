@@ -35,6 +35,11 @@ def test_a_reward_model_is_no_language_model(tmp_path):
     assert check_model(section, section.path, classifier=True).num_labels == 1
 
 
+def test_an_attention_that_transformers_lacks_is_told_by_its_key(tmp_path):
+    with pytest.raises(ConfigError, match="^--model.attn spda: unknown to transformers; did you mean 'sdpa'\\?$"):
+        check_model(ModelSection(path="any", attn="spda"), "any")
+
+
 def test_a_mistyped_folder_is_told_at_once(tmp_path, monkeypatch):
     """Without a look at the network where the folder around it is there."""
     (tmp_path / "models").mkdir()
