@@ -212,7 +212,7 @@ def _missing(path: str, local: Path) -> str:
     if not local.parent.is_dir():
         return f"{path}: no such file: the folder {local.parent} does not exist"
     if local.is_symlink():
-        return f"{path}: a link to {local.readlink()}, which does not exist"
+        return f"{path}: no such file: it is a link to {local.readlink()}, which does not exist"
     near = get_close_matches(local.name, [p.name for p in local.parent.iterdir()], n=1)
     hint = f"; did you mean {local.parent / near[0]}?" if near else f" in {local.parent.resolve()}"
     return f"{path}: no such file or folder{hint}"

@@ -44,7 +44,7 @@ def test_it_trains_and_merges_as_the_same_weights_unpacked_do(forks, world, caps
             assert 0.02 < error < 0.4, "another model, and not a wholly different one"
     unpacked.save_pretrained(world / "unpacked")
     AutoTokenizer.from_pretrained(world / "model").save_pretrained(world / "unpacked")
-    whole = KEYS | {"model__quantize": None, "model__path": world / "unpacked"}
+    whole = KEYS | {"model__quantize": "null", "model__path": world / "unpacked"}
     for out, keys in (("packed", KEYS), ("whole", whole)):
         codes, output = run(forks, world, out, **keys)
         assert codes == [0, 0], output
@@ -73,7 +73,7 @@ def check_its_cache(forks, world, losses, capsys):
     codes, output = run(forks, world, "cached", ranks=1, **cached)
     assert codes == [0] and "pairs recomputed, within" in output, output
     assert [line["loss"] for line in steps(world / "cached")] == pytest.approx(losses[:2], abs=1e-5)
-    assert cli.main(small_jobs.train_command(world, "other", **cached | {"model__quantize": None})) == 2
+    assert cli.main(small_jobs.train_command(world, "other", **cached | {"model__quantize": "null"})) == 2
     assert "computed with model.quantize 4bit, this run has none" in capsys.readouterr().err
 
 
