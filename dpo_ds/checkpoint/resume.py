@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +34,7 @@ MAY_CHANGE = (
     "reward.calibration", "reward.calibration_rows", "rl.batch_size", "rl.critic_learning_rate", "rl.eval_prompts",
     "rl.replica", "rl.samples_every", "rl.score_timeout",
 )  # fmt: skip
-PATHS = ("data.train", "model.path", "reference.path")  # may be spelled otherwise; what lies there is compared, too
+PATHS = ("data.train", "model.path", "reference.path")  # may lie elsewhere: check_identity compares what is there
 MAY_CHANGE_SECTIONS = ("checkpoint.", "deepspeed.", "sample.", "tracking.", "hub.", "output_dir")
 
 
@@ -110,25 +109,26 @@ def check_config(checkpoint: Checkpoint, run: Section, ranks: int) -> list[str]:
         )
     before, now, known = flatten(checkpoint.manifest["config"]), flatten(to_plain(run)), keys(type(run))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key in PATHS and _place(before.get(key)) == _place(now.get(key)):
+        if before.get(key) == now.get(key):
             continue
         if key not in before and key in known and now[key] == known[key].get_default(call_default_factory=True):
             continue  # a key that is newer than the checkpoint, and switches nothing on
         change = f"{key} {shorten(before.get(key), SHOWN)} -> {shorten(now.get(key), SHOWN)}"
-        if key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_SECTIONS):
+        has_moved = key in PATHS and _without_paths(before.get(key)) == _without_paths(now.get(key))
+        if not has_moved and key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_SECTIONS):
             raise ConfigError(f"{change} cannot change on resume from {checkpoint.path}; {START_OVER}")
         if not key.startswith(("checkpoint.resume", "output_dir")):
             notes.append(f"changed on resume: {change}")
     return notes
 
 
-def _place(source):
-    """Returns where a path leads, alone, in a list or in a mapping with its weight; other values as they are."""
+def _without_paths(source):
+    """Returns what a setting says beside paths: how many there are, and each one's weight."""
     if isinstance(source, list):
-        return [_place(item) for item in source]
+        return [_without_paths(item) for item in source]
     if isinstance(source, dict):
-        return {key: _place(value) for key, value in source.items()}
-    return os.path.realpath(source) if isinstance(source, str) and os.path.exists(source) else source
+        return source | {"path": ""}
+    return "" if isinstance(source, str) else source
 
 
 def check_identity(checkpoint: Checkpoint, identity: dict[str, str]) -> None:

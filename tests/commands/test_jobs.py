@@ -148,6 +148,8 @@ def test_what_may_not_change_on_resume_is_refused(forks, whole, world):
     assert code == 2
     assert output.startswith("dpo-ds: error: train.seed 0 -> 5 cannot change on resume")
     assert output.count("dpo-ds:") == 1, "one line, from one rank"
+    code, output = launch(forks, world, "train", "whole", ranks=1, **keys, **{"data.train": world / "eval.jsonl"})
+    assert code == 2 and output.splitlines()[-1].startswith("dpo-ds: error: the data in data.train is now ")
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
