@@ -30,6 +30,7 @@ from dpo_ds.batch import Segment
 from dpo_ds.config import LoraSection
 from dpo_ds.logprobs.chunked import PADDING, TILES
 from dpo_ds.logprobs.head import install_head
+from dpo_ds.memory.mixtures import EvenRouting
 from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION
 from dpo_ds.models.causal_lm import decoder_of
@@ -113,7 +114,8 @@ def peaks(config, run: Pass) -> dict[str, int]:
 
 def _traced(config, run: Pass) -> dict[str, int]:
     model = build(config, run)
-    with _shapes_only(), FakeTensorMode(allow_non_fake_inputs=True):  # the parameters come as meta tensors
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # the parameters come as meta tensors
+    with _shapes_only(), fake, EvenRouting(config.get_text_config(), run.tokens):
         model.to_empty(device="cpu")
         meter = PeakMemory([*model.parameters(), *model.buffers()])
         if run.training:
@@ -251,13 +253,13 @@ class _Head(torch.autograd.Function):
         elif keeps and hidden_ND.dtype == torch.bfloat16 and (C := tiles.kept_columns(N, V)):
             kept = [_padded_tile(N, C, torch.bfloat16), torch.empty(N, math.ceil(C / PADDING))]
         logps_N, lse_N = torch.empty(N), torch.empty(N)
-        ctx.save_for_backward(hidden_ND, weight_VD, lse_N, *kept)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, lse_N, *kept)
         ctx.tiles, ctx.run = tiles, run
         return logps_N
 
     @staticmethod
     def backward(ctx, grad_N):
-        hidden_ND, weight_VD, _, *kept = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, _, *kept = ctx.saved_tensors
         (N, D), V, dtype = hidden_ND.shape, len(weight_VD), hidden_ND.dtype
         B = min(ctx.tiles.gradient_rows, N)
         d_hidden = torch.empty(N, D)
@@ -277,7 +279,8 @@ class _Head(torch.autograd.Function):
             if d_weight is not None and dtype != torch.float32 and B < N:
                 tile += [torch.empty(C, D)]
         del tile
-        return d_hidden.to(dtype), d_weight, None, None, None
+        d_bias = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
+        return d_hidden.to(dtype), d_weight, d_bias, None, None
 
 
 def _padded_tile(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -33,11 +33,15 @@ SMALL_BUCKETS = {
 SHAPE, PAIRS = (64, 32, 32), 4  # 512 tokens
 CASES = {
     f"{model}{'-live' * live}-{activations}": {
-        "model": MODELS[model], "ds": {"zero_optimization": SMALL_BUCKETS}, "live": live,
+        "family": "llama", "model": MODELS[model], "quantize": "none", "lora": {"r": 0},
+        "ds": {"zero_optimization": SMALL_BUCKETS}, "live": live,
         "activations": activations, "spread": 1, "pairs": PAIRS, "shape": SHAPE,
     }
     for model, live, activations in product(MODELS, (False, True), ("none", "checkpoint"))
 }  # fmt: skip
+CASES["3M-experts"] = CASES["3M-none"] | {"family": "qwen3_moe"}
+CASES["3M-lora-checkpoint"] = CASES["3M-checkpoint"] | {"lora": {"r": 8}}
+CASES["3M-4bit-checkpoint"] = CASES["3M-lora-checkpoint"] | {"quantize": "4bit"}
 CASES["3M-offload-spread"] = CASES["3M-none"] | {"activations": "offload", "spread": 2, "pairs": 4 * PAIRS}
 CASES["3M-selective"] = CASES["3M-none"] | {"activations": "selective"}
 CASES["3M-spread"] = CASES["3M-none"] | {"spread": 2}
@@ -63,10 +67,11 @@ def measured(forks, tmp_path_factory):
 
 
 def expected(case: dict) -> allocations.Memory:
-    config = tiny_config("llama", **case["model"])
+    config = tiny_config(case["family"], **case["model"])
     run = TrainConfig.model_validate(
         {
-            "model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "o", "deepspeed": {"config": "ds"},
+            "model": {"path": "m", "quantize": case["quantize"], "lora": case["lora"]}, "reference": {"kind": "none"},
+            "loss": {"name": "orpo"}, "data": {"train": "d"}, "output_dir": "o", "deepspeed": {"config": "ds"},
             "train": {
                 "activation_memory": case["activations"], "global_batch_size": 2, "sequence_parallel": case["spread"],
             },
