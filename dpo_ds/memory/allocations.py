@@ -17,13 +17,13 @@ import torch
 
 from dpo_ds.batch import Segment
 from dpo_ds.cluster.process_group import quiet_libraries
-from dpo_ds.config import DataSection, RlConfig, Section, critic_section, load, names_model
+from dpo_ds.config import DataSection, RlConfig, Section, critic_section, load
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError, UserError, shorten
 from dpo_ds.losses import with_reference_of_loss
 from dpo_ds.memory import zero3
-from dpo_ds.memory.drawing import drawing, longest_groups
+from dpo_ds.memory.drawing import critic_shape, drawing, judge_shape, longest_groups
 from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
 from dpo_ds.models.layers.quantized import BITS
 from dpo_ds.models.loading import check_shape
@@ -100,7 +100,7 @@ def expected(
     """
     memory = Memory()
     budget, spread = (run.train if run.trains else run.precompute).micro_batch_tokens, _spread(run)
-    segments = tuple(segments) or longest_pairs(run.data, budget * spread, run.sides)
+    segments = tuple(segments) or longest_pairs(run.data, budget * spread, len(run.sides))
     segments = segments if spread == 1 else _part(segments, spread)
     targets = sum(sum(segment.completions) for segment in segments)
     if policy is not None:
@@ -133,16 +133,18 @@ def _part(segments: Sequence[Segment], ranks: int) -> tuple[Segment, ...]:
     return tuple(parts)
 
 
-def longest_pairs(section: DataSection, budget: int, sides: tuple[str, ...]) -> tuple[Segment, ...]:
-    """A packed row of `budget` tokens of pairs with the longest prompt and completions; one pair if that is longer."""
+def longest_pairs(section: DataSection, budget: int, sides: int) -> tuple[Segment, ...]:
+    """A packed row of `budget` tokens of the longest prompts with so many of the longest completions, two of a pair;
+    one such group if that is longer.
+    """
     longest = section.max_length - section.max_prompt_length
-    whole = section.max_prompt_length + longest * len(sides)
+    whole = section.max_prompt_length + longest * sides
     segments, start = [], 0
-    while not segments or start + len(sides) < budget:
+    while not segments or start + sides < budget:
         share = min(1.0, (budget - start) / whole) if segments else 1.0
         completion = max(1, int(longest * share))
         prompt = max(1, int(section.max_prompt_length * share))
-        segment = Segment(start, prompt, (completion,) * len(sides))
+        segment = Segment(start, prompt, (completion,) * sides)
         segments.append(segment)
         start = segment.end
     return tuple(segments)
@@ -323,8 +325,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join([f"{given.config}: expected on {given.ranks} GPUs, not measured", *memory.lines()]))
 
 
-def of_run(run: Section, ranks: int, nodes: int, model_config, reference_config=None, ds: dict | None = None) -> Memory:
-    """`expected` on GPUs with bf16, of the DeepSpeed files that the run names; ds: what stands in for the first."""
+def of_run(
+    run: Section, ranks: int, nodes: int, model_config, reference_config=None, ds: dict | None = None,
+    completions: int | None = None,
+) -> Memory:  # fmt: skip
+    """`expected` on GPUs with bf16, of the DeepSpeed files that the run names; ds: what stands in for the first.
+    completions: of the largest group, where rows are put together.
+    """
     machine = Machine(ranks, "cuda", True)
     hidden = model_config.get_text_config().hidden_size
     name = run.deepspeed.config
@@ -340,38 +347,37 @@ def of_run(run: Section, ranks: int, nodes: int, model_config, reference_config=
         given = given if source is None else ds_config.read(source)
         width = (reference_config or model_config).get_text_config().hidden_size
         frozen, _ = ds_config.fill_reference(given, source or name, machine, width)
-    segments = longest_groups(run) if run.command == "rl" else ()
+    segments = ()
+    if run.command == "rl":
+        segments = longest_groups(run)
+    elif completions:
+        segments = longest_pairs(run.data, run.train.micro_batch_tokens * _spread(run), completions)
     memory = expected(
         run, model_config, machine, nodes, policy, frozen, reference_config=reference_config, segments=segments
     )
     if run.command == "rl":
-        _add_critic_and_reward(memory, run, model_config, machine, nodes, segments)
+        _add_critic_and_reward(memory, run, model_config, machine, nodes, segments, ds)
     return memory
 
 
 def _add_critic_and_reward(
-    memory: Memory, run: RlConfig, model_config, machine: Machine, nodes: int, segments
+    memory: Memory, run: RlConfig, model_config, machine: Machine, nodes: int, segments, ds: dict | None
 ) -> None:
     """Adds the models that dpo-ds rl has beside policy and reference, as far as it has them."""
     name, targets = run.deepspeed.config, sum(sum(segment.completions) for segment in segments)
-    given = ds_config.read(name)
+    given = ds_config.read(name) if ds is None else ds
     if run.rl.replica:
         how = Pass(segments, targets, torch.bfloat16, machine.device, training=False)
         memory.state["replica: weights"] = 2 * sum(p.numel for p in parameters(model_config, how))
         memory.phases["drawing"].pop(zero3.GATHERED)
-    if (section := critic_section(run)) is not None:
-        config = model_config
-        if section.path != run.model.path:
-            config = check_shape(section, section.path, "rl.critic", True)
+    if (config := critic_shape(run, model_config)) is not None:
         filled = ds_config.fill_critic(given, name, run.train, machine, config.get_text_config().hidden_size)
-        own, whole = Memory(), run.model_copy(update={"model": section})
+        own, whole = Memory(), run.model_copy(update={"model": critic_section(run)})
         _add_policy(own, whole, config, machine, nodes, filled, segments, targets, is_reward=True)
         for part in ("state", "phases", "host", "disk"):
             found = {f"critic: {what.removeprefix('policy: ')}": size for what, size in getattr(own, part).items()}
             getattr(memory, part).update(found)
-    if names_model(run.rl.score):
-        section = run.model.model_copy(update={"path": run.rl.score, "revision": None})
-        config = check_shape(section, run.rl.score, "rl.score", True)
+    if (config := judge_shape(run)) is not None:
         width = config.get_text_config().hidden_size
         filled, _ = ds_config.fill_reference(given, name, machine, width, "reward")
         length = run.data.max_prompt_length + run.rl.max_new_tokens

@@ -1,4 +1,4 @@
-"""Lets mixtures of experts run on shapes alone, where their code asks for values or torch has no rule for their type."""
+"""Lets mixtures of experts run on shapes alone, where they ask for values or torch has no rule for their type."""
 
 from __future__ import annotations
 

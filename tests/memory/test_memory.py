@@ -183,10 +183,10 @@ def test_pinned_buffers_are_powers_of_two():
 def test_the_largest_micro_batch_is_full_of_the_longest_pairs():
     """Prompt 10, completions 20 each: two whole pairs of 50 tokens and the beginning of a third in 120."""
     section = DataSection(train="d", max_length=30, max_prompt_length=10)
-    segments = allocations.longest_pairs(section, 120, ("chosen", "rejected"))
+    segments = allocations.longest_pairs(section, 120, 2)
     assert segments == (Segment(0, 10, (20, 20)), Segment(50, 10, (20, 20)), Segment(100, 4, (8, 8)))
-    assert allocations.longest_pairs(section, 40, ("chosen", "rejected")) == (Segment(0, 10, (20, 20)),)
-    assert allocations.longest_pairs(section, 30, ("chosen",)) == (Segment(0, 10, (20,)),)
+    assert allocations.longest_pairs(section, 40, 2) == (Segment(0, 10, (20, 20)),)
+    assert allocations.longest_pairs(section, 30, 1) == (Segment(0, 10, (20,)),)
 
 
 def test_sub_groups_are_deepspeeds():
