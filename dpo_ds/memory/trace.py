@@ -27,7 +27,9 @@ from transformers import (
 )
 
 from dpo_ds.batch import Segment
+from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.config import LoraSection
+from dpo_ds.errors import ModelError
 from dpo_ds.logprobs.chunked import PADDING, TILES
 from dpo_ds.logprobs.head import install_head
 from dpo_ds.memory.mixtures import EvenRouting
@@ -106,10 +108,19 @@ def peaks(config, run: Pass) -> dict[str, int]:
     """Bytes at most, by phase; "saved" is what backward begins with.
 
     From the second layer on, each adds the same bytes to a phase, so two and three layers tell all.
+
+    Raises:
+        ModelError: code of the model's that needs values, or layers that cannot be computed again.
     """
     layers = config.get_text_config().num_hidden_layers
-    two, three = (_traced(_cut(config, depth), run) for depth in (2, 3))
+    with refusing(lambda what: _untraceable(config, what)):
+        two, three = (_traced(_cut(config, depth), run) for depth in (2, 3))
     return {phase: two[phase] + (layers - 2) * (three[phase] - two[phase]) for phase in two}
+
+
+def _untraceable(config, what: str) -> ModelError:
+    problem = "its memory cannot be told beforehand, since its code does not run on shapes alone"
+    return ModelError(f"{config.name_or_path or config.model_type}: {problem}: {what}{SHOWN_BY}")
 
 
 def _traced(config, run: Pass) -> dict[str, int]:
@@ -342,7 +353,8 @@ def _copied_keys(segments: tuple[Segment, ...]) -> int:
 def _flash_forward(module, query, key, value, attention_mask, segments=None, **kwargs) -> tuple[Tensor, None]:
     """As packed.varlen.varlen_attention. Windows and soft-caps, which always copy, are taken as if they did not."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _FlashAttention.apply(query, key, value, segments.segments)[None], None
+    known = (Segment(0, len(query), ()),) if segments is None else segments.segments  # some families pass none on
+    return _FlashAttention.apply(query, key, value, known)[None], None
 
 
 AttentionInterface.register(FLASH, _flash_forward)
@@ -364,8 +376,12 @@ def _units(model: PreTrainedModel, run: Pass) -> list[torch.nn.Module]:
 
 
 def build(config, run: Pass) -> PreTrainedModel:
-    """Returns the model that `run` goes through, on the meta device: no weights are read or made."""
-    with torch.device("meta"):
+    """Returns the model that `run` goes through, on the meta device: no weights are read or made.
+
+    Raises:
+        ModelError: none can be made of such a config.
+    """
+    with refusing(lambda what: _untraceable(config, what)), torch.device("meta"):
         return _on_this_device(config, run)
 
 
