@@ -198,23 +198,22 @@ def _add_policy(
     if zero3.setting(zero, "contiguous_gradients"):
         memory.state["reduce bucket"] = communication * bucket
 
-    gathered = zero3.gathered(found, zero, width, ranks)
+    recomputes = run.train.activations != "none"
+    gathered = zero3.gathered(found, zero, width, ranks, recomputes=recomputes, is_classifier=is_reward)
     hpz = min(int(zero3.setting(zero, "zero_hpz_partition_size")), ranks)
-    if hpz > 1:  # made when a weight is given back the first time, dropped with the update
-        gathered["hpZ: the node's own copy of the weights"] = width * zero3.shard(found, hpz)
     traced = peaks(config, how)
-    phase = max((name for name in traced if name != "saved"), key=traced.get)
     names = {
         "forward": "operators of the forward",
         "head": "head: log-probs and their gradient",
         "layers": "backward of a layer, gradients being reduced",
     }
-    memory.phases["forward and backward"] = gathered | {
-        "activations kept for backward": traced["saved"],
-        names[phase]: traced[phase] - traced["saved"],
-    }
-    if packed:
-        memory.phases["forward and backward"]["a weight out of its 4 bits"] = width * max(packed)
+    for phase, what in names.items():
+        if hpz > 1:  # made when a weight is given back the first time, dropped with the update
+            gathered[phase]["hpZ: the node's own copy of the weights"] = width * zero3.shard(found, hpz)
+        gathered[phase] |= {"activations kept for backward": traced["saved"], what: traced[phase] - traced["saved"]}
+        if packed and phase != "head":
+            gathered[phase]["a weight out of its 4 bits"] = width * max(packed)
+    memory.phases["forward and backward"] = max(gathered.values(), key=lambda items: sum(items.values()))
     text = config.get_text_config()
     if (spread := _spread(run)) > 1:
         traded = how.tokens * width * _heads(text, spread)
@@ -252,7 +251,7 @@ def _add_frozen(
     how = Pass(segments, targets, dtype, machine.device, training=False, **kind)
     found = parameters(config, how)
     _place_weights(memory, whose, found, zero, width, ranks, ranks // nodes)
-    gathered = zero3.gathered(found, zero, width, ranks)
+    gathered = zero3.gathered(found, zero, width, ranks, is_classifier=is_reward)["forward"]
     memory.phases[f"{whose}'s forward"] = gathered | {"operators of the forward": peaks(config, how)["forward"]}
 
 
