@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dpo_ds.batch import Segment
+from dpo_ds.cluster.foreign import refusing
 from dpo_ds.cluster.process_group import quiet_libraries
 from dpo_ds.config import DataSection, RlConfig, Section, critic_section, load
 from dpo_ds.config import deepspeed as ds_config
@@ -24,7 +25,7 @@ from dpo_ds.errors import ConfigError, UserError, shorten
 from dpo_ds.losses import with_reference_of_loss
 from dpo_ds.memory import zero3
 from dpo_ds.memory.drawing import critic_shape, drawing, judge_shape, longest_groups
-from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
+from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks, untraceable
 from dpo_ds.models.layers.quantized import BITS
 from dpo_ds.models.loading import check_shape
 from dpo_ds.models.scoring import REWARD_BATCH
@@ -112,7 +113,8 @@ def expected(
         _add_replica(memory, reference_config or model_config, machine, segments, targets, run.model.quantize != "none")
     if policy is not None and run.command == "rl":
         gathered = memory.phases["forward and backward"].get(zero3.GATHERED, 0)
-        drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
+        with refusing(lambda what: untraceable(model_config, what)):  # as recurrent layers, which keep no keys
+            drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
         memory.phases["drawing"] = {zero3.GATHERED: gathered} | drawn
     if machine.device == "cuda":
         memory.host["processes"] = PROCESS * machine.ranks // nodes

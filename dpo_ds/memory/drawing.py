@@ -34,10 +34,11 @@ def drawing(run: RlConfig, config, width: int) -> dict[str, int]:
 
 def cached_numbers(config) -> int:
     """Returns how many numbers all layers keep of a token: keys and values."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * size
+    text, numbers = config.get_text_config(), 0
+    for layer in (text.per_layer_config[number] for number in range(text.num_hidden_layers)):
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        numbers += 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+    return numbers
 
 
 def critic_shape(run: RlConfig, model_config):

@@ -113,12 +113,13 @@ def peaks(config, run: Pass) -> dict[str, int]:
         ModelError: code of the model's that needs values, or layers that cannot be computed again.
     """
     layers = config.get_text_config().num_hidden_layers
-    with refusing(lambda what: _untraceable(config, what)):
+    with refusing(lambda what: untraceable(config, what)):
         two, three = (_traced(_cut(config, depth), run) for depth in (2, 3))
     return {phase: two[phase] + (layers - 2) * (three[phase] - two[phase]) for phase in two}
 
 
-def _untraceable(config, what: str) -> ModelError:
+def untraceable(config, what: str) -> ModelError:
+    """what: stopped it, in a line."""
     problem = "its memory cannot be told beforehand, since its code does not run on shapes alone"
     return ModelError(f"{config.name_or_path or config.model_type}: {problem}: {what}{SHOWN_BY}")
 
@@ -381,7 +382,7 @@ def build(config, run: Pass) -> PreTrainedModel:
     Raises:
         ModelError: none can be made of such a config.
     """
-    with refusing(lambda what: _untraceable(config, what)), torch.device("meta"):
+    with refusing(lambda what: untraceable(config, what)), torch.device("meta"):
         return _on_this_device(config, run)
 
 

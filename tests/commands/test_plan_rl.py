@@ -1,4 +1,4 @@
-"""`dpo-ds plan` of rl: an iteration's phases by arithmetic on a tiny model, and what it changes where that is too much."""
+"""`dpo-ds plan` of rl: an iteration's phases by arithmetic on a tiny model, and what it changes if that is too much."""
 
 import json
 
@@ -15,7 +15,7 @@ CARD = "10GB:1TFLOPS:0.001TB/s"
 
 @pytest.fixture
 def config(tmp_path):
-    """Ten prompts of at most 32 tokens, two completions of 8 each, four prompts an iteration, which is learned twice."""
+    """Ten prompts of at most 32 tokens, two completions of 8 each, four prompts an iteration, passed twice."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' * 10)

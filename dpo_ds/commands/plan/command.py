@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from dpo_ds import config
+from dpo_ds.cluster.foreign import refusing
 from dpo_ds.cluster.launch import ALONE, from_environment
 from dpo_ds.cluster.process_group import quiet_libraries
 from dpo_ds.commands.plan.counting import Groups, groups_of, steps_of
@@ -23,6 +24,7 @@ from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError
 from dpo_ds.memory.allocations import GIB
 from dpo_ds.memory.cards import card_named
+from dpo_ds.memory.trace import untraceable
 from dpo_ds.models.loading import check_shape
 
 EXIT_FITS, EXIT_DOES_NOT = 0, 1
@@ -87,7 +89,8 @@ def _facts(plan: PlanConfig, given: Proposal, turned: list[Change], groups: Grou
     if run.train.layout == "padded":
         notes = [*notes, "train.layout padded: memory and FLOPs are the packed layout's; padding comes on top"]
     what = run, filled, given.gpus, given.model_config, given.reference_config, plan.lengths
-    step = iteration_of(*what) if run.command == "rl" else step_of(*what, groups)
+    with refusing(lambda problem: untraceable(given.model_config, problem)):
+        step = iteration_of(*what) if run.command == "rl" else step_of(*what, groups)
     seconds = step.seconds(card, plan.efficiency)
     steps, counted = steps_of(run, groups)
     hours = None if steps is None else steps * seconds * given.gpus / 3600
