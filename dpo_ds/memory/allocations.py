@@ -104,18 +104,18 @@ def expected(
     segments = tuple(segments) or longest_pairs(run.data, budget * spread, len(run.sides))
     segments = segments if spread == 1 else _part(segments, spread)
     targets = sum(sum(segment.completions) for segment in segments)
+    gathered = {}
     if policy is not None:
-        _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets, run.is_classifier)
+        gathered = _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets, run.is_classifier)
     if reference is not None:
         how = {"quantized": run.model.quantize != "none"}
         _add_frozen(memory, reference_config or model_config, machine, nodes, reference, segments, targets, **how)
     elif not run.trains:
         _add_replica(memory, reference_config or model_config, machine, segments, targets, run.model.quantize != "none")
     if policy is not None and run.command == "rl":
-        gathered = memory.phases["forward and backward"].get(zero3.GATHERED, 0)
         with refusing(lambda what: untraceable(model_config, what)):  # as recurrent layers, which keep no keys
             drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
-        memory.phases["drawing"] = {zero3.GATHERED: gathered} | drawn
+        memory.phases["drawing"] = drawn if run.rl.replica else gathered | drawn
     if machine.device == "cuda":
         memory.host["processes"] = PROCESS * machine.ranks // nodes
     return memory
@@ -154,7 +154,8 @@ def longest_pairs(section: DataSection, budget: int, sides: int) -> tuple[Segmen
 
 def _add_policy(
     memory: Memory, run, config, machine: Machine, nodes: int, ds: dict, segments, targets: int, is_reward: bool
-) -> None:
+) -> dict[str, int]:
+    """Returns the weights that a forward gathers."""
     zero, ranks = ds["zero_optimization"], machine.ranks
     bf16 = ds_config.is_bf16(ds)
     width = 2 if bf16 else 4
@@ -202,6 +203,7 @@ def _add_policy(
 
     recomputes = run.train.activations != "none"
     gathered = zero3.gathered(found, zero, width, ranks, recomputes=recomputes, is_classifier=is_reward)
+    of_a_forward = dict(gathered["forward"])
     hpz = min(int(zero3.setting(zero, "zero_hpz_partition_size")), ranks)
     traced = peaks(config, how)
     names = {
@@ -232,6 +234,7 @@ def _add_policy(
         memory.phases["loading"] = {"the whole model on every GPU, beyond the state": more}
     if machine.device == "cuda" and run.checkpoint.asynchronous:
         memory.host["checkpoint being written (checkpoint.asynchronous)"] = (12 + width) * own * per_node
+    return of_a_forward
 
 
 def _heads(text_config, ranks: int) -> int:
@@ -370,7 +373,6 @@ def _add_critic_and_reward(
     if run.rl.replica:
         how = Pass(segments, targets, torch.bfloat16, machine.device, training=False)
         memory.state["replica: weights"] = 2 * sum(p.numel for p in parameters(model_config, how))
-        memory.phases["drawing"].pop(zero3.GATHERED)
     if (config := critic_shape(run, model_config)) is not None:
         filled = ds_config.fill_critic(given, name, run.train, machine, config.get_text_config().hidden_size)
         own, whole = Memory(), run.model_copy(update={"model": critic_section(run)})

@@ -120,7 +120,7 @@ def peaks(config, run: Pass) -> dict[str, int]:
 
 def untraceable(config, what: str) -> ModelError:
     """what: stopped it, in a line."""
-    problem = "its memory cannot be told beforehand, since its code does not run on shapes alone"
+    problem = "what it takes cannot be told beforehand, since its code does not run on shapes alone"
     return ModelError(f"{config.name_or_path or config.model_type}: {problem}: {what}{SHOWN_BY}")
 
 
