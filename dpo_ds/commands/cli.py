@@ -137,8 +137,8 @@ def _parser_about(command: str, looks: str) -> argparse.ArgumentParser:
     parser.description = about.CONFIG.__doc__
     own = parser.add_argument_group(f"{looks}'s own")
     own.add_argument("yaml", nargs="?", metavar="RUN.YAML", help="the same as --config; the keys above override it")
-    what = "the run's (default: reward if its file has that section, and no loss or reference; else train)"
-    own.add_argument("--command", choices=config.TRAINING, help=what)
+    what = "the run's (default: by the sections that its file has; train where those do not tell)"
+    own.add_argument("--command", choices=about.COMMANDS, help=what)
     about.add_to(own)
     return parser
 
@@ -147,6 +147,9 @@ def _parse_about(looks: str, argv: Sequence[str]) -> tuple[str, config.Section, 
     """The config of the run that is looked at, with the settings of the command that looks around it."""
     told = _first_look(looks, argv)
     command = told.command or _command_of(told.yaml or told.config, told)
+    if command not in ABOUT_A_RUN[looks].COMMANDS:
+        known = ", ".join(ABOUT_A_RUN[looks].COMMANDS)
+        raise ConfigError(f"this is a run of dpo-ds {command}, by its sections; dpo-ds {looks} looks at {known}")
     given, unknown = _parser_about(command, looks).parse_known_args(argv)
     path, _ = vars(given).pop("yaml"), vars(given).pop("command")
     if path and given.config:
@@ -162,7 +165,8 @@ def _parse_about(looks: str, argv: Sequence[str]) -> tuple[str, config.Section, 
 def _first_look(looks: str, argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line before it is known which command's keys it has: those of all of them are known here."""
     parser = _parser_about("train", looks)
-    for key in config.keys(config.COMMANDS["reward"]).keys() - config.keys(config.COMMANDS["train"]).keys():
+    others = {key for command in ABOUT_A_RUN[looks].COMMANDS for key in config.keys(config.COMMANDS[command])}
+    for key in others - config.keys(config.COMMANDS["train"]).keys():
         parser.add_argument(f"--{key}", default=argparse.SUPPRESS)
     return parser.parse_known_args(argv)[0]
 
@@ -171,6 +175,8 @@ def _command_of(path: str | None, told: argparse.Namespace) -> str:
     """Returns which training command a config is for, by its sections, those on the command line included."""
     sections = {} if path is None else yaml_file.read_mapping(Path(path).expanduser(), "config")
     sections = {*sections, *(key.split(".")[0] for key in vars(told) if "." in key)}
+    if "rl" in sections:
+        return "rl"
     return "reward" if "reward" in sections and not {"loss", "reference"} & sections else "train"
 
 

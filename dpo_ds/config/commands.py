@@ -271,11 +271,12 @@ class PlanConfig(Section):
     GPU hours and cost; and what to change where it does not fit.
     """
 
-    run: SerializeAsAny[SftConfig]
+    run: SerializeAsAny[SftConfig | RlConfig]
     file: FilePath | None
     gpus: int | None = Field(gt=0, le=2**20)  # in all; None: the fewest
     nodes: int | None = Field(gt=0)  # None: as few as eight GPUs each make
     gpu: str
+    host_memory: float | None = Field(gt=0)  # GiB of a node; None: not judged
     price: float | None = Field(ge=0)  # of a GPU for an hour
     efficiency: float = Field(gt=0, le=1)
     lengths: tuple[int, int] | None  # mean tokens of a prompt and of a completion
@@ -297,7 +298,7 @@ class DoctorConfig(Section):
     as_json: bool
 
 
-TRAINING = ("train", "sft", "reward")  # the commands that plan and doctor look at
+TRAINING = ("train", "sft", "reward")  # on rows that are there
 CHECKS = (
     "versions", "clocks", "collectives", "pairs", "data", "mask", "model", "disk", "loss", "reference", "cross-talk",
     "step", "memory", "checkpoint",

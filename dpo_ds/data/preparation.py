@@ -77,20 +77,25 @@ def prepare(
     folder = cache_root() / "tokenized" / digest
 
     def fill(work: Path) -> None:
-        _build(work, _Reader(sources, paths, options, sides, margin_column), tokenize)
+        _build(work, Reader(sources, paths, options, sides, margin_column), tokenize)
         if _digest(sources, options, sides, tokenizer, margin_column) != digest:
             raise DataError(f"{', '.join(paths)}: changed while it was read; start again when it is whole")
 
-    if group == "prompt" and sides != PAIR:
-        raise ConfigError("data.group prompt: for rows that compare or label completions; sft has none, leave it out")
+    check_group(group, sides)
     derive(folder, "the tokenised data", fill, build)
     data = GroupDataset(folder, [item.get("weight", 1.0) for item in items])
     data.census["files_left_out"] = [str(name) for source in sources for name in source.left_out]  # as of now
     return data
 
 
+def check_group(group: str, sides: tuple[str, ...]) -> None:
+    """Raises ConfigError for data.group where rows have nothing that would be put together."""
+    if group == "prompt" and sides != PAIR:
+        raise ConfigError("data.group prompt: for rows that compare or label completions; sft has none, leave it out")
+
+
 @dataclass
-class _Reader:
+class Reader:
     """Reads the sources' rows as conversations, in batches."""
 
     sources: Sequence[Files | HuggingFace]
@@ -127,7 +132,7 @@ class _Reader:
             self.formats.append(name)
 
 
-def _build(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> None:
+def _build(work: Path, reader: Reader, tokenize: GroupTokenizer) -> None:
     """Fills a folder with the groups and the census."""
     census = _write(work, reader, tokenize)
     (work / CENSUS).write_text(json.dumps(census))
@@ -161,7 +166,7 @@ def _gather(work: Path, census: dict[str, Any], with_margins: bool) -> None:
     (work / CENSUS).write_text(json.dumps(census))
 
 
-def _write(work: Path, reader: _Reader, tokenize: GroupTokenizer) -> dict[str, Any]:
+def _write(work: Path, reader: Reader, tokenize: GroupTokenizer) -> dict[str, Any]:
     census, ends, told = reader.census, [], 0
     lengths: dict[str, list[int]] = {part: [] for part in ("prompt", *PAIR)}
     with GroupWriter(work, reader.margin_column is not None) as writer:
@@ -231,7 +236,7 @@ def _sides(group: Group) -> list[str]:
     return [PAIR[0] if first else PAIR[1] for first in is_chosen]
 
 
-def _none_kept(reader: _Reader) -> str:
+def _none_kept(reader: Reader) -> str:
     reasons = ", ".join(f"{reason} {count}" for reason, count in reader.census.dropped.most_common())
     first = reader.census.bad_rows[0]
     return (

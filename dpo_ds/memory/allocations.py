@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 import torch
 
 from dpo_ds.batch import Segment
+from dpo_ds.cluster.foreign import refusing
 from dpo_ds.cluster.process_group import quiet_libraries
-from dpo_ds.config import DataSection, RlConfig, Section, critic_section, load, names_model
+from dpo_ds.config import DataSection, RlConfig, Section, critic_section, load
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError, UserError, shorten
 from dpo_ds.losses import with_reference_of_loss
 from dpo_ds.memory import zero3
-from dpo_ds.memory.drawing import drawing, longest_groups
-from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks
+from dpo_ds.memory.drawing import critic_shape, drawing, judge_shape, longest_groups
+from dpo_ds.memory.trace import Parameter, Pass, parameters, peaks, untraceable
 from dpo_ds.models.layers.quantized import BITS
 from dpo_ds.models.loading import check_shape
 from dpo_ds.models.scoring import REWARD_BATCH
@@ -100,21 +101,22 @@ def expected(
     """
     memory = Memory()
     budget, spread = (run.train if run.trains else run.precompute).micro_batch_tokens, _spread(run)
-    segments = tuple(segments) or longest_pairs(run.data, budget * spread, run.sides)
+    segments = tuple(segments) or longest_pairs(run.data, budget * spread, len(run.sides))
     segments = segments if spread == 1 else _part(segments, spread)
     targets = sum(sum(segment.completions) for segment in segments)
     quantized = run.model.quantize is not None
+    gathered = {}
     if policy is not None:
-        _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets, run.is_classifier)
+        gathered = _add_policy(memory, run, model_config, machine, nodes, policy, segments, targets, run.is_classifier)
     if reference is not None:
         how = {"quantized": quantized}
         _add_frozen(memory, reference_config or model_config, machine, nodes, reference, segments, targets, **how)
     elif not run.trains:
         _add_replica(memory, reference_config or model_config, machine, segments, targets, quantized)
     if policy is not None and run.command == "rl":
-        gathered = memory.phases["forward and backward"].get(zero3.GATHERED, 0)
-        drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
-        memory.phases["drawing"] = {zero3.GATHERED: gathered} | drawn
+        with refusing(lambda what: untraceable(model_config, what)):  # as recurrent layers, which keep no keys
+            drawn = drawing(run, model_config, 2 if ds_config.is_bf16(policy) else 4)
+        memory.phases["drawing"] = drawn if run.rl.replica else gathered | drawn
     if machine.device == "cuda":
         memory.host["processes"] = PROCESS * machine.ranks // nodes
     return memory
@@ -134,16 +136,18 @@ def _part(segments: Sequence[Segment], ranks: int) -> tuple[Segment, ...]:
     return tuple(parts)
 
 
-def longest_pairs(section: DataSection, budget: int, sides: tuple[str, ...]) -> tuple[Segment, ...]:
-    """A packed row of `budget` tokens of pairs with the longest prompt and completions; one pair if that is longer."""
+def longest_pairs(section: DataSection, budget: int, sides: int) -> tuple[Segment, ...]:
+    """A packed row of `budget` tokens of the longest prompts with so many of the longest completions, two of a pair;
+    one such group if that is longer.
+    """
     longest = section.max_length - section.max_prompt_length
-    whole = section.max_prompt_length + longest * len(sides)
+    whole = section.max_prompt_length + longest * sides
     segments, start = [], 0
-    while not segments or start + len(sides) < budget:
+    while not segments or start + sides < budget:
         share = min(1.0, (budget - start) / whole) if segments else 1.0
         completion = max(1, int(longest * share))
         prompt = max(1, int(section.max_prompt_length * share))
-        segment = Segment(start, prompt, (completion,) * len(sides))
+        segment = Segment(start, prompt, (completion,) * sides)
         segments.append(segment)
         start = segment.end
     return tuple(segments)
@@ -151,7 +155,8 @@ def longest_pairs(section: DataSection, budget: int, sides: tuple[str, ...]) -> 
 
 def _add_policy(
     memory: Memory, run, config, machine: Machine, nodes: int, ds: dict, segments, targets: int, is_reward: bool
-) -> None:
+) -> dict[str, int]:
+    """Returns the weights that a forward gathers."""
     zero, ranks = ds["zero_optimization"], machine.ranks
     bf16 = ds_config.is_bf16(ds)
     width = 2 if bf16 else 4
@@ -197,23 +202,23 @@ def _add_policy(
     if zero3.setting(zero, "contiguous_gradients"):
         memory.state["reduce bucket"] = communication * bucket
 
-    gathered = zero3.gathered(found, zero, width, ranks)
+    recomputes = run.train.activations != "none"
+    gathered = zero3.gathered(found, zero, width, ranks, recomputes=recomputes, is_classifier=is_reward)
+    of_a_forward = dict(gathered["forward"])
     hpz = min(int(zero3.setting(zero, "zero_hpz_partition_size")), ranks)
-    if hpz > 1:  # made when a weight is given back the first time, dropped with the update
-        gathered["hpZ: the node's own copy of the weights"] = width * zero3.shard(found, hpz)
     traced = peaks(config, how)
-    phase = max((name for name in traced if name != "saved"), key=traced.get)
     names = {
         "forward": "operators of the forward",
         "head": "head: log-probs and their gradient",
         "layers": "backward of a layer, gradients being reduced",
     }
-    memory.phases["forward and backward"] = gathered | {
-        "activations kept for backward": traced["saved"],
-        names[phase]: traced[phase] - traced["saved"],
-    }
-    if packed:
-        memory.phases["forward and backward"]["a weight out of its 4 bits"] = width * max(packed)
+    for phase, what in names.items():
+        if hpz > 1:  # made when a weight is given back the first time, dropped with the update
+            gathered[phase]["hpZ: the node's own copy of the weights"] = width * zero3.shard(found, hpz)
+        gathered[phase] |= {"activations kept for backward": traced["saved"], what: traced[phase] - traced["saved"]}
+        if packed and phase != "head":
+            gathered[phase]["a weight out of its 4 bits"] = width * max(packed)
+    memory.phases["forward and backward"] = max(gathered.values(), key=lambda items: sum(items.values()))
     text = config.get_text_config()
     if (spread := _spread(run)) > 1:
         traded = how.tokens * width * _heads(text, spread)
@@ -230,6 +235,7 @@ def _add_policy(
         memory.phases["loading"] = {"the whole model on every GPU, beyond the state": more}
     if machine.device == "cuda" and run.checkpoint.asynchronous:
         memory.host["checkpoint being written (checkpoint.asynchronous)"] = (12 + width) * own * per_node
+    return of_a_forward
 
 
 def _heads(text_config, ranks: int) -> int:
@@ -251,7 +257,7 @@ def _add_frozen(
     how = Pass(segments, targets, dtype, machine.device, training=False, **kind)
     found = parameters(config, how)
     _place_weights(memory, whose, found, zero, width, ranks, ranks // nodes)
-    gathered = zero3.gathered(found, zero, width, ranks)
+    gathered = zero3.gathered(found, zero, width, ranks, is_classifier=is_reward)["forward"]
     memory.phases[f"{whose}'s forward"] = gathered | {"operators of the forward": peaks(config, how)["forward"]}
 
 
@@ -324,8 +330,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join([f"{given.config}: expected on {given.ranks} GPUs, not measured", *memory.lines()]))
 
 
-def of_run(run: Section, ranks: int, nodes: int, model_config, reference_config=None, ds: dict | None = None) -> Memory:
-    """`expected` on GPUs with bf16, of the DeepSpeed files that the run names; ds: what stands in for the first."""
+def of_run(
+    run: Section, ranks: int, nodes: int, model_config, reference_config=None, ds: dict | None = None,
+    completions: int | None = None,
+) -> Memory:  # fmt: skip
+    """`expected` on GPUs with bf16, of the DeepSpeed files that the run names; ds: what stands in for the first.
+    completions: of the largest group, where rows are put together.
+    """
     machine = Machine(ranks, "cuda", True)
     hidden = model_config.get_text_config().hidden_size
     name = run.deepspeed.config
@@ -341,38 +352,36 @@ def of_run(run: Section, ranks: int, nodes: int, model_config, reference_config=
         given = given if source is None else ds_config.read(source)
         width = (reference_config or model_config).get_text_config().hidden_size
         frozen, _ = ds_config.fill_reference(given, source or name, machine, width)
-    segments = longest_groups(run) if run.command == "rl" else ()
+    segments = ()
+    if run.command == "rl":
+        segments = longest_groups(run)
+    elif completions:
+        segments = longest_pairs(run.data, run.train.micro_batch_tokens * _spread(run), completions)
     memory = expected(
         run, model_config, machine, nodes, policy, frozen, reference_config=reference_config, segments=segments
     )
     if run.command == "rl":
-        _add_critic_and_reward(memory, run, model_config, machine, nodes, segments)
+        _add_critic_and_reward(memory, run, model_config, machine, nodes, segments, ds)
     return memory
 
 
 def _add_critic_and_reward(
-    memory: Memory, run: RlConfig, model_config, machine: Machine, nodes: int, segments
+    memory: Memory, run: RlConfig, model_config, machine: Machine, nodes: int, segments, ds: dict | None
 ) -> None:
     """Adds the models that dpo-ds rl has beside policy and reference, as far as it has them."""
     name, targets = run.deepspeed.config, sum(sum(segment.completions) for segment in segments)
-    given = ds_config.read(name)
+    given = ds_config.read(name) if ds is None else ds
     if run.rl.replica:
         how = Pass(segments, targets, torch.bfloat16, machine.device, training=False)
         memory.state["replica: weights"] = 2 * sum(p.numel for p in parameters(model_config, how))
-        memory.phases["drawing"].pop(zero3.GATHERED)
-    if (section := critic_section(run)) is not None:
-        config = model_config
-        if section.path != run.model.path:
-            config = check_shape(section, section.path, "rl.critic", True)
+    if (config := critic_shape(run, model_config)) is not None:
         filled = ds_config.fill_critic(given, name, run.train, machine, config.get_text_config().hidden_size)
-        own, whole = Memory(), run.model_copy(update={"model": section})
+        own, whole = Memory(), run.model_copy(update={"model": critic_section(run)})
         _add_policy(own, whole, config, machine, nodes, filled, segments, targets, is_reward=True)
         for part in ("state", "phases", "host", "disk"):
             found = {f"critic: {what.removeprefix('policy: ')}": size for what, size in getattr(own, part).items()}
             getattr(memory, part).update(found)
-    if names_model(run.rl.score):
-        section = run.model.model_copy(update={"path": run.rl.score, "revision": None})
-        config = check_shape(section, run.rl.score, "rl.score", True)
+    if (config := judge_shape(run)) is not None:
         width = config.get_text_config().hidden_size
         filled, _ = ds_config.fill_reference(given, name, machine, width, "reward")
         length = run.data.max_prompt_length + run.rl.max_new_tokens

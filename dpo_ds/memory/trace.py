@@ -27,9 +27,12 @@ from transformers import (
 )
 
 from dpo_ds.batch import Segment
+from dpo_ds.cluster.foreign import SHOWN_BY, refusing
 from dpo_ds.config import LoraSection
+from dpo_ds.errors import ModelError
 from dpo_ds.logprobs.chunked import PADDING, TILES
 from dpo_ds.logprobs.head import install_head
+from dpo_ds.memory.mixtures import EvenRouting
 from dpo_ds.models import lora
 from dpo_ds.models.attention import PACKED_ATTENTION
 from dpo_ds.models.causal_lm import decoder_of
@@ -105,15 +108,26 @@ def peaks(config, run: Pass) -> dict[str, int]:
     """Bytes at most, by phase; "saved" is what backward begins with.
 
     From the second layer on, each adds the same bytes to a phase, so two and three layers tell all.
+
+    Raises:
+        ModelError: code of the model's that needs values, or layers that cannot be computed again.
     """
     layers = config.get_text_config().num_hidden_layers
-    two, three = (_traced(_cut(config, depth), run) for depth in (2, 3))
+    with refusing(lambda what: untraceable(config, what)):
+        two, three = (_traced(_cut(config, depth), run) for depth in (2, 3))
     return {phase: two[phase] + (layers - 2) * (three[phase] - two[phase]) for phase in two}
+
+
+def untraceable(config, what: str) -> ModelError:
+    """what: stopped it, in a line."""
+    problem = "what it takes cannot be told beforehand, since its code does not run on shapes alone"
+    return ModelError(f"{config.name_or_path or config.model_type}: {problem}: {what}{SHOWN_BY}")
 
 
 def _traced(config, run: Pass) -> dict[str, int]:
     model = build(config, run)
-    with _shapes_only(), FakeTensorMode(allow_non_fake_inputs=True):  # the parameters come as meta tensors
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # the parameters come as meta tensors
+    with _shapes_only(), fake, EvenRouting(config.get_text_config(), run.tokens):
         model.to_empty(device="cpu")
         meter = PeakMemory([*model.parameters(), *model.buffers()])
         if run.training:
@@ -251,13 +265,13 @@ class _Head(torch.autograd.Function):
         elif keeps and hidden_ND.dtype == torch.bfloat16 and (C := tiles.kept_columns(N, V)):
             kept = [_padded_tile(N, C, torch.bfloat16), torch.empty(N, math.ceil(C / PADDING))]
         logps_N, lse_N = torch.empty(N), torch.empty(N)
-        ctx.save_for_backward(hidden_ND, weight_VD, lse_N, *kept)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, lse_N, *kept)
         ctx.tiles, ctx.run = tiles, run
         return logps_N
 
     @staticmethod
     def backward(ctx, grad_N):
-        hidden_ND, weight_VD, _, *kept = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, _, *kept = ctx.saved_tensors
         (N, D), V, dtype = hidden_ND.shape, len(weight_VD), hidden_ND.dtype
         B = min(ctx.tiles.gradient_rows, N)
         d_hidden = torch.empty(N, D)
@@ -277,7 +291,8 @@ class _Head(torch.autograd.Function):
             if d_weight is not None and dtype != torch.float32 and B < N:
                 tile += [torch.empty(C, D)]
         del tile
-        return d_hidden.to(dtype), d_weight, None, None, None
+        d_bias = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
+        return d_hidden.to(dtype), d_weight, d_bias, None, None
 
 
 def _padded_tile(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -339,7 +354,8 @@ def _copied_keys(segments: tuple[Segment, ...]) -> int:
 def _flash_forward(module, query, key, value, attention_mask, segments=None, **kwargs) -> tuple[Tensor, None]:
     """As packed.varlen.varlen_attention. Windows and soft-caps, which always copy, are taken as if they did not."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _FlashAttention.apply(query, key, value, segments.segments)[None], None
+    known = (Segment(0, len(query), ()),) if segments is None else segments.segments  # some families pass none on
+    return _FlashAttention.apply(query, key, value, known)[None], None
 
 
 AttentionInterface.register(FLASH, _flash_forward)
@@ -361,8 +377,12 @@ def _units(model: PreTrainedModel, run: Pass) -> list[torch.nn.Module]:
 
 
 def build(config, run: Pass) -> PreTrainedModel:
-    """Returns the model that `run` goes through, on the meta device: no weights are read or made."""
-    with torch.device("meta"):
+    """Returns the model that `run` goes through, on the meta device: no weights are read or made.
+
+    Raises:
+        ModelError: none can be made of such a config.
+    """
+    with refusing(lambda what: untraceable(config, what)), torch.device("meta"):
         return _on_this_device(config, run)
 
 

@@ -6,11 +6,14 @@ By its source: runtime/zero/stage3.py, partition_parameters.py, partitioned_para
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import groupby
 
+from dpo_ds.memory.fetching import Coordinator, Limits, Use
 from dpo_ds.memory.trace import Parameter
 
 GATHERED = "weights gathered for a while"
+PHASES = "forward", "head", "layers"
 DEFAULTS = {  # DeepSpeedZeroConfig's, kept equal by a test
     "reduce_bucket_size": 500_000_000,
     "sub_group_size": 1_000_000_000,
@@ -25,31 +28,53 @@ NVME_PARAM = {"buffer_count": 5, "buffer_size": 100_000_000, "max_in_cpu": 1_000
 NVME_OPTIMIZER = {"buffer_count": 4}
 
 
-def gathered(found: list[Parameter], zero: dict, width: int, ranks: int) -> dict[str, int]:
-    """Weights that are whole for a while. Prefetching goes on until max_live_parameters are; those that will be needed
-    again within max_reuse_distance are not given back; one layer (one parameter elsewhere) more is always fetched.
+def gathered(
+    found: list[Parameter], zero: dict, width: int, ranks: int, *, recomputes: bool = False, is_classifier: bool = False
+) -> dict[str, dict[str, int]]:
+    """Returns bytes of weights that are whole for a while, in each phase of trace.peaks: "forward", and in training
+    "head", the backward of what comes behind the decoder layers, and "layers", of all else.
 
-    What is fetched together comes in one buffer, which stays until the last of it was used, beside the copies.
+    recomputes: layers run again in their backward. is_classifier: no head is tied to the embedding.
     """
     if ranks == 1 and device_of(zero, "offload_param") == "none":
-        return {}
+        return {phase: {} for phase in PHASES}
     large = [p for p in found if p.numel > setting(zero, "param_persistence_threshold")]
-    sizes = [p.numel for p in large]
-    units = groupby(large, lambda p: id(p) if p.layer is None else p.layer)
-    most = max((sum(p.numel for p in unit) for _, unit in units), default=0)
-    limit = max(setting(zero, "max_live_parameters"), setting(zero, "max_reuse_distance")) + most
-    fetch = most if most > max(sizes, default=0) else 0  # a single parameter needs no buffer
-    for start in range(len(sizes)):
-        total = count = 0
-        while total < setting(zero, "prefetch_bucket_size") and start + count < len(sizes):
-            total += sizes[start + count]
-            count += 1
-        if count > 1:
-            fetch = max(fetch, total)
+    names = "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance"
+    limits = Limits(*(int(setting(zero, name)) for name in names))
+    uses = list(_uses(large, recomputes, is_classifier))
+    most = Coordinator(uses, [p.numel for p in large], limits).peaks()
     return {
-        GATHERED: int(width * min(sum(sizes), limit)),
-        "their transfer buffer": int(width * fetch),
+        phase: {GATHERED: width * whole, "their transfer buffer": width * buffers}
+        for phase, (whole, buffers) in ((phase, most.get(phase, (0, 0))) for phase in PHASES)
     }
+
+
+def _uses(found: list[Parameter], recomputes: bool, is_classifier: bool) -> Iterator[Use]:
+    """Yields the modules of these weights in the order in which a step reaches them."""
+    layers = [
+        tuple(number for number, _ in group)
+        for layer, group in groupby(enumerate(found), lambda item: item[1].layer)
+        if layer is not None
+    ]
+    first, last = (layers[0][0], layers[-1][-1]) if layers else (1, len(found) - 2)
+    alone = [(number,) for number in range(len(found))]
+    before, after = alone[:first], alone[last + 1 :]
+    inner = layers or alone[first : last + 1]
+    if not after and not is_classifier:
+        after = before[:1]  # the head is the embedding
+    trains = any(p.is_trained for p in found)
+    for module in (*before, *inner, *after):
+        yield Use("forward", module, len(module) > 1)
+    if not trains:
+        return
+    for module in reversed(after):
+        yield Use("head", module, False)
+    for module in reversed(inner):
+        for _ in range(1 + recomputes):
+            yield Use("layers", module, len(module) > 1)
+    for module in reversed(before):
+        if found[module[0]].is_trained:
+            yield Use("layers", module, False)
 
 
 def subgroups(trained: list[Parameter], size: int, ranks: int) -> list[int]:

@@ -35,14 +35,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 class ModelFlops:
     """Tells what a forward of one model costs, in FLOPs.
 
-    token: of a token, in the products of all layers; trained: of those with weights that are trained. pair: of a query
-    and a key, in one layer's attention. windows: of each layer, None where it sees all that precedes. target: of a
+    token: of a token, in the products of all layers; trained: of those with weights that are trained. pairs: of a query
+    and a key, in each layer's attention. windows: of each layer, None where it sees all that precedes. target: of a
     scored token, in the head. A backward costs the same again for the inputs, and for the weights that are trained.
     """
 
     token: float
     trained: float
-    pair: float
+    pairs: Sequence[float]
     windows: Sequence[int | None]
     target: float
     trains_head: bool
@@ -55,7 +55,7 @@ class ModelFlops:
         return cls(
             token=sum(flops for flops, _ in products),
             trained=sum(flops for flops, is_trained in products if is_trained),
-            pair=2 * settings.num_attention_heads * sum(_widths(settings)),
+            pairs=[_pair(of_layer) for of_layer in _of_each(settings, len(layers))],
             windows=_windows(settings, len(layers)),
             target=0 if head is None else 2 * _used(head.weight, settings),
             trains_head=head is not None and head.weight.requires_grad,
@@ -70,7 +70,8 @@ class ModelFlops:
         return 2 * self.forward(lengths, targets) + weights + self._attention(lengths)  # attention has no weights
 
     def _attention(self, lengths: Lengths) -> float:
-        return self.pair * sum(attended(lengths, window) for window in self.windows)
+        layers = zip(self.pairs, self.windows, strict=True)
+        return sum(pair * attended(lengths, window) for pair, window in layers)
 
 
 class Utilisation:
@@ -118,7 +119,21 @@ def _used(parameter: torch.nn.Parameter, settings) -> float:
     shape = shape_of(parameter) or getattr(parameter, "ds_shape", parameter.shape)
     if len(shape) < 2:
         return 0
-    return float(np.prod(shape)) * (settings.num_experts_per_tok / shape[0] if len(shape) == 3 else 1)
+    chosen = getattr(settings, "num_experts_per_tok", None) or getattr(settings, "moe_topk", None)
+    return float(np.prod(shape)) * (chosen / shape[0] if chosen and len(shape) == 3 else 1)
+
+
+def _of_each(settings, layers: int) -> list:
+    """Returns each layer's settings: of some families, as Gemma 4, heads differ in width."""
+    found = list(settings.per_layer_config)
+    return found if len(found) == layers else [settings] * layers
+
+
+def _pair(settings) -> float:
+    """Of a query and a key in one layer, whose settings these are: its key and its value in each head."""
+    if not (heads := getattr(settings, "num_attention_heads", None)):
+        return 0  # a model of recurrent layers alone
+    return 2 * heads * sum(_widths(settings))
 
 
 def _widths(settings) -> tuple[int, int]:

@@ -70,30 +70,59 @@ def test_every_training_command_and_reference_is_planned(config, capsys):
             "live": [], "none": ["--loss.name", "orpo"],
             "cached": ["--reference.kind", "cached", "--reference.cache", "c"],
             "adapter": ["--reference.kind", "adapter", "--model.lora.r", 4], "kto": ["--loss.name", "kto"],
-            "sft": ["--command", "sft"], "reward": ["--command", "reward"], "groups": ["--data.group", "prompt"],
+            "sft": ["--command", "sft"], "reward": ["--command", "reward"],
         }.items()
     }  # fmt: skip
     assert flops["none"] == flops["cached"] == pytest.approx(flops["live"] * 3 / 4)
-    assert flops["adapter"] < flops["live"] == flops["groups"]
+    assert flops["adapter"] < flops["live"]
     assert flops["sft"] < flops["kto"] < flops["reward"] < flops["cached"]
     assert plan(capsys, *words)["run"]["counted_from"] == "train.max_steps"
 
 
-def size(run, gpus: int, nodes: int, model_config, reference_config, ds: dict) -> SimpleNamespace:
+def test_rows_of_one_prompt_are_counted_as_the_groups_that_they_make(config, tmp_path, capsys):
+    """Two prompts with six comparisons each of four completions: a step of six comparisons is one of two groups, of
+    32 + 4 x 32 tokens, which one GPU has. The first token of a completion sees 33, the last 64."""
+    rows = [
+        {"prompt": prompt, "chosen": better, "rejected": worse}
+        for prompt in "xy" for better, worse in ("ab", "ac", "ad", "bc", "bd", "cd")
+    ]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, rows))))
+    words = [config, "--gpus", 2, "--gpu", "10GB:1TFLOPS", "--train.global_batch_size", 6, "--efficiency", 0.5]
+    pairs = plan(capsys, *words)
+    found = plan(capsys, *words, "--data.group", "prompt")
+    assert (pairs["step"]["tokens"], found["step"]["tokens"]) == (6 * 96, 160)
+    assert pairs["run"]["steps"] == found["run"]["steps"] == 2 * 2  # epochs of 12 comparisons
+    assert found["run"]["counted_from"] == "12 rows of data.train in 2 groups 2 times, 6 an update"
+    attended = 4 * (64 * 65 / 2) - 3 * 32 * 33 / 2
+    forward = 2 * 2 * LAYER * 160 + 2 * 64 * 64 * 128 + 2 * 64 * 2 * 2 * attended
+    assert found["step"]["flops"] == 4 * forward and found["step"]["micro_batches"] == 1
+    assert found["step"]["seconds"] == pytest.approx(4 * forward / (1e12 * 0.5))
+    labelled = plan(capsys, *words, "--data.group", "prompt", "--loss.name", "kto")
+    assert labelled["run"]["steps"] == 2 * 2  # of 8 completions
+    longer = ["--data.group", "prompt", "--train.micro_batch_tokens", 96]  # the group is a micro-batch all the same
+    kept = [plan(capsys, *words, *more)["memory"]["allocated"] for more in (longer[2:], longer)]
+    assert kept[1] > kept[0]
+    (tmp_path / "pairs.jsonl").unlink()
+    unknown = plan(capsys, *words, "--data.group", "prompt")
+    assert "told is what pairs alone take" in unknown["notes"][-1] and unknown["step"] == pairs["step"]
+
+
+def size(run, gpus: int, nodes: int, model_config, reference_config, ds: dict, completions=None) -> SimpleNamespace:
     """Bytes to add up: 4, 2, 1 or 0 a token of a micro-batch; over the GPUs 1000 for each model's weights and 3000 for
-    the optimizer."""
+    the optimizer, which may lie on the nodes' hosts, as do 4000 of a checkpoint being written."""
     of_a_token = {"none": 4, "selective": 2, "checkpoint": 1, "offload": 0}[run.train.activations]
     activations = of_a_token * run.train.micro_batch_tokens
     zero = ds["zero_optimization"]
     policy = 1000 * ("offload_param" not in zero) + 3000 * ("offload_optimizer" not in zero)
-    return SimpleNamespace(device=activations + (policy + 1000 * (run.reference.kind == "live")) / gpus)
+    host = {"copy": 4000 * run.checkpoint.asynchronous // nodes, "state": 3000 * ("offload_optimizer" in zero) // nodes}
+    return SimpleNamespace(device=activations + (policy + 1000 * (run.reference.kind == "live")) / gpus, host=host)
 
 
 def start(monkeypatch, config: Path, card: float, *words: str) -> fitting.Proposal:
     """A run on two GPUs that hold `card` bytes of those above."""
     monkeypatch.setattr(fitting, "of_run", size)
     _, planned, *_ = cli.parse(["plan", str(config), "--gpus", "2", "--gpu", "h100", *words])
-    return replace(command._proposal(planned), card=Card(card, 1e12))
+    return replace(command._proposal(planned, None), card=Card(card, 1e12))
 
 
 SELECTIVE, CHECKPOINT = (f"train.activation_memory {how}" for how in ("selective", "checkpoint"))
@@ -116,6 +145,24 @@ def test_the_smallest_change_comes_first_and_no_more_than_is_needed(monkeypatch,
     found = fitting.changes(start(monkeypatch, config, card, "--train.micro_batch_tokens", "800"))
     assert [change.what.split(",")[0] for change in found] == wanted
     assert found[-1].proposal.fits
+
+
+@pytest.mark.parametrize(
+    ("card", "host", "wanted"),
+    [
+        (5700, None, []),  # 4 x 800 + 2500
+        (5700, 3999, ["checkpoint.asynchronous false"]),
+        (1400, 7000, [CHECKPOINT, HALF, OFFLOAD]),  # the optimizer's 3000 beside 4000 of the checkpoint
+        (1400, 6999, [CHECKPOINT, HALF, f"{OFFLOAD}, checkpoint.asynchronous false"]),
+        (1400, 3000, ["checkpoint.asynchronous false", CHECKPOINT, HALF, OFFLOAD]),
+    ],
+)
+def test_the_host_is_judged_where_its_memory_is_given(monkeypatch, config, card, host, wanted):
+    """In GiB on the command line; bytes here, as the sizes above."""
+    given = start(monkeypatch, config, card, "--train.micro_batch_tokens", "800", "--host_memory", "1")
+    assert given.host == allocations.GIB
+    found = fitting.changes(replace(given, host=host)) if not replace(given, host=host).fits else []
+    assert [change.what for change in found] == wanted
 
 
 def test_a_pair_is_spread_over_ranks_before_more_gpus_are_asked_for(monkeypatch, config):
@@ -194,9 +241,10 @@ def test_the_table_says_what_json_does(config, capsys, monkeypatch):
     for words in ("2 GiB for context, NCCL", "FITS into 74.5 GiB", "--lengths 20,10", "0.4 of the peak", "at 2 a GPU"):
         assert words in out
     monkeypatch.setattr(fitting, "WAYS", (fitting._recompute,))
-    assert cli.main(["plan", str(config), "--gpus", "1", "--gpu", "1GB:1TFLOPS"]) == 1
+    assert cli.main(["plan", str(config), "--gpus", "1", "--gpu", "1GB:1TFLOPS", "--host_memory", "64"]) == 1
     out = capsys.readouterr().out
-    assert "DOES NOT FIT into 0.9 GiB" in out and "GiB  train.activation_memory checkpoint\n" in out
+    assert "DOES NOT FIT into 0.9 GiB\n  FITS into 64.0 GiB of host memory a node" in out
+    assert "GiB  train.activation_memory checkpoint\n" in out
     assert "nothing that is known here helps" in out
 
 

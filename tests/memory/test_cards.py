@@ -26,12 +26,13 @@ def test_other_devices_are_not_known():
 
 
 def test_users_name_cards_in_small_letters_or_give_numbers():
-    assert card_named("h100") == Card(80_000_000_000, 989e12)
+    assert card_named("h100") == Card(80_000_000_000, 989e12, 3.35e12)
     assert card_named("h100-nvl") == CARDS["H100 NVL"]
     assert card_named("96GB:400TFLOPS") == Card(96_000_000_000, 400e12)
+    assert card_named("96GB:400TFLOPS:2.5TB/s") == Card(96_000_000_000, 400e12, 2.5e12)
 
 
-@pytest.mark.parametrize("text", ["h1000", "96GB", "0GB:400TFLOPS", "96GB:0TFLOPS", ""])
+@pytest.mark.parametrize("text", ["h1000", "96GB", "0GB:400TFLOPS", "96GB:0TFLOPS", "96GB:1TFLOPS:0TB/s", ""])
 def test_what_is_no_card_costs_one_line(text):
     with pytest.raises(UserError, match="not a known card; one of b200, h200") as refused:
         card_named(text)

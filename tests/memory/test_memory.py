@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from dpo_ds.batch import Segment
 from dpo_ds.config import DataSection, TrainConfig, load
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.memory import allocations, trace, zero3
+from dpo_ds.errors import ModelError
+from dpo_ds.memory import allocations, fetching, trace, zero3
 from dpo_ds.memory.drawing import drawing, longest_groups
+from tests.families import tiny_config_of
 from tests.ranks import ROOT
 
 MACHINE = Machine(2, "cpu", False)
@@ -33,11 +36,15 @@ SMALL_BUCKETS = {
 SHAPE, PAIRS = (64, 32, 32), 4  # 512 tokens
 CASES = {
     f"{model}{'-live' * live}-{activations}": {
-        "model": MODELS[model], "ds": {"zero_optimization": SMALL_BUCKETS}, "live": live,
+        "family": "llama", "model": MODELS[model], "quantize": None, "lora": {"r": 0},
+        "ds": {"zero_optimization": SMALL_BUCKETS}, "live": live,
         "activations": activations, "spread": 1, "pairs": PAIRS, "shape": SHAPE,
     }
-    for model, live, activations in product(MODELS, (False, True), ("none", "checkpoint"))
+    for (model, live), activations in product((("3M", False), ("3M", True), ("7M", False)), ("none", "checkpoint"))
 }  # fmt: skip
+CASES["3M-experts"] = CASES["3M-none"] | {"family": "qwen3_moe"}
+CASES["3M-lora-checkpoint"] = CASES["3M-checkpoint"] | {"lora": {"r": 8}}
+CASES["3M-4bit-checkpoint"] = CASES["3M-lora-checkpoint"] | {"quantize": "4bit"}
 CASES["3M-offload-spread"] = CASES["3M-none"] | {"activations": "offload", "spread": 2, "pairs": 4 * PAIRS}
 CASES["3M-selective"] = CASES["3M-none"] | {"activations": "selective"}
 CASES["3M-spread"] = CASES["3M-none"] | {"spread": 2}
@@ -47,7 +54,8 @@ CASES["3M-offload-optimizer"] = CASES["3M-none"] | {"ds": {"zero_optimization": 
 CASES["3M-large-buckets"] = CASES["3M-none"] | {"ds": {"zero_optimization": {"reduce_bucket_size": 4_000_000}}}
 for name, case in CASES.items():
     case["name"] = name
-TOLERANCE = 0.10  # of the peak
+TOLERANCE = 0.05  # of the peak
+OF_4_BITS = 0.10  # the head is held longer than these weights, which are as small as they are few
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +71,11 @@ def measured(forks, tmp_path_factory):
 
 
 def expected(case: dict) -> allocations.Memory:
-    config = tiny_config("llama", **case["model"])
+    config = tiny_config(case["family"], **case["model"])
     run = TrainConfig.model_validate(
         {
-            "model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "o", "deepspeed": {"config": "ds"},
+            "model": {"path": "m", "quantize": case["quantize"], "lora": case["lora"]}, "reference": {"kind": "none"},
+            "loss": {"name": "orpo"}, "data": {"train": "d"}, "output_dir": "o", "deepspeed": {"config": "ds"},
             "train": {
                 "activation_memory": case["activations"], "global_batch_size": 2, "sequence_parallel": case["spread"],
             },
@@ -92,7 +101,8 @@ def test_peaks_and_state_are_those_of_real_runs(measured):
         offloaded = sum(found.host.values()) // 2
         errors[name] = round((found.allocated + offloaded) / measured[name]["peak"] - 1, 3)
         assert measured[name]["state"] == pytest.approx(sum(found.state.values()) + offloaded, rel=0.01), name
-    assert {name: error for name, error in errors.items() if abs(error) > TOLERANCE} == {}, errors
+    allowed = {name: OF_4_BITS if case["quantize"] == "4bit" else TOLERANCE for name, case in CASES.items()}
+    assert {name: error for name, error in errors.items() if abs(error) > allowed[name]} == {}, errors
 
 
 def test_the_meter_is_torchs_own_accounting():
@@ -178,16 +188,48 @@ def test_pinned_buffers_are_powers_of_two():
 def test_the_largest_micro_batch_is_full_of_the_longest_pairs():
     """Prompt 10, completions 20 each: two whole pairs of 50 tokens and the beginning of a third in 120."""
     section = DataSection(train="d", max_length=30, max_prompt_length=10)
-    segments = allocations.longest_pairs(section, 120, ("chosen", "rejected"))
+    segments = allocations.longest_pairs(section, 120, 2)
     assert segments == (Segment(0, 10, (20, 20)), Segment(50, 10, (20, 20)), Segment(100, 4, (8, 8)))
-    assert allocations.longest_pairs(section, 40, ("chosen", "rejected")) == (Segment(0, 10, (20, 20)),)
-    assert allocations.longest_pairs(section, 30, ("chosen",)) == (Segment(0, 10, (20,)),)
+    assert allocations.longest_pairs(section, 40, 2) == (Segment(0, 10, (20, 20)),)
+    assert allocations.longest_pairs(section, 30, 1) == (Segment(0, 10, (20,)),)
 
 
 def test_sub_groups_are_deepspeeds():
     """Elements of one of two ranks, cut where 30 are reached; matrices and vectors apart."""
     trained = [allocations.Parameter(numel, True, numel > 10) for numel in (40, 24, 8, 20, 41)]
     assert zero3.subgroups(trained, 30, 2) == [32, 31, 4]
+
+
+def test_weights_are_whole_as_deepspeeds_coordinator_has_them():
+    """An embedding of 50, two layers of two weights of 10, a head of 50. Prefetched is until 15 are reached: beside the
+    embedding a layer's 20 in one buffer, beside the second layer the head. At the head's backward the second layer
+    waits since its forward, and the first one is fetched; at the second layer's, the first and the embedding wait."""
+    modules = {"embedding": (0,), "one": (1, 2), "two": (3, 4), "head": (5,)}
+    order = [("forward", name) for name in modules]
+    order += [("head", "head"), ("layers", "two"), ("layers", "one"), ("layers", "embedding")]
+    uses = [fetching.Use(phase, modules[name], len(modules[name]) > 1) for phase, name in order]
+    sizes = [50, 10, 10, 10, 10, 50]
+    found = fetching.Coordinator(uses, sizes, fetching.Limits(15, 1000, 0)).peaks()
+    assert found == {"forward": (50, 20), "head": (50, 40), "layers": (20, 70)}
+    kept = fetching.Coordinator(uses, sizes, fetching.Limits(15, 1000, 1000)).peaks()
+    assert kept["head"] == (50 + 2 * 20 + 50, 0), "what is needed again within 1000 is never given back"
+
+
+def test_experts_rows_are_tokens_times_experts_a_token_however_they_are_shared_out():
+    """JetMoE reads how many rows each of its four experts has, to cut 60 tokens' 120 apart; what backward keeps of them
+    in float32 is twice what it keeps in bfloat16, but for indices and norms."""
+    config = tiny_config_of("jetmoe")
+    run = trace.Pass((Segment(0, 20, (20, 20)),), 40, torch.float32)
+    whole, half = (trace.peaks(config, replace(run, dtype=dtype))["saved"] for dtype in (run.dtype, torch.bfloat16))
+    assert 1.5 < whole / half < 2
+
+
+def test_a_model_that_needs_values_costs_one_line():
+    """The indexer of DeepSeek 3.2 cuts its mask, and of a packed row there is none."""
+    run = trace.Pass((Segment(0, 20, (20, 20)),), 40, torch.float32)
+    with pytest.raises(ModelError, match="its code does not run on shapes alone: TypeError") as refused:
+        trace.peaks(tiny_config_of("deepseek_v32"), run)
+    assert "\n" not in str(refused.value)
 
 
 def test_defaults_are_deepspeeds():

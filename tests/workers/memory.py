@@ -1,8 +1,8 @@
 """One rank: the memory of the tensors that torch's operators make in two steps of a tiny run: memory.py OUT CASE
 
-A case is a JSON object: name, model (transformers config keys), ds (DeepSpeed's JSON), live, activations, spread (over
-how many ranks), pairs (how often the same group stands in the batch), shape (tokens of its prompt and completions).
-Rank 0 writes bytes to OUT.
+A case is a JSON object: name, family, model (transformers config keys), quantize and lora (those sections' keys), ds
+(DeepSpeed's JSON), live, activations, spread (over how many ranks), pairs (how often the same group stands in the
+batch), shape (tokens of its prompt and completions). Rank 0 writes bytes to OUT.
 """
 
 import gc
@@ -20,23 +20,26 @@ from dpo_ds.cluster import collectives, launch
 from dpo_ds.cluster.process_group import enter, leave, quiet_libraries
 from dpo_ds.config import ModelSection, TrainSection
 from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
-from dpo_ds.demo.tiny import tiny_config
+from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models import attention
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.engine import Policy, load_frozen
 from dpo_ds.models.layers.activations import save_activation_memory
 from dpo_ds.models.loading import load_causal_lm
+from dpo_ds.models.lora import add_adapters
 
 
 def measure(case: dict, folder: Path, device) -> dict[str, int]:
     """Bytes of all tensors: `state` when two steps are over, `peak` of the second, in which prefetching has begun."""
     machine, run = Machine(dist.get_world_size(), "cpu", False), TrainSection(learning_rate=1e-3, global_batch_size=2)
-    config = tiny_config("llama", **case["model"])
+    config = tiny_config(case["family"], **case["model"])
+    is_quantized = case["quantize"] is not None
     if dist.get_rank() == 0:
-        config.save_pretrained(folder / case["name"])
+        (random_model(config) if is_quantized else config).save_pretrained(folder / case["name"])
     dist.barrier()
-    section = ModelSection(path=str(folder / case["name"]), from_config=True)
+    kind = {"from_config": not is_quantized, "quantize": case["quantize"], "lora": case["lora"]}
+    section = ModelSection(path=str(folder / case["name"]), **kind)
     policy_config, _ = fill_policy(case["ds"], "ds", run, machine, config.hidden_size)
     reference_config, _ = fill_reference(case["ds"], "ds", machine, config.hidden_size)
     prompt, *completions = (np.arange(1, count + 1) for count in case["shape"])
@@ -48,6 +51,8 @@ def measure(case: dict, folder: Path, device) -> dict[str, int]:
         batch = batch.spread(case["spread"], collectives.sequence_place())
     with PeakMemory([]) as meter:
         model = load_causal_lm(section, policy_config)
+        if section.lora.r:
+            add_adapters(model, section.lora, seed=0)
         save_activation_memory(model, case["activations"])
         policy = Policy(LogProbModel(model), policy_config, device)
         models = [policy]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from dpo_ds.config import CHECKS, DoctorConfig, did_you_mean
+from dpo_ds.config import CHECKS, TRAINING, DoctorConfig, did_you_mean
 from dpo_ds.errors import ConfigError
 
 CONFIG = DoctorConfig
+COMMANDS = TRAINING  # that it looks at
 USAGE = "dpo-ds doctor RUN.YAML [--lenient CHECK,...] [--json] [--section.key value ...]"
 EPILOG = "Command line beats YAML beats defaults. Exit code 0: no check failed; 1: one did; 2: a mistake."
 

@@ -28,7 +28,7 @@ from dpo_ds.commands.doctor.report import FAIL, PASS, Finding, as_json, softened
 from dpo_ds.commands.train import assemble
 from dpo_ds.config import DoctorConfig, SftConfig, reference_section
 from dpo_ds.data.batching import global_batches
-from dpo_ds.errors import UserError, first_line
+from dpo_ds.errors import ModelError, UserError, first_line
 from dpo_ds.memory.allocations import expected
 from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models.loading import check_shape
@@ -244,7 +244,11 @@ def _check_memory(
         reference = check_shape(section, section.path)
     nodes = max(1, launch.world_size // launch.local_world_size)
     policy, frozen = prepared.policy_config, prepared.reference_config
-    memory = expected(
-        run, model, this_machine(launch), nodes, policy, frozen, reference_config=reference, segments=segments
-    )
+    try:
+        memory = expected(
+            run, model, this_machine(launch), nodes, policy, frozen, reference_config=reference, segments=segments
+        )
+    except ModelError as unknown:  # what was measured stands
+        text = f"{measured / 1e9:.2f} GB at the peak of a step; {unknown}"
+        return [Finding(stepping.MEMORY, PASS, text, figures={"measured_bytes": measured})]
     return stepping.judge_memory(measured, memory.allocated)

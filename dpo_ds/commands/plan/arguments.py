@@ -6,15 +6,16 @@ import argparse
 import contextlib
 from collections.abc import Callable
 
-from dpo_ds.config import PlanConfig, path_of
+from dpo_ds.config import TRAINING, PlanConfig, path_of
 from dpo_ds.errors import shorten
 
 EFFICIENCY = 0.4  # of a card's peak
 MEASURED = "one H200 came to 0.31 to 0.44, several GPUs are unmeasured"  # tests/benchmarks/RESULTS.md
 MOST_GPUS = 2**20
 USAGE = "dpo-ds plan RUN.YAML --gpus N --gpu CARD [--write FITTED.YAML] [--section.key value ...]"
-OWN = ("gpus", "gpu", "nodes", "price", "efficiency", "lengths", "write", "as_json")
+OWN = ("gpus", "gpu", "nodes", "host_memory", "price", "efficiency", "lengths", "write", "as_json")
 CONFIG = PlanConfig
+COMMANDS = (*TRAINING, "rl")  # that it plans
 EPILOG = "Command line beats YAML beats defaults. Exit code 0: the run fits; 1: it does not; 2: a mistake."
 
 
@@ -22,8 +23,11 @@ def add_to(parser: argparse._ArgumentGroup) -> None:
     """Gives `parser` what PlanConfig has beside the run and its file."""
     add = parser.add_argument
     add("--gpus", type=_gpus, required=True, metavar="N", help="GPUs of the run in all; auto: the fewest that do")
-    add("--gpu", required=True, metavar="CARD", help="h100, a100, l40s, ...; or by numbers: 96GB:400TFLOPS (bf16)")
+    what = "h100, a100, l40s, ...; or by numbers: 96GB:400TFLOPS (bf16), for rl 96GB:400TFLOPS:2TB/s"
+    add("--gpu", required=True, metavar="CARD", help=what)
     add("--nodes", type=_number(int), metavar="N", help="that they are spread over (default: at most 8 GPUs each)")
+    what = "of a node's host, which must hold what lies there (default: told and not judged)"
+    add("--host_memory", type=_number(float), metavar="GiB", help=what)
     add("--price", type=_number(float), metavar="X", help="of a GPU for an hour, in any currency")
     what = f"share of the card's peak that the run is to reach, its MFU (default {EFFICIENCY}: {MEASURED})"
     add("--efficiency", type=_number(float, 1), default=EFFICIENCY, metavar="X", help=what)

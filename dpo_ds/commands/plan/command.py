@@ -9,17 +9,22 @@ from pathlib import Path
 import yaml
 
 from dpo_ds import config
+from dpo_ds.cluster.foreign import refusing
 from dpo_ds.cluster.launch import ALONE
 from dpo_ds.cluster.process_group import quiet_libraries
+from dpo_ds.commands.plan.counting import Groups, groups_of, steps_of
 from dpo_ds.commands.plan.fitting import Change, Proposal, changes, fewest, nodes_for
-from dpo_ds.commands.plan.forecast import step_of, steps_of
+from dpo_ds.commands.plan.forecast import step_of
+from dpo_ds.commands.plan.iteration import iteration_of
 from dpo_ds.commands.plan.table import lines
 from dpo_ds.commands.preflight import check_sequence
 from dpo_ds.config import PlanConfig, reference_section
 from dpo_ds.config import deepspeed as ds_config
 from dpo_ds.config.deepspeed import Machine
 from dpo_ds.errors import ConfigError
+from dpo_ds.memory.allocations import GIB
 from dpo_ds.memory.cards import card_named
+from dpo_ds.memory.trace import untraceable
 from dpo_ds.models.loading import check_shape
 
 EXIT_FITS, EXIT_DOES_NOT = 0, 1
@@ -34,9 +39,11 @@ def start(plan: PlanConfig) -> int:
     quiet_libraries()
     if plan.write and Path(plan.write).exists():
         raise ConfigError(f"--write {plan.write}: exists already; choose a new file")
-    given = _proposal(plan)
+    groups, note = groups_of(plan.run)
+    given = _proposal(plan, groups)
     turned = [] if given.fits else changes(given)
-    told = _facts(plan, given, turned)
+    told = _facts(plan, given, turned, groups)
+    told["notes"] += [note] * (note is not None)
     fitting = turned[-1].proposal if turned else given
     if plan.write and fitting.fits:
         told["written"] = _write(Path(plan.write), plan, fitting)
@@ -44,9 +51,12 @@ def start(plan: PlanConfig) -> int:
     return EXIT_FITS if given.fits else EXIT_DOES_NOT
 
 
-def _proposal(plan: PlanConfig) -> Proposal:
+def _proposal(plan: PlanConfig, groups: Groups | None) -> Proposal:
     """Returns the run as it is; with --gpus auto on as few as it fits, on a node of eight where it fits on none."""
     run, card = plan.run, card_named(plan.gpu)
+    if run.command == "rl" and card.bandwidth is None:
+        problem = "rl draws as fast as the card's memory is read; add its bandwidth"
+        raise ConfigError(f"--gpu {plan.gpu}: {problem}, as {plan.gpu}:2TB/s")
     model_config = check_shape(run.model, run.model.path, classifier=True)
     reference_config = model_config
     if hasattr(run, "reference") and run.reference.path not in (None, run.model.path):
@@ -57,7 +67,9 @@ def _proposal(plan: PlanConfig) -> Proposal:
     if gpus % nodes:
         raise ConfigError(f"--gpus {gpus}: not a multiple of --nodes {nodes}")
     ds = ds_config.read(run.deepspeed.config)
-    given = Proposal(run, ds, card, gpus, nodes, model_config, reference_config)
+    host = None if plan.host_memory is None else plan.host_memory * GIB
+    most = None if groups is None else int(groups.completions.max())
+    given = Proposal(run, ds, card, gpus, nodes, model_config, reference_config, host, most)
     if plan.gpus is None:
         given = fewest(given, plan.nodes) or given
     of_so_many = replace(ALONE, world_size=given.gpus)
@@ -65,7 +77,7 @@ def _proposal(plan: PlanConfig) -> Proposal:
     return given
 
 
-def _facts(plan: PlanConfig, given: Proposal, turned: list[Change]) -> dict:
+def _facts(plan: PlanConfig, given: Proposal, turned: list[Change], groups: Groups | None) -> dict:
     """Returns all that is known, as JSON has it: bytes, FLOPs, seconds; null for what is not known."""
     run, card = given.run, given.card
     machine = Machine(given.gpus, "cuda", True)
@@ -74,9 +86,11 @@ def _facts(plan: PlanConfig, given: Proposal, turned: list[Change]) -> dict:
     )
     if run.train.layout == "padded":
         notes = [*notes, "train.layout padded: memory and FLOPs are the packed layout's; padding comes on top"]
-    step = step_of(run, filled, given.gpus, given.model_config, given.reference_config, plan.lengths)
-    seconds = step.busiest / (card.peak * plan.efficiency)
-    steps, counted = steps_of(run)
+    what = run, filled, given.gpus, given.model_config, given.reference_config, plan.lengths
+    with refusing(lambda problem: untraceable(given.model_config, problem)):
+        step = iteration_of(*what) if run.command == "rl" else step_of(*what, groups)
+    seconds = step.seconds(card, plan.efficiency)
+    steps, counted = steps_of(run, groups)
     hours = None if steps is None else steps * seconds * given.gpus / 3600
     cost = None if hours is None or plan.price is None else hours * plan.price
     return {
@@ -84,7 +98,8 @@ def _facts(plan: PlanConfig, given: Proposal, turned: list[Change]) -> dict:
         "command": run.command,
         "gpus": given.gpus,
         "nodes": given.nodes,
-        "gpu": {"name": plan.gpu, "memory": card.memory, "peak_flops": card.peak},
+        "gpu": {"name": plan.gpu, "memory": card.memory, "peak_flops": card.peak, "bandwidth": card.bandwidth},
+        "host_memory": given.host,
         "fits": given.fits,
         "memory": given.memory.plain(),
         "step": {
@@ -95,6 +110,15 @@ def _facts(plan: PlanConfig, given: Proposal, turned: list[Change]) -> dict:
             "efficiency": plan.efficiency,
             "seconds": seconds,
             "tokens_per_second": step.tokens / seconds,
+            "phases": {
+                name: {
+                    "flops": phase.flops,
+                    "received_bytes_of_a_gpu": int(phase.received),
+                    "read_bytes_of_a_gpu": int(phase.read),
+                    "seconds": phase.seconds(card, plan.efficiency),
+                }
+                for name, phase in step.phases.items()
+            },
         },
         "run": {"steps": steps, "counted_from": counted, "gpu_hours": hours, "price": plan.price, "cost": cost},
         "changes": [_told(each) for each in turned],

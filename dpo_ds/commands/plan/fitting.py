@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from dpo_ds.config import SftConfig, TrainConfig
+from dpo_ds.config import RlConfig, SftConfig
 from dpo_ds.errors import ConfigError, ModelError
 from dpo_ds.losses import make_loss
 from dpo_ds.memory.allocations import Memory, of_run
@@ -27,24 +27,43 @@ def nodes_for(gpus: int) -> int:
 @dataclass(frozen=True)
 class Proposal:
     """A run on `gpus` GPUs of `nodes` nodes; ds: DeepSpeed's JSON, as the user would write it. model_config and
-    reference_config: transformers'.
+    reference_config: transformers'. host: bytes of a node, None: not judged. completions: of the largest group, where
+    rows are put together.
     """
 
-    run: SftConfig
+    run: SftConfig | RlConfig
     ds: dict
     card: Card
     gpus: int
     nodes: int
     model_config: object
     reference_config: object
+    host: float | None = None
+    completions: int | None = None
 
     @cached_property
     def memory(self) -> Memory:
-        return of_run(self.run, self.gpus, self.nodes, self.model_config, self.reference_config, self.ds)
+        return of_run(
+            self.run, self.gpus, self.nodes, self.model_config, self.reference_config, self.ds, self.completions
+        )
 
     @property
     def fits(self) -> bool:
-        return self.memory.device <= self.card.memory
+        return self.excess <= 0
+
+    @property
+    def excess(self) -> float:
+        """Returns the bytes that a GPU and a node's host lack together."""
+        on_host = 0 if self.host is None else max(0, sum(self.memory.host.values()) - self.host)
+        return max(0, self.memory.device - self.card.memory) + on_host
+
+    @property
+    def longest(self) -> int:
+        """Returns the tokens of the longest prompt with its completions, which are computed together."""
+        run, prompt = self.run, self.run.data.max_prompt_length
+        if run.command == "rl":
+            return prompt + run.rl.n * run.rl.max_new_tokens
+        return prompt + (self.completions or len(run.sides)) * (run.data.max_length - prompt)
 
     def with_keys(self, **values) -> Proposal:
         """Returns it with other values of keys, their dots written as two underscores, checked as a config's are."""
@@ -109,7 +128,7 @@ def changes(start: Proposal) -> list[Change]:
         for far, change in enumerate(steps, 1):
             if _fits(change.proposal):
                 return _redone(start, _less(start, [*taken, (way, far)]))
-        if steps and _size(steps[-1].proposal) < _size(current):
+        if steps and _excess(steps[-1].proposal) < _excess(current):
             taken.append((way, len(steps)))
             current = steps[-1].proposal
     return _redone(start, taken)
@@ -145,9 +164,9 @@ def _fits(proposal: Proposal) -> bool:
         return False
 
 
-def _size(proposal: Proposal) -> float:
+def _excess(proposal: Proposal) -> float:
     try:
-        return proposal.memory.device
+        return proposal.excess
     except (ConfigError, ModelError):
         return math.inf
 
@@ -160,31 +179,58 @@ def _recompute(proposal: Proposal) -> Iterator[Change]:
 
 
 def _micro_batch(proposal: Proposal) -> Iterator[Change]:
-    """Halves the budget down to the longest pair's tokens, which are computed together whatever it is."""
+    """Halves the budget down to the longest group's tokens, which are computed together whatever it is."""
     run = proposal.run
-    sides, longest = len(run.sides), run.data.max_length - run.data.max_prompt_length
-    pair = math.ceil((run.data.max_prompt_length + sides * longest) / run.train.sequence_parallel)
+    least = math.ceil(proposal.longest / run.train.sequence_parallel)
     budget = run.train.micro_batch_tokens
-    while budget > pair:
-        budget = max(budget // 2, pair)
+    while budget > least:
+        budget = max(budget // 2, least)
         yield Change(f"train.micro_batch_tokens {budget}", proposal.with_keys(train__micro_batch_tokens=budget))
+
+
+def _drawing(proposal: Proposal) -> Iterator[Change]:
+    """Draws from the policy itself, and fewer completions together, down to those of one prompt."""
+    run = proposal.run
+    if run.command != "rl":
+        return
+    words, keys = "", {}
+    if run.rl.replica:
+        words, keys = "rl.replica false, ", {"rl__replica": False}
+        yield Change("rl.replica false", proposal.with_keys(**keys))
+    size = run.rl.batch_size
+    while size > run.rl.n:
+        size = max(size // 2, run.rl.n)
+        yield Change(f"{words}rl.batch_size {size}", proposal.with_keys(rl__batch_size=size, **keys))
+
+
+def _host_copy(proposal: Proposal) -> Iterator[Change]:
+    if proposal.host is not None and proposal.run.checkpoint.asynchronous:
+        yield Change("checkpoint.asynchronous false", proposal.with_keys(checkpoint__asynchronous=False))
 
 
 def _reference(proposal: Proposal) -> Iterator[Change]:
     run = proposal.run
-    if not isinstance(run, TrainConfig) or run.reference.kind != "live" or run.reference.update_every:
+    if run.command not in ("train", "rl") or run.reference.kind != "live" or run.reference.update_every:
         return
     if run.model.lora.r and run.reference.path in (None, run.model.path):
         yield Change("reference.kind adapter", proposal.with_keys(reference__kind="adapter"))
         return
-    if make_loss(run.loss).needs_kl:
-        return  # of completions of other prompts, which no cache has
+    if run.command == "rl" or make_loss(run.loss).needs_kl:
+        return  # of completions that are new, or completions of other prompts, which no cache has
     cache = run.reference.cache or f"{run.output_dir}-reference"
     words = f"reference.kind cached, reference.cache {cache} (filled beforehand by dpo-ds precompute)"
     yield Change(words, proposal.with_keys(reference__kind="cached", reference__cache=cache))
 
 
 def _offload(proposal: Proposal) -> Iterator[Change]:
+    """Each change is tried with a checkpoint's copy beside it on the host, and without."""
+    for change in _to_the_host(proposal):
+        yield change
+        for more in _host_copy(change.proposal):
+            yield Change(f"{change.what}, {more.what}", more.proposal)
+
+
+def _to_the_host(proposal: Proposal) -> Iterator[Change]:
     zero = proposal.ds.get("zero_optimization", {})
     if "offload_optimizer" not in zero:
         yield Change("DeepSpeed's offload_optimizer cpu", proposal.offloading("optimizer"))
@@ -201,12 +247,12 @@ def _sequence_parallel(proposal: Proposal) -> Iterator[Change]:
     text, run = proposal.model_config.get_text_config(), proposal.run
     heads = text.num_attention_heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
-    longest = run.data.max_length - run.data.max_prompt_length
-    pair = run.data.max_prompt_length + len(run.sides) * longest
+    if run.command == "rl":
+        return  # it has none
     for ranks in range(run.train.sequence_parallel + 1, proposal.gpus // proposal.nodes + 1):
         if proposal.gpus % ranks or refusal(heads, key_heads, ranks) or run.train.layout != "packed":
             continue
-        budget = min(run.train.micro_batch_tokens, math.ceil(pair / ranks))
+        budget = min(run.train.micro_batch_tokens, math.ceil(proposal.longest / ranks))
         keys = {"train__sequence_parallel": ranks, "train__micro_batch_tokens": budget}
         words = f"train.sequence_parallel {ranks}, train.micro_batch_tokens {budget}"
         yield Change(words, proposal.with_keys(**keys))
@@ -220,4 +266,4 @@ def _more_gpus(proposal: Proposal) -> Iterator[Change]:
         yield Change(f"--gpus {gpus}", more)
 
 
-WAYS = (_recompute, _micro_batch, _reference, _offload, _sequence_parallel, _more_gpus)
+WAYS = (_host_copy, _recompute, _micro_batch, _drawing, _reference, _offload, _sequence_parallel, _more_gpus)

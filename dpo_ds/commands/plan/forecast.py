@@ -1,129 +1,121 @@
-"""What a step of a training run computes and sends, and how many steps there are: from shapes and the config alone."""
+"""What a step of a training run computes and sends: from shapes and the config alone."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from dpo_ds.batch import Segment
-from dpo_ds.config import SftConfig, TrainConfig
+from dpo_ds.commands.plan.counting import Groups
+from dpo_ds.config import RlConfig, SftConfig, TrainConfig
 from dpo_ds.config.deepspeed import is_bf16
 from dpo_ds.data.batching import Lengths
-from dpo_ds.data.sources import Files, HuggingFace, open_source
-from dpo_ds.errors import DataError
 from dpo_ds.losses import make_loss
+from dpo_ds.memory.cards import Card
 from dpo_ds.memory.trace import Pass, build, parameters_of
 from dpo_ds.training.mfu import ModelFlops
-from dpo_ds.training.schedule import total_steps
 
 
 @dataclass(frozen=True)
-class Step:
-    """One update. flops: of all GPUs, what is computed again not counted; busiest: of the GPU that has most.
-    received: bytes a GPU gets from others at most. tokens: of all GPUs, a prompt counted once. micro_batches: that a
-    GPU has one after the other.
+class Phase:
+    """A part of a step. flops: of all GPUs, what is computed again not counted; busiest: of the GPU that has most.
+    received: bytes that a GPU gets from others at most. read: bytes that it reads from its own memory one token after
+    the other, where that is what takes the time.
     """
 
     flops: float
     busiest: float
-    received: int
+    received: float
+    read: float = 0
+
+    def seconds(self, card: Card, efficiency: float) -> float:
+        """Returns what it takes where products reach that share of the card's peak, and reads all of its bandwidth."""
+        computing = self.busiest / (card.peak * efficiency)
+        return max(computing, self.read / card.bandwidth) if self.read else computing
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update, or iteration of rl. tokens: of all GPUs, a prompt counted once. micro_batches: that a GPU goes
+    backward through, one after the other.
+    """
+
+    phases: dict[str, Phase]
     tokens: int
     micro_batches: int
 
+    @property
+    def flops(self) -> float:
+        return sum(phase.flops for phase in self.phases.values())
+
+    @property
+    def received(self) -> int:
+        return int(sum(phase.received for phase in self.phases.values()))
+
+    def seconds(self, card: Card, efficiency: float) -> float:
+        return sum(phase.seconds(card, efficiency) for phase in self.phases.values())
+
 
 def step_of(
-    run: SftConfig, filled: dict, gpus: int, model_config, reference_config, lengths: tuple[int, int] | None
-) -> Step:
-    """Counts a step on comparisons of these lengths (tokens of a prompt and of a completion); where none are given, on
-    the longest that the data section allows. filled: the policy's DeepSpeed config.
+    run: SftConfig, filled: dict, gpus: int, model_config, reference_config, lengths: tuple[int, int] | None,
+    groups: Groups | None = None,
+) -> Step:  # fmt: skip
+    """Counts a step on prompts and completions of these lengths (in tokens); where none are given, the longest that the
+    data section allows. filled: the policy's DeepSpeed config. groups: what the rows make together; a step then has as
+    many of the mean size as make train.global_batch_size.
     """
-    prompt, completion = lengths or (run.data.max_prompt_length, run.data.max_length - run.data.max_prompt_length)
-    sides = 1 if _is_of_labels(run) else len(run.sides)
-    comparison = Lengths(np.array([prompt]), np.array([[completion] * sides]))
-    size, spread = run.train.global_batch_size, run.train.sequence_parallel
-    each = int(comparison.tokens[0])
-    tokens = size * each
-    together = spread * run.train.micro_batch_tokens
-    micro_batches = math.ceil(size / max(1, together // each) / max(1, gpus // spread))
+    found, counted = _lengths(run, lengths, groups)
+    number, targets, tokens = len(found.prompt), int(found.completions.sum()), int(found.tokens.sum())
+    spread = run.train.sequence_parallel
+    ranks = max(1, gpus // spread)
+    of_a_step = max(1.0, run.train.global_batch_size * number / counted)  # groups, which are never cut
+    in_one = max(1, spread * run.train.micro_batch_tokens * number // tokens)
+    micro_batches = math.ceil(of_a_step / in_one / ranks)
 
-    how = _pass(run, training=True)
+    how = pass_of(run, training=True)
     policy = build(model_config, how)
-    flops = ModelFlops.of(policy).with_backward(comparison, completion * sides)
-    weights = _numel(policy, how)
+    flops = ModelFlops.of(policy).with_backward(found, targets)
+    weights = numel(policy, how)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     passes, gathered = 2, 2 * weights  # forward and backward
     kind = run.reference.kind if isinstance(run, TrainConfig) else "none"
     if kind in ("live", "adapter"):
-        how = how if kind == "adapter" else _pass(run, training=False)
+        how = how if kind == "adapter" else pass_of(run, training=False)
         reference = policy if kind == "adapter" else build(reference_config, how)
-        flops += ModelFlops.of(reference).forward(comparison, completion * sides)
-        passes, gathered = passes + 1, gathered + _numel(reference, how)
+        flops += ModelFlops.of(reference).forward(found, targets)
+        passes, gathered = passes + 1, gathered + numel(reference, how)
     width = 2 if is_bf16(filled) else 4
     received = width * (gathered + trained) * micro_batches * (gpus - 1) / gpus
+    tokens *= of_a_step / number
     if spread > 1:
         passes += run.train.activations != "none"  # the forward that is computed again trades again
         received += width * passes * _traded(model_config.get_text_config(), spread) * tokens / gpus
-    busiest = flops * math.ceil(size / max(1, gpus // spread)) / spread
-    return Step(flops * size, busiest, int(received), tokens, micro_batches)
+    flops /= number
+    update = Phase(flops * of_a_step, flops * math.ceil(of_a_step / ranks) / spread, received)
+    return Step({"update": update}, round(tokens), micro_batches)
 
 
-def steps_of(run: SftConfig) -> tuple[int | None, str]:
-    """Returns the updates of the whole run, and what they were counted from; None, and why not, where the rows are not
-    on this machine.
-
-    Raises:
-        DataError: a file that cannot be read.
-    """
-    if run.train.max_steps is not None:
-        return run.train.max_steps, "train.max_steps"
-    items = [run.data.train] if isinstance(run.data.train, str) else run.data.train
-    sources, start = [], 0
-    for item in items:
-        path, weight = (item, 1.0) if isinstance(item, str) else (item["path"], item["weight"])
-        if not _is_here(path):
-            return None, f"data.train {path} is not on this machine; give --train.max_steps"
-        left = math.inf if run.data.limit is None else run.data.limit - start
-        rows = min(_rows(open_source(path)), left)
-        sources.append((start, start + int(rows), weight))
-        start += int(rows)
-    steps = total_steps(sources, run.train)
-    times = f"{run.train.epochs:g} times" if run.train.epochs != 1 else "once"
-    return steps, f"{start:,} rows of data.train {times}, {run.train.global_batch_size} an update"
+def _lengths(run: SftConfig, lengths: tuple[int, int] | None, groups: Groups | None) -> tuple[Lengths, int]:
+    """Returns groups as a step's are, and what they count of train.global_batch_size together."""
+    prompt, completion = lengths or (run.data.max_prompt_length, run.data.max_length - run.data.max_prompt_length)
+    if groups is None:
+        sides = 1 if _is_of_labels(run) else len(run.sides)
+        return Lengths(np.array([prompt]), np.array([[completion] * sides])), 1
+    is_there = np.arange(groups.completions.max()) < groups.completions[:, None]
+    return Lengths(np.full(len(is_there), prompt), completion * is_there), int(groups.counts.sum())
 
 
-def _is_here(path: str) -> bool:
-    return any(Path(name).expanduser().exists() for name in (path, path.rpartition(":")[0] or path))
-
-
-def _rows(source: Files | HuggingFace) -> int:
-    """Counts rows as they stand in the files, good and bad."""
-    if isinstance(source, HuggingFace):
-        return len(source.data)
-    return sum(_rows_of_file(path) for path in source.paths)
-
-
-def _rows_of_file(path: Path) -> int:
-    if path.suffix != ".parquet":
-        return sum(1 for _ in Files((path,)).rows())
-    try:
-        return pq.read_metadata(path).num_rows
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise DataError(f"{path}: broken Parquet file; copy or download it again") from error
-
-
-def _pass(run: SftConfig, training: bool) -> Pass:
-    """Describes the policy, its adapters included, or a live reference."""
-    one, is_reward = (Segment(0, 1, (1,)),), run.is_classifier
+def pass_of(run: SftConfig | RlConfig, training: bool, is_classifier: bool = False) -> Pass:
+    """Describes the policy, its adapters included, or a model that is not trained."""
+    one = (Segment(0, 1, (1,)),)
     how = {"lora": run.model.lora, "quantized": run.model.quantize is not None} if training else {}
-    return Pass(one, 1, torch.bfloat16, training=training, is_reward=is_reward, **how)
+    return Pass(one, 1, torch.bfloat16, training=training, is_reward=run.is_classifier or is_classifier, **how)
 
 
-def _numel(model, how: Pass) -> int:
+def numel(model, how: Pass) -> int:
     return sum(parameter.numel for parameter in parameters_of(model, how))
 
 
