@@ -52,7 +52,8 @@ def make_units(model: nn.Module, zero: dict) -> str:
 class UnitLinear(nn.Linear):
     """Multiplies within a leaf. Under autograd torch would keep the transpose of the gathered weight until backward,
     and so the weight; DeepSpeed 0.19.8 puts a function of its own in torch's place, which costs the host three times
-    the product's own time. This one keeps the parameter, which is gathered again by then, and does nothing else.
+    the product's own time. This one keeps the parameter, which is gathered again by then, and does nothing else. The
+    input is kept for a weight that is trained alone.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class UnitLinear(nn.Linear):
 class _LinearOfParameters(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         return _linear(input, weight, bias)
 
     @staticmethod

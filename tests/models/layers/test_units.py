@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 from torch import nn
 
 from dpo_ds.demo.tiny import random_model, tiny_config
-from dpo_ds.models.layers.units import decoder_layers, make_units
+from dpo_ds.models.layers.units import UnitLinear, decoder_layers, make_units
 from tests.ranks import run_worker
 from tests.tiny import VOCAB
 
@@ -44,6 +45,19 @@ def test_layers_as_units_give_autograds_own_gradients(seen, case):
     assert found["apart"] < 1e-4
     if case == "gpt2":  # LayerNorm is one operator
         assert units == modules and found["apart"] == 0
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_linear_of_a_unit_keeps_its_input_for_a_trained_weight_alone(is_trained):
+    """An adapter's run would keep the inputs of all products, which only their weights' gradients need."""
+    linear, x = UnitLinear(4, 3).double(), torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    linear.requires_grad_(is_trained)
+    y = linear(x)
+    assert [kept is not None for kept in y.grad_fn.saved_tensors] == [is_trained, True]
+    wanted = (x, *linear.parameters()) if is_trained else (x,)
+    plain = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    expected = torch.autograd.grad(plain.square().sum(), wanted)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), wanted), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
