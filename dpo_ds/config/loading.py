@@ -17,6 +17,7 @@ from dpo_ds.config.peers.names import answer_to
 from dpo_ds.config.section import Section, did_you_mean, is_section, kind
 from dpo_ds.errors import ConfigError, shorten
 
+OF_SHAPE = {"missing", "too_long", "tuple_type", "list_type", "dict_type"}  # pydantic's findings, said by our kinds
 
 def keys(config: type[Section], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> pydantic field, in the order of declaration, a section's required keys first: what flags and README
@@ -218,7 +219,8 @@ def _first_line(error: ValidationError, known: dict, given: dict[str, str]) -> s
     key = _key_of(finding, known)
     rule = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     rule = "a number of fewer digits" if finding["type"] == "int_parsing_size" else rule
-    rule = kind(known[key]) if finding["type"] in ("missing", "too_long") else rule
+    rule = kind(known[key]) if finding["type"] in OF_SHAPE and key in known else rule
+    rule = "a mapping, as {key: value}" if rule == "mapping" else rule
     if finding["type"] != "value_error":
         return f"{given.get(key, key)}: {shorten(finding['input'])} should be {rule}"
     if key in known:

@@ -153,12 +153,20 @@ def checked_source(source):
 
 
 def did_you_mean(word: str, choices: typing.Iterable[str]) -> str:
-    """`did you mean 'x'?`, else the whole list; a key's last part alone counts too."""
+    """`did you mean 'x'?`, else the whole list; a key's last part alone counts too, and the letters its words begin
+    with (lr).
+    """
     choices = list(choices)
+    section, _, leaf = word.rpartition(".")
+    close = [choice for choice in choices if len(leaf) > 1 and choice.startswith(section) and leaf == _letters(choice)]
     by_leaf = {choice.rsplit(".", 1)[-1]: choice for choice in reversed(choices)}
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    close = close or [by_leaf[leaf] for leaf in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf, n=1)]
+    close = close or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    close = close or [by_leaf[leaf] for leaf in difflib.get_close_matches(leaf, by_leaf, n=1)]
     if close:
         return f"did you mean {close[0]!r}?"
     more = f" and {len(choices) - MOST_LISTED} more" if len(choices) > MOST_LISTED else ""
     return f"known: {', '.join(choices[:MOST_LISTED])}{more}"
+
+
+def _letters(key: str) -> str:
+    return "".join(part[0] for part in key.rpartition(".")[2].split("_") if part)

@@ -96,6 +96,8 @@ def test_yaml_that_cannot_be_used(tmp_path, text, parts):
         (["train", *REQUIRED, "--model.path", "~nosuchuser/m"], ["--model.path", "no user 'nosuchuser'"]),
         (["train", *REQUIRED, "--output_dir", "\udc80"], ["--output_dir", "holds half a surrogate pair"]),
         (["train", *REQUIRED, "--train.adam_betas", "[0.9]"], ["--train.adam_betas", "should be [float, float]"]),
+        (["train", *REQUIRED, "--train.adam_betas", "0.9,0.95"], ["'0.9,0.95' should be [float, float]"]),
+        (["train", *REQUIRED, "--data.columns", "prompt"], ["'prompt' should be a mapping, as {key: value}"]),
         (["train", *REQUIRED, "--train.adam_betas", "[1, 2, 3]"], ["adam_betas", "should be [float, float]"]),
         (["train", *REQUIRED, "--train.sample_every", "3"], ["train.sample_every 3", "sample.prompts"]),
         (["train", *REQUIRED, "--tracking.to", "wandbb"], ["--tracking.to", "'wandbb'", "'wandb'"]),

@@ -63,6 +63,7 @@ def test_answers_name_keys_that_are_there():
         (["train", "--train.beta", "1"], "unknown key --train.beta; here: --loss.beta"),
         (["sft", "--beta", "1"], "unknown key --beta; here: --loss.beta, which this command does not have"),
         (["train", "--train.learning_rat", "1"], "did you mean 'train.learning_rate'?"),
+        (["train", "--train.lr", "1"], "did you mean 'train.learning_rate'?"),
     ],
 )
 def test_the_command_line_is_told_our_keys(argv, said):
