@@ -34,7 +34,8 @@ class Census:
     undesirable: completions that a row says so of. ties,
     equal_completions: comparisons that are left out: both sides are equally good; they are equal after the cut, or
     nothing is left of one.
-    largest_token: the largest token id. longest: tokens of the longest prompt with one of its completions.
+    empty_prompts: rows without a token before their completions. largest_token: the largest token id. longest: tokens
+    of the longest prompt with one of its completions.
     """
 
     rows_read: int = 0
@@ -53,6 +54,7 @@ class Census:
     ties: int = 0
     equal_completions: int = 0
     first_of: dict[str, str] = field(default_factory=dict)
+    empty_prompts: int = 0
     largest_token: int = 0
     longest: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -95,6 +97,7 @@ class Census:
         self.undesirable += len(conversation.labels or ()) - sum(conversation.labels or ())
         self.ties += conversation.ties
         self.equal_completions += len(conversation.comparisons) - len(group.comparisons)
+        self.empty_prompts += len(group.prompt) == 0
         self.longest = max(self.longest, len(group.prompt) + max(map(len, group.completions)))
         for ids in (group.prompt, *group.completions):
             self.largest_token = max(self.largest_token, int(ids.max(initial=0)))
@@ -125,6 +128,7 @@ class Census:
             "ties": self.ties,
             "equal_completions": self.equal_completions,
             "first_of": self.first_of,
+            "empty_prompts": self.empty_prompts,
             "largest_token": self.largest_token,
             "longest": self.longest,
             "tokens": {part: _percentiles(counts) for part, counts in lengths.items()},
@@ -155,6 +159,9 @@ def format_census(census: Mapping[str, Any]) -> str:
     for key, what in TEMPLATE_LINES.items():
         if census.get(key):
             lines.append(f"{census[key]:>9,} of these: {what} (first: {census['first_of'][key]})")
+    if census.get("empty_prompts"):
+        what = "nothing stands before their completions, whose first token so has no probability and is not trained on"
+        lines.append(f"{census['empty_prompts']:>9,} of these: {what}")
     if census["rows_cut"]:
         cuts = f"{_count(census['prompts_cut'], 'prompt')}, {_count(census['completions_cut'], 'completion')}"
         lines.append(f"{census['rows_cut']:>9,} of these cut to the maximum length ({cuts})")

@@ -200,6 +200,14 @@ def test_a_pair_that_is_equal_after_the_cut_is_dropped(tmp_path):
     assert (len(data), data.census["longest"], data.census["rows_cut"]) == (1, 4, 1)
 
 
+def test_completions_behind_nothing_are_told(tmp_path):
+    """Here the tokenizer puts no BOS before a text."""
+    path = write_lines(tmp_path / "x.jsonl", [{"prompt": "", "chosen": "ab", "rejected": "cd"}, *pairs(1)])
+    data = prepare(str(path), options=options(), tokenizer=tokenizer())
+    told = [line for line in format_census(data.census).splitlines() if "not trained on" in line]
+    assert data.census["empty_prompts"] == len(told) == 1 and told[0].startswith("        1 of these: nothing stands")
+
+
 def test_rows_that_python_cannot_hold_are_skipped(tmp_path):
     """Nested so deep that JSON reads it but what follows does not, or so deep that JSON does not."""
     rows = []
