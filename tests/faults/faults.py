@@ -92,7 +92,8 @@ def killed_at_a_random_moment(job: Job, out: str, rng: random.Random) -> str:
     wait_for_step(job.world / out, step)
     time.sleep(delay)
     for rank in victims:
-        os.kill(ranks.pids[rank], signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # the run has ended
+            os.kill(ranks.pids[rank], signal.SIGKILL)
     return f"ranks {victims} {delay:.2f} s after step {step}; {_died_and_resumed(job, out, ranks, victims)}"
 
 
