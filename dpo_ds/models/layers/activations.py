@@ -26,7 +26,6 @@ from dpo_ds.models.layers.selective import keep_attention
 from dpo_ds.models.layers.units import decoder_layers
 
 MLPS = ("mlp", "feed_forward", "ffn")  # as decoder layers call it
-AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # of torch's checkpoint: nothing in a layer is random
 LEAST_TILE = 1024  # tokens: enough for products to be as fast as with all of them
 
 
@@ -40,7 +39,7 @@ def save_activation_memory(model: PreTrainedModel, how: str, parked: type[Parked
     """
     if how == "none":
         return
-    arguments = AGAIN | ({"context_fn": keep_attention} if how == "selective" else {})
+    arguments = {"use_reentrant": False} | ({"context_fn": keep_attention} if how == "selective" else {})
     try:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     except ValueError as error:
@@ -108,7 +107,7 @@ def _tile_by_tile(tile: int, forward: Callable[..., Tensor], hidden: Tensor, *ot
         is_of_tokens = isinstance(given, Tensor) and given.shape == hidden.shape
         return given.split(tile, dim=-2) if is_of_tokens else repeat(given)
 
-    run = partial(checkpoint, forward, **AGAIN) if torch.is_grad_enabled() else forward
+    run = partial(checkpoint, forward, use_reentrant=False) if torch.is_grad_enabled() else forward
     parts = zip(hidden.split(tile, dim=-2), *map(cut, others), strict=False)
     return torch.cat([run(*part) for part in parts], dim=-2)
 
@@ -129,7 +128,8 @@ class _Parking:
             self._stream = torch.cuda.Stream(hidden.device)
         parked = self._parked(hidden, self._last(), self._stream)
         self._last = weakref.ref(parked)
-        return checkpoint(lambda: layer(parked.take(), *args), **AGAIN)
+        place = hidden.new_empty(0)  # tells torch on which device random numbers are drawn
+        return checkpoint(lambda _: layer(parked.take(), *args), place, use_reentrant=False)
 
 
 class Parked:

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_ds.cluster.process_group import Say
 from dpo_ds.errors import first_line
-from dpo_ds.models.layers.activations import AGAIN, contexts_of, inputs_stay
+from dpo_ds.models.layers.activations import contexts_of, inputs_stay
 from dpo_ds.models.layers.quantized import is_quantized
 from dpo_ds.models.layers.units import decoder_layers
 
@@ -103,10 +103,10 @@ def _compiled(forward: Callable) -> Callable:
 def _recomputed(forward: Callable, contexts: Callable | None) -> Callable:
     """Returns `forward` as one that keeps for backward its inputs and what `contexts`, as torch's checkpoint takes
     them, keep; without gradients it is the same."""
-    given = AGAIN | ({"context_fn": contexts} if contexts else {})
+    given = {"context_fn": contexts} if contexts else {}
 
     def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(partial(forward, layer, **kwargs), *args, **given)
+        return checkpoint(partial(forward, layer, **kwargs), *args, use_reentrant=False, **given)
 
     return recomputed
 
