@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from dpo_ds.batch import packed_batch, padded_batch
+from dpo_ds.config import LoraSection
 from dpo_ds.demo.tiny import FAMILIES, random_model, tiny_config
 from dpo_ds.errors import ModelError
 from dpo_ds.memory.trace import PeakMemory
+from dpo_ds.models import lora
 from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
 from dpo_ds.models.layers import activations
@@ -46,6 +48,31 @@ def test_all_ways_give_the_same_gradients(family):
         assert are_there == (how == "offload" and family not in ("qwen3_moe", "gpt2"))
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["selective", "checkpoint", "offload"])
+def test_adapters_drop_the_same_inputs_when_they_are_computed_again(how):
+    """By a step along random directions: a gradient of other masks than the forward's is far off."""
+    batch, found = packed_batch(random_pairs(5)), model_of("llama", "none")
+    lora.add_adapters(found.causal_lm, LoraSection(r=4, dropout=0.5), 0, "CAUSAL_LM")
+    save_activation_memory(found.causal_lm, how)
+    generator = torch.Generator().manual_seed(0)
+    trained = [p for p in found.train().parameters() if p.requires_grad]
+    for p in trained:  # B too, which begins at 0
+        torch.nn.init.normal_(p, std=0.1, generator=generator)
+    along = [torch.randn(p.shape, generator=generator) for p in trained]
+
+    def value(distance: float) -> torch.Tensor:
+        for p, direction in zip(trained, along, strict=True):
+            p.data.add_(direction, alpha=distance)
+        torch.manual_seed(1)
+        return found(batch).square().sum()
+
+    with tiles_of(found.causal_lm, 7):
+        value(0).backward()
+        slope = sum((p.grad * direction).sum() for p, direction in zip(trained, along, strict=True)).item()
+        ahead, behind = value(1e-3).item(), value(-2e-3).item()
+    assert slope == pytest.approx((ahead - behind) / 2e-3, rel=0.05)
 
 
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
