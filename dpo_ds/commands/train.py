@@ -37,7 +37,7 @@ def assemble(task: Supervised, prepared: Prepared, device, say: Say) -> tuple[Po
     ranks enter.
     """
     from dpo_ds.data.batching import Layout
-    from dpo_ds.models.checks import layout_notes, settle_layout, settle_sequence, settle_tiles
+    from dpo_ds.models.checks import layout_notes, settle_activations, settle_layout, settle_sequence
     from dpo_ds.models.engine import Policy
     from dpo_ds.models.layers.compile import settle_compilation
     from dpo_ds.training.objectives.balanced import with_balanced_routers
@@ -48,7 +48,7 @@ def assemble(task: Supervised, prepared: Prepared, device, say: Say) -> tuple[Po
     say(note)
     layout_name, refusal = settle_layout(run.train.layout, [policy, *objective.frozen_models()])
     say(layout_notes("train.layout", refusal))
-    say(settle_tiles(policy))
+    say(settle_activations(policy))
     settle_compilation(run.model.compile, [policy, *objective.frozen_models()], say)
     ranks = settle_sequence(run.train.sequence_parallel, refusal, [policy, *objective.frozen_models()])
     spread = ranks, collectives.sequence_place()

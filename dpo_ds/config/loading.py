@@ -17,7 +17,8 @@ from dpo_ds.config.peers.names import answer_to
 from dpo_ds.config.section import Section, did_you_mean, is_section, kind
 from dpo_ds.errors import ConfigError, shorten
 
-OF_SHAPE = {"missing", "too_long", "tuple_type", "list_type", "dict_type"}  # pydantic's findings, said by our kinds
+OF_SHAPE = {"missing", "too_long", "tuple_type", "list_type", "dict_type", "string_type"}  # said by our kinds
+
 
 def keys(config: type[Section], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> pydantic field, in the order of declaration, a section's required keys first: what flags and README
@@ -221,6 +222,8 @@ def _first_line(error: ValidationError, known: dict, given: dict[str, str]) -> s
     rule = "a number of fewer digits" if finding["type"] == "int_parsing_size" else rule
     rule = kind(known[key]) if finding["type"] in OF_SHAPE and key in known else rule
     rule = "a mapping, as {key: value}" if rule == "mapping" else rule
+    is_nullable = finding["type"] == "literal_error" and key in known and kind(known[key]).endswith(" or null")
+    rule += " or null" if is_nullable else ""
     if finding["type"] != "value_error":
         return f"{given.get(key, key)}: {shorten(finding['input'])} should be {rule}"
     if key in known:

@@ -160,7 +160,7 @@ def format_census(census: Mapping[str, Any]) -> str:
         if census.get(key):
             lines.append(f"{census[key]:>9,} of these: {what} (first: {census['first_of'][key]})")
     if census.get("empty_prompts"):
-        what = "nothing stands before their completions, whose first token so has no probability and is not trained on"
+        what = "nothing stands before their completions (no prompt, no BOS), whose first token so has no log-prob"
         lines.append(f"{census['empty_prompts']:>9,} of these: {what}")
     if census["rows_cut"]:
         cuts = f"{_count(census['prompts_cut'], 'prompt')}, {_count(census['completions_cut'], 'completion')}"

@@ -20,6 +20,7 @@ from dpo_ds.models.engine import LoadedModel
 from dpo_ds.models.layers.activations import take_tiles_away, tiles_of
 from dpo_ds.models.layers.quantized import shape_of
 from dpo_ds.models.layers.rope import check_lengths
+from dpo_ds.models.layers.selective import changes_in_place, keeps_attention
 from dpo_ds.models.layers.units import decoder_layers
 from dpo_ds.models.packed.backends import refused_backends
 
@@ -75,12 +76,23 @@ def settle_sequence(ranks: int, refusal: str, models: Sequence[LoadedModel], sec
 
 
 @torch.no_grad()
-def settle_tiles(model: LoadedModel) -> list[str]:
-    """Tries MLPs in tiles, where the model has any, on short rows; takes them away where that changes what comes of
-    them. Returns lines for the user. All ranks enter.
+def settle_activations(model: LoadedModel) -> list[str]:
+    """Tries what the layers keep for backward on short rows. MLPs in tiles are taken away where that changes what comes
+    of them. Returns lines for the user. All ranks enter.
+
+    Raises:
+        ModelError: its layers change in place what they are to keep.
     """
     batch = packed_batch if model.causal_lm.config._attn_implementation == PACKED_ATTENTION else padded_batch
     pairs = batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size)).to(model.device)
+    name = type(model.causal_lm).__name__
+    if keeps_attention(model.causal_lm):
+        layers = decoder_layers(model.causal_lm)
+        with changes_in_place(layers) as changed, model.evaluating(), torch.compiler.set_stance("force_eager"):
+            model.engine(pairs)
+        if changed:
+            problem = f"{name} changes in place ({', '.join(sorted(changed))}) what its layers are to keep"
+            raise ModelError(f"--train.activation_memory selective: {problem}; take checkpoint")
     with tiles_of(model.causal_lm, 2) as are_there, model.evaluating(), torch.compiler.set_stance("force_eager"):
         tiled = model.engine(pairs) if are_there else None
     if tiled is None:
@@ -91,7 +103,6 @@ def settle_tiles(model: LoadedModel) -> list[str]:
     if error <= canary_tolerance(model.causal_lm, whole):
         return []
     take_tiles_away(model.causal_lm)
-    name = type(model.causal_lm).__name__
     return [f"train.activation_memory offload: {name}'s MLP stays whole: by tiles of tokens it differs by {error:.1e}"]
 
 

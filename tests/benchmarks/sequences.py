@@ -34,7 +34,7 @@ from dpo_ds.config.deepspeed import Machine, fill_policy  # noqa: E402
 from dpo_ds.losses import DPO  # noqa: E402
 from dpo_ds.memory.trace import PeakMemory  # noqa: E402
 from dpo_ds.models.causal_lm import LogProbModel  # noqa: E402
-from dpo_ds.models.checks import settle_layout, settle_sequence, settle_tiles  # noqa: E402
+from dpo_ds.models.checks import settle_activations, settle_layout, settle_sequence  # noqa: E402
 from dpo_ds.models.engine import Policy  # noqa: E402
 from dpo_ds.models.layers.activations import save_activation_memory  # noqa: E402
 from dpo_ds.models.loading import load_causal_lm  # noqa: E402
@@ -108,7 +108,7 @@ def main() -> None:
         model = load_causal_lm(ModelSection(path=str(folder)), ds_config)
         save_activation_memory(model, how)
         policies[how] = Policy(LogProbModel(model), ds_config, device)
-        assert settle_layout("packed", [policies[how]])[0] == "packed" and settle_tiles(policies[how]) == []
+        assert settle_layout("packed", [policies[how]])[0] == "packed" and settle_activations(policies[how]) == []
         settle_sequence(place.world_size, "", [policies[how]])
     group, longer = (pair_of(n * given.tokens, given.vocabulary) for n in (1, 2))
 

@@ -204,7 +204,7 @@ def test_completions_behind_nothing_are_told(tmp_path):
     """Here the tokenizer puts no BOS before a text."""
     path = write_lines(tmp_path / "x.jsonl", [{"prompt": "", "chosen": "ab", "rejected": "cd"}, *pairs(1)])
     data = prepare(str(path), options=options(), tokenizer=tokenizer())
-    told = [line for line in format_census(data.census).splitlines() if "not trained on" in line]
+    told = [line for line in format_census(data.census).splitlines() if "no log-prob" in line]
     assert data.census["empty_prompts"] == len(told) == 1 and told[0].startswith("        1 of these: nothing stands")
 
 

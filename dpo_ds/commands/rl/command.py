@@ -41,7 +41,7 @@ def train(
     """Brings models into engines, runs the loop and exports the policy; all ranks together."""
     from dpo_ds.checkpoint import shards
     from dpo_ds.data.batching import Layout
-    from dpo_ds.models.checks import layout_notes, settle_layout, settle_tiles
+    from dpo_ds.models.checks import layout_notes, settle_activations, settle_layout
     from dpo_ds.models.engine import Policy
     from dpo_ds.models.layers.compile import settle_compilation
     from dpo_ds.training.rl.reward_model import LiveRewardModel
@@ -59,7 +59,7 @@ def train(
     layout_name, refusal = settle_layout(run.train.layout, models.all())
     say(layout_notes("train.layout", refusal))
     for trained in models.trained():
-        say(settle_tiles(trained))
+        say(settle_activations(trained))
     settle_compilation(run.model.compile, models.all(), say)
     task.set_temperature(models.of_language())
     layout = Layout(layout_name, run.train.micro_batch_tokens, prepared.hidden_size)

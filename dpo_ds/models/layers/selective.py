@@ -9,23 +9,81 @@ MLP's last product, which no gradient needs, is kept as well.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}  # the factor [K, W] comes last
 
 
-def _policy(_, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _is_kept(operator: torch._ops.OpOverload, *args: Any) -> bool:
     if operator in PRODUCTS:
         inner, width = args[-1].shape
-        is_kept = width <= 2 * inner
-    else:
-        is_kept = any(word in operator.name() for word in ("attention", "attn"))  # a kernel, of torch's or a package's
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return width <= 2 * inner
+    return any(word in operator.name() for word in ("attention", "attn"))  # a kernel, of torch's or a package's
+
+
+def _policy(_, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _is_kept(operator, *args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 keep_attention = partial(create_selective_checkpoint_contexts, _policy)
 """The contexts of torch's checkpoint around a layer's first and second forward."""
+
+
+def keeps_attention(model: nn.Module) -> bool:
+    """Returns whether layers of the model were told to."""
+    checkpoints = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    return any(getattr(function, "keywords", {}).get("context_fn") is keep_attention for function in checkpoints)
+
+
+@contextmanager
+def changes_in_place(layers: list[nn.Module]) -> Iterator[set[str]]:
+    """Gives the names of operators that change, within these layers, what would be kept: it would be what they made of
+    it, and torch's own check does not see that through a view (OLMo's clip_qkv).
+    """
+    watch = _Watch()
+    hooks = [layer.register_forward_pre_hook(watch.begin) for layer in layers]
+    hooks += [layer.register_forward_hook(watch.end) for layer in layers]
+    try:
+        with watch:
+            yield watch.found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found: set[str] = set()
+        self._is_within = False
+        self._kept: dict[int, Tensor] = {}  # by storage
+
+    def begin(self, *_) -> None:
+        self._is_within = True
+
+    def end(self, *_) -> None:
+        self._is_within = False
+        self._kept.clear()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not self._is_within:
+            return result
+        if _is_kept(func, *args):
+            self._kept |= {_storage(x): x for x in tree_leaves(result) if isinstance(x, Tensor)}
+        elif func._schema.is_mutable and any(_storage(x) in self._kept for x in args[:1] if isinstance(x, Tensor)):
+            self.found.add(func.name())
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

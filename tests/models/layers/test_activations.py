@@ -15,6 +15,8 @@ from dpo_ds.memory.trace import PeakMemory
 from dpo_ds.models import lora
 from dpo_ds.models.attention import use_packed_attention
 from dpo_ds.models.causal_lm import LogProbModel
+from dpo_ds.models.checks import settle_activations
+from dpo_ds.models.engine import Replica
 from dpo_ds.models.layers import activations
 from dpo_ds.models.layers.activations import save_activation_memory, take_tiles_away, tiles_of
 from dpo_ds.models.loading import switch_dropout_off
@@ -90,7 +92,24 @@ def test_an_mlp_that_is_given_the_residual_too(family):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["checkpoint", "offload"])
+@pytest.mark.parametrize(("family", "changes"), [("olmo", {"clip_qkv": 8.0}), ("olmo", {}), ("llama", {})])
+def test_what_is_kept_must_stay_as_it_was(family, changes):
+    """OLMo clips queries, keys and values where they lie: a backward would take the clipped for the product's own."""
+    config = tiny_config_of(family)
+    config.update(changes)
+    switch_dropout_off(config)
+    causal_lm = random_model(config).train()
+    assert use_packed_attention(causal_lm) is None
+    save_activation_memory(causal_lm, "selective")
+    model = Replica(LogProbModel(causal_lm), torch.device("cpu"))
+    if not changes:
+        assert settle_activations(model) == []
+        return
+    with pytest.raises(ModelError, match=r"OlmoForCausalLM changes in place \(aten::clamp_\) .*; take checkpoint"):
+        settle_activations(model)
+
+
+@pytest.mark.parametrize("how", ["selective", "checkpoint", "offload"])
 def test_layers_that_cannot_be_computed_again(how):
     model = random_model(tiny_config_of("jetmoe"))
     with pytest.raises(ModelError, match=f"--train.activation_memory {how}: JetMoeForCausalLM does not support"):
