@@ -33,9 +33,14 @@ def drawing(run: RlConfig, config, width: int) -> dict[str, int]:
 
 
 def cached_numbers(config) -> int:
-    """Returns how many numbers all layers keep of a token: keys and values."""
+    """Returns how many numbers all layers keep of a token: keys and values, or what both are made from (DeepSeek V2's
+    latent attention, arXiv 2405.04434).
+    """
     text, numbers = config.get_text_config(), 0
     for layer in (text.per_layer_config[number] for number in range(text.num_hidden_layers)):
+        if latent := getattr(layer, "kv_lora_rank", None):
+            numbers += latent + layer.qk_rope_head_dim
+            continue
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         numbers += 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
     return numbers

@@ -17,7 +17,8 @@ from dpo_ds.config.deepspeed import Machine, fill_policy, fill_reference
 from dpo_ds.demo.tiny import random_model, tiny_config
 from dpo_ds.errors import ModelError
 from dpo_ds.memory import allocations, fetching, trace, zero3
-from dpo_ds.memory.drawing import drawing, longest_groups
+from dpo_ds.memory.drawing import cached_numbers, drawing, longest_groups
+from tests.families import tiny_config_of
 from tests.families import tiny_config_of
 from tests.ranks import ROOT
 
@@ -318,3 +319,10 @@ def test_the_command_prints_a_table_and_names_mistakes(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         allocations.main([path, "--ranks", "3", "--nodes", "2"])
     assert stopped.value.code == 2 and "not a multiple of --nodes 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_a_token_takes_in_the_cache_what_transformers_keeps_of_it(family):
+    config = tiny_config_of(family)
+    kept = random_model(config).eval()(input_ids=torch.arange(1, 11)[None], use_cache=True).past_key_values.layers
+    assert cached_numbers(config) == sum(x.numel() for layer in kept for x in (layer.keys, layer.values)) / 10
