@@ -19,7 +19,6 @@ from dpo_ds.errors import ModelError
 from dpo_ds.memory import allocations, fetching, trace, zero3
 from dpo_ds.memory.drawing import cached_numbers, drawing, longest_groups
 from tests.families import tiny_config_of
-from tests.families import tiny_config_of
 from tests.ranks import ROOT
 
 MACHINE = Machine(2, "cpu", False)
