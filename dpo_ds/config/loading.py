@@ -220,10 +220,11 @@ def _first_line(error: ValidationError, known: dict, given: dict[str, str]) -> s
     key = _key_of(finding, known)
     rule = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     rule = "a number of fewer digits" if finding["type"] == "int_parsing_size" else rule
-    rule = kind(known[key]) if finding["type"] in OF_SHAPE and key in known else rule
-    rule = "a mapping, as {key: value}" if rule == "mapping" else rule
-    is_nullable = finding["type"] == "literal_error" and key in known and kind(known[key]).endswith(" or null")
-    rule += " or null" if is_nullable else ""
+    wanted = kind(known[key]) if key in known else ""
+    if finding["type"] in OF_SHAPE and wanted:
+        rule = "a mapping, as {key: value}" if wanted == "mapping" else wanted
+    if finding["type"] == "literal_error" and wanted.endswith(" or null"):
+        rule += " or null"
     if finding["type"] != "value_error":
         return f"{given.get(key, key)}: {shorten(finding['input'])} should be {rule}"
     if key in known:

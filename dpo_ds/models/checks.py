@@ -86,19 +86,22 @@ def settle_activations(model: LoadedModel) -> list[str]:
     batch = packed_batch if model.causal_lm.config._attn_implementation == PACKED_ATTENTION else padded_batch
     pairs = batch(canary_pairs(model.causal_lm.config.get_text_config().vocab_size)).to(model.device)
     name = type(model.causal_lm).__name__
+
+    def outputs() -> Tensor:
+        with model.evaluating(), torch.compiler.set_stance("force_eager"):
+            return model.engine(pairs)
+
     if keeps_attention(model.causal_lm):
-        layers = decoder_layers(model.causal_lm)
-        with changes_in_place(layers) as changed, model.evaluating(), torch.compiler.set_stance("force_eager"):
-            model.engine(pairs)
+        with changes_in_place(decoder_layers(model.causal_lm)) as changed:
+            outputs()
         if changed:
             problem = f"{name} changes in place ({', '.join(sorted(changed))}) what its layers are to keep"
             raise ModelError(f"--train.activation_memory selective: {problem}; take checkpoint")
-    with tiles_of(model.causal_lm, 2) as are_there, model.evaluating(), torch.compiler.set_stance("force_eager"):
-        tiled = model.engine(pairs) if are_there else None
-    if tiled is None:
-        return []
-    with model.evaluating(), torch.compiler.set_stance("force_eager"):
-        whole = model.engine(pairs)
+    with tiles_of(model.causal_lm, 2) as are_there:
+        if not are_there:
+            return []
+        tiled = outputs()
+    whole = outputs()
     error = _difference(tiled, whole)
     if error <= canary_tolerance(model.causal_lm, whole):
         return []

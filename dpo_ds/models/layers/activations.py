@@ -59,11 +59,6 @@ def inputs_stay(layer: nn.Module) -> bool:
     return not isinstance(getattr(layer._gradient_checkpointing_func, "__self__", None), _Parking)
 
 
-def contexts_of(layer: nn.Module) -> Callable | None:
-    """Returns what torch's checkpoint is given as `context_fn` for a layer whose input stays; None: nothing."""
-    return layer._gradient_checkpointing_func.keywords.get("context_fn")
-
-
 def _mlps(model: PreTrainedModel) -> Iterator[nn.Module]:
     """Yields the layers' MLPs of linear layers alone: experts choose among all of their tokens."""
     for layer in decoder_layers(model):

@@ -26,8 +26,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_ds.cluster.process_group import Say
 from dpo_ds.errors import first_line
-from dpo_ds.models.layers.activations import contexts_of, inputs_stay
+from dpo_ds.models.layers.activations import inputs_stay
 from dpo_ds.models.layers.quantized import is_quantized
+from dpo_ds.models.layers.selective import contexts_of
 from dpo_ds.models.layers.units import decoder_layers
 
 if TYPE_CHECKING:

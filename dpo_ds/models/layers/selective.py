@@ -9,7 +9,7 @@ MLP's last product, which no gradient needs, is kept as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,10 +38,15 @@ keep_attention = partial(create_selective_checkpoint_contexts, _policy)
 """The contexts of torch's checkpoint around a layer's first and second forward."""
 
 
+def contexts_of(module: nn.Module) -> Callable | None:
+    """Returns what torch's checkpoint around this layer is given as `context_fn`; None: nothing, or no checkpoint."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return getattr(function, "keywords", {}).get("context_fn")
+
+
 def keeps_attention(model: nn.Module) -> bool:
     """Returns whether layers of the model were told to."""
-    checkpoints = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
-    return any(getattr(function, "keywords", {}).get("context_fn") is keep_attention for function in checkpoints)
+    return any(map(contexts_of, model.modules()))
 
 
 @contextmanager
